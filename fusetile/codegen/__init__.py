@@ -1,0 +1,1 @@
+"""Kernels, segments and libraries."""

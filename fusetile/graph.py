@@ -1,0 +1,209 @@
+"""The graph: ops, tensors and parameters of a training step.
+
+`Graph` holds ops in a topological order of its own making. Edges are derived from tensor names; operand order lives
+in `Op.inputs`. Passes never change a graph that they were given: they `copy()` it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+import networkx as nx
+import numpy as np
+
+from fusetile.errors import PlanError
+
+FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
+PHASES = (FORWARD, BACKWARD, UPDATE)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A value: static shape (rank 0 to 4), numpy dtype name, and kind: a `filter` is stored as convolution weights."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    kind: Literal["map", "filter"] = "map"
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One application of a row of the op table. `origin` is the ONNX node it came from, for messages."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attrs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    phase: str = FORWARD
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A tensor that lives across steps: a weight, a BatchNorm statistic, or state of the optimizer.
+
+    `value` is the initial value in the graph's shape. `onnx_name` is the initializer it came from ("" for optimizer
+    state); `transposed` says that the initializer is stored with its two axes swapped (Gemm with transB = 0).
+    """
+
+    value: np.ndarray
+    trainable: bool
+    onnx_name: str = ""
+    transposed: bool = False
+
+
+class Graph:
+    """Ops over named tensors. `inputs` are fed each step, `outputs` are read, `parameters` persist,
+    `next_value` maps a parameter to the tensor that becomes its value for the next step, `gradients` maps a trained
+    parameter to its gradient tensor, `loss` names the scalar loss once there is one."""
+
+    def __init__(self, name: str = "model") -> None:
+        self.name = name
+        self.tensors: dict[str, Tensor] = {}
+        self.ops: dict[str, Op] = {}
+        self.inputs: list[str] = []
+        self.targets: list[str] = []
+        self.outputs: list[str] = []
+        self.parameters: dict[str, Parameter] = {}
+        self.next_value: dict[str, str] = {}
+        self.gradients: dict[str, str] = {}
+        self.loss: str = ""
+        self._fresh = 0
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def copy(self) -> Graph:
+        """A graph of its own that shares the (immutable) ops, tensors and arrays."""
+        other = Graph(self.name)
+        for key, value in vars(self).items():
+            setattr(other, key, value.copy() if isinstance(value, dict | list) else value)
+        return other
+
+    def fresh(self, stem: str) -> str:
+        """An unused tensor and op name that starts with `stem`."""
+        name = stem
+        while name in self.tensors or name in self.ops:
+            self._fresh += 1
+            name = f"{stem}.{self._fresh}"
+        return name
+
+    def add_tensor(
+        self, name: str, shape: Sequence[int], dtype: str = "float32", kind: Literal["map", "filter"] = "map"
+    ) -> str:
+        """Declare a tensor; returns its name."""
+        if name in self.tensors:
+            raise PlanError(f"tensor {name!r} is declared twice")
+        self.tensors[name] = Tensor(name, tuple(int(size) for size in shape), dtype, kind)
+        return name
+
+    def add_parameter(self, name: str, parameter: Parameter) -> str:
+        """Declare a tensor that persists, with its initial value."""
+        kind: Literal["map", "filter"] = "filter" if parameter.value.ndim >= 2 else "map"
+        self.add_tensor(name, parameter.value.shape, str(parameter.value.dtype), kind)
+        self.parameters[name] = parameter
+        return name
+
+    def add(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        *,
+        attrs: Mapping[str, Any] | None = None,
+        outputs: Sequence[str] | None = None,
+        stem: str = "",
+        phase: str = FORWARD,
+        origin: str = "",
+    ) -> tuple[str, ...]:
+        """Append an op; its outputs' shapes come from the op table. Returns the names of the outputs."""
+        from fusetile.ops import row  # the table needs Op and Tensor from here
+
+        attrs = MappingProxyType(dict(attrs or {}))
+        stem = stem or (f"{inputs[0]}.{kind}" if inputs else kind)
+        specs = row(kind).shape(attrs, [self.tensors[name] for name in inputs])
+        if outputs is None:
+            outputs = [self.fresh(stem if i == 0 else f"{stem}.out{i}") for i in range(len(specs))]
+        for name, spec in zip(outputs, specs, strict=True):
+            self.add_tensor(name, spec.shape, spec.dtype, spec.kind)
+        op = Op(self._op_name(outputs[0]), kind, tuple(inputs), tuple(outputs), attrs, phase, origin)
+        self.ops[op.name] = op
+        return op.outputs
+
+    def _op_name(self, stem: str) -> str:
+        name = stem
+        while name in self.ops:
+            self._fresh += 1
+            name = f"{stem}.{self._fresh}"
+        return name
+
+    def replace_op(self, op: Op, **changes: Any) -> Op:
+        """Replace an op by a changed one of the same name."""
+        new = replace(op, **changes)
+        self.ops[op.name] = new
+        return new
+
+    def remove(self, op: Op) -> None:
+        """Remove an op and its output tensors; nothing may read them any more."""
+        del self.ops[op.name]
+        for name in op.outputs:
+            del self.tensors[name]
+
+    def rename_reads(self, old: str, new: str) -> None:
+        """Let everything that reads `old` read `new` instead."""
+        for op in list(self.ops.values()):
+            if old in op.inputs:
+                self.replace_op(op, inputs=tuple(new if name == old else name for name in op.inputs))
+        self.outputs = [new if name == old else name for name in self.outputs]
+        self.next_value = {key: new if name == old else name for key, name in self.next_value.items()}
+        self.gradients = {key: new if name == old else name for key, name in self.gradients.items()}
+        self.loss = new if self.loss == old else self.loss
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    def producers(self) -> dict[str, Op]:
+        """Tensor name -> the op that writes it (inputs and parameters have none)."""
+        return {name: op for op in self.ops.values() for name in op.outputs}
+
+    def consumers(self) -> dict[str, list[Op]]:
+        """Tensor name -> the ops that read it, each once, in op order."""
+        readers: dict[str, list[Op]] = {name: [] for name in self.tensors}
+        for op in self.ops.values():
+            for name in dict.fromkeys(op.inputs):
+                readers[name].append(op)
+        return readers
+
+    def network(self) -> nx.DiGraph:
+        """Ops as nodes (attribute `op`), tensors as edges (attribute `tensor`)."""
+        graph = nx.DiGraph()
+        producers = self.producers()
+        for op in self.ops.values():
+            graph.add_node(op.name, op=op)
+        for op in self.ops.values():
+            for name in op.inputs:
+                if name in producers:
+                    graph.add_edge(producers[name].name, op.name, tensor=name)
+        return graph
+
+    def topological(self) -> Iterator[Op]:
+        """Ops, producers first; ties by the order in which they were added."""
+        rank = {name: i for i, name in enumerate(self.ops)}
+        for name in nx.lexicographical_topological_sort(self.network(), key=rank.__getitem__):
+            yield self.ops[name]
+
+    def sorted(self) -> Graph:
+        """A copy whose ops are in topological order."""
+        other = self.copy()
+        other.ops = {op.name: op for op in self.topological()}
+        return other
+
+    def kept(self) -> set[str]:
+        """Tensors that must exist whether or not an op reads them."""
+        return {*self.outputs, *self.next_value.values(), *self.gradients.values(), *([self.loss] if self.loss else [])}
+
+    def shapes(self, names: Iterable[str]) -> list[tuple[int, ...]]:
+        """Shapes of several tensors."""
+        return [self.tensors[name].shape for name in names]

@@ -1,0 +1,96 @@
+"""Layouts: where every tensor is, and the moves that turn one layout into another.
+
+A layout gives, for every device, a *have* box (what it holds) and an *own* box (`have ⊇ own`; the rest is halo), and
+how values combine: with `pick` the own boxes partition the tensor, with `sum` the true value is the sum over the devices
+that have the element. Halo exchange, gather, scatter, all-gather, reduce-scatter: all are `redistribute`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fusetile.box import Box, contains, intersect, subtract, text, volume
+from fusetile.errors import PlanError
+
+Combine = Literal["pick", "sum"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Per device: the box that it has and the box that it owns; with `sum`, own equals have."""
+
+    have: tuple[Box, ...]
+    own: tuple[Box, ...]
+    combine: Combine = "pick"
+
+    def check(self, whole: Box, what: str) -> None:
+        """Raise PlanError unless the layout is legal for a tensor of this box."""
+        for device, (have, own) in enumerate(zip(self.have, self.own, strict=True)):
+            if not contains(whole, have) or not contains(have, own):
+                raise PlanError(f"{what}: device {device} owns {text(own)} of {text(have)} of {text(whole)}")
+        if self.combine == "sum":
+            if uncovered(whole, self.have):
+                raise PlanError(f"{what}: no device contributes to {text(uncovered(whole, self.have)[0])}")
+            return
+        overlap = sum(map(volume, self.own)) != volume(whole) or uncovered(whole, self.own)
+        if overlap:
+            raise PlanError(f"{what}: the own boxes {', '.join(map(text, self.own))} do not partition {text(whole)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """An op's iteration domain over the devices: `own` boxes partition it; `compute ⊇ own` may overlap between
+    devices along parallel axes only (recomputation). Boxes have one interval per axis of the op's domain."""
+
+    compute: tuple[Box, ...]
+    own: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A placement for every op of a graph."""
+
+    nodes: int
+    placements: Mapping[str, Placement]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """`box` of a tensor goes from device `source` to device `target`, which may be the same one."""
+
+    source: int
+    target: int
+    box: Box
+
+
+def uncovered(whole: Box, boxes: tuple[Box, ...]) -> list[Box]:
+    """The parts of `whole` that no box covers."""
+    rest = [whole]
+    for box in boxes:
+        rest = [piece for part in rest for piece in subtract(part, box)]
+    return rest
+
+
+def redistribute(source: Layout, need: tuple[Box, ...]) -> list[Move]:
+    """The moves after which device j holds `need[j]`, ordered by target, then by source rank.
+
+    `pick`: what j has stays (a move from j to j); every other element comes from its owner. `sum`: every device that
+    has an element contributes it, and the target adds the contributions in the order of the moves.
+    """
+    moves = []
+    for target, wanted in enumerate(need):
+        if volume(wanted) == 0:
+            continue
+        if source.combine == "sum":
+            parts = [(device, intersect(have, wanted)) for device, have in enumerate(source.have)]
+        else:
+            here = source.have[target]
+            parts = [
+                (device, piece)
+                for device, own in enumerate(source.own)
+                for piece in ([intersect(here, wanted)] if device == target else subtract(intersect(own, wanted), here))
+            ]
+        moves += [Move(device, target, part) for device, part in parts if volume(part)]
+    return moves

@@ -1,0 +1,224 @@
+"""Programs: what one device runs each step, and the buffers in its arena. The runtime's input language.
+
+A program is a list of steps: `Run` (one native call that executes a segment of kernel calls), `Send`, `Recv` and
+`Wait`. Sends and receives are asynchronous: `Recv` makes its buffer ready for the peer (credit), `Send` hands a
+buffer to the transport, `Wait` blocks until the named transfers are complete. A tag names one transfer of the step, the
+same number on both sides.
+
+Storage. Every tensor is seen as four dimensions (see `box.view4`). A buffer holds the box `box` of it as
+
+    [d0 / b0] [d1 / b1] [d2 + 2 * border[0]] [pitch] [b1] [b0]
+
+with `b0, b1 = block`, `pitch >= d3 + 2 * border[1]`. Activations have block (1, B): [N][C/B][H][W][B]; convolution
+weights have block (B, min(C, B)): [K/B][C/B][R][S][Bc][Bk]. Extents that do not divide are padded with zeros in the last
+block. Boxes start at multiples of the block. The border is zero whenever the buffer is live.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fusetile.box import Box, extents, view4
+
+ALIGNMENT_bytes = 64
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A block of the arena that holds one box of one tensor. `box` is in the tensor's own rank."""
+
+    name: str
+    box: Box
+    dtype: str = "float32"
+    block: tuple[int, int] = (1, 1)
+    border: tuple[int, int] = (0, 0)
+    pitch: int = 0
+    offset_bytes: int = -1
+
+    @property
+    def storage_shape(self) -> tuple[int, int, int, int, int, int]:
+        """[d0/b0, d1/b1, rows with border, pitch, b1, b0]."""
+        d0, d1, d2, d3 = extents(view4(self.box))
+        b0, b1 = self.block
+        pitch = self.pitch or d3 + 2 * self.border[1]
+        return (-(-d0 // b0), -(-d1 // b1), d2 + 2 * self.border[0], pitch, b1, b0)
+
+    @property
+    def strides(self) -> tuple[int, int, int, int]:
+        """Elements from one d0 block, d1 block, row and pixel to the next."""
+        _, s1, s2, s3, b1, b0 = self.storage_shape
+        pixel = b1 * b0
+        return (s1 * s2 * s3 * pixel, s2 * s3 * pixel, s3 * pixel, pixel)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of storage, without alignment."""
+        return int(np.prod(self.storage_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    def element(self, box: Box) -> int:
+        """Elements from the start of the buffer to the first element of `box` (a box of the same tensor)."""
+        starts = [start - origin for (start, _), (origin, _) in zip(view4(box), view4(self.box), strict=True)]
+        s0, s1, s2, s3 = self.strides
+        b0, b1 = self.block
+        if starts[0] % b0 or starts[1] % b1:
+            raise ValueError(f"{self.name}: {box} does not start at a block of {self.block} in {self.box}")
+        rows, columns = starts[2] + self.border[0], starts[3] + self.border[1]
+        return starts[0] // b0 * s0 + starts[1] // b1 * s1 + rows * s2 + columns * s3
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel call. `split` is the number of independent work units that threads share; `pointers` are byte offsets
+    into the arena; `ints` and `floats` are the kernel's scalar arguments, in order."""
+
+    kernel: str
+    split: int
+    pointers: tuple[int, ...]
+    ints: tuple[int, ...] = ()
+    floats: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A segment: calls executed in order by one native call."""
+
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `size_bytes` at `offset_bytes` of the arena to `peer`; lower `priority` goes first on the wire."""
+
+    peer: int
+    tag: int
+    offset_bytes: int
+    size_bytes: int
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Recv:
+    """Make `size_bytes` at `offset_bytes` ready for the transfer `tag` from `peer`."""
+
+    peer: int
+    tag: int
+    offset_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Block until the transfers `tags` (sent or received here) are complete."""
+
+    tags: tuple[int, ...]
+
+
+Step = Run | Send | Recv | Wait
+_STEPS = {"run": Run, "send": Send, "recv": Recv, "wait": Wait}
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """A buffer that the runtime fills before each step. `role` is input, target, learning_rate or step; `key` is the
+    name in the data (input or target); `shape` is that of the whole batch."""
+
+    role: str
+    key: str
+    shape: tuple[int, ...]
+    buffer: Buffer
+    classes: int = 0  # targets that are class indices: how many classes there are
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The box of a parameter that this device owns, in its buffer (which may hold more than the box)."""
+
+    parameter: str  # name in the graph
+    onnx_name: str  # initializer in the model; "" for optimizer state
+    shape: tuple[int, ...]  # of the whole parameter, in the graph
+    transposed: bool
+    box: Box
+    buffer: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The box of a trained parameter's gradient that this device holds just before call `call` of step `step`."""
+
+    parameter: str
+    onnx_name: str
+    shape: tuple[int, ...]
+    transposed: bool
+    box: Box
+    buffer: Buffer
+    step: int
+    call: int
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Everything that one device needs to know."""
+
+    rank: int
+    nodes: int
+    name: str
+    addresses: tuple[str, ...]  # host:port of every node
+    plan_hash: str
+    model_hash: str
+    library: str  # file name of the kernel library
+    batch: int
+    seed: int
+    arena_bytes: int
+    steps: tuple[Step, ...]
+    feeds: tuple[Feed, ...]
+    shards: tuple[Shard, ...]
+    gradients: tuple[Gradient, ...]
+    loss: Buffer | None
+    segment_seconds: float = 0.0  # longest predicted segment: the progress deadline derives from it
+    learning_rate: float = 0.0
+    peers: tuple[int, ...] = ()  # ranks with which this device exchanges something (besides the gathering at the end)
+    schema: int = field(default=SCHEMA_VERSION)
+
+
+def to_json(program: Program) -> str:
+    """The text of program.json: one step per line."""
+    fields = {key: value for key, value in asdict(program).items() if key != "steps"}
+    names = {cls: name for name, cls in _STEPS.items()}
+    steps = ",\n".join(json.dumps({names[type(step)]: asdict(step)}) for step in program.steps)
+    return json.dumps(fields, indent=1)[:-2] + f',\n "steps": [\n{steps}\n]\n}}\n'
+
+
+def from_json(source: str) -> Program:
+    """Read program.json; raises ValueError, KeyError or TypeError if it is not one."""
+    fields = json.loads(source)
+    if fields.get("schema") != SCHEMA_VERSION:
+        raise ValueError(f"schema version {fields.get('schema')} where this fusetile reads {SCHEMA_VERSION}")
+    fields["steps"] = tuple(_step(*next(iter(item.items()))) for item in fields["steps"])
+    fields["feeds"] = tuple(Feed(**_with_buffer(item)) for item in fields["feeds"])
+    fields["shards"] = tuple(Shard(**_with_buffer(item)) for item in fields["shards"])
+    fields["gradients"] = tuple(Gradient(**_with_buffer(item)) for item in fields["gradients"])
+    fields["loss"] = _buffer(fields["loss"]) if fields["loss"] else None
+    return Program(**{key: _tuples(value) for key, value in fields.items()})
+
+
+def _step(name: str, item: dict[str, Any]) -> Step:
+    if name == "run":
+        return Run(tuple(Call(**{key: _tuples(value) for key, value in call.items()}) for call in item["calls"]))
+    return _STEPS[name](**{key: _tuples(value) for key, value in item.items()})
+
+
+def _buffer(item: dict[str, Any]) -> Buffer:
+    return Buffer(**{key: _tuples(value) for key, value in item.items()})
+
+
+def _with_buffer(item: dict[str, Any]) -> dict[str, Any]:
+    return {key: _buffer(value) if key == "buffer" else _tuples(value) for key, value in item.items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""Builders that write real networks as ONNX, with seeded random weights."""
