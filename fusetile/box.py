@@ -92,7 +92,7 @@ def text(box: Box) -> str:
 
 
 def view4(box: Box) -> Box:
-    """A box of a tensor of rank 0 to 4 in the four storage dimensions: a vector lies along the second one (channels)."""
+    """A box of a tensor of rank 0 to 4 in the four storage dimensions; a vector lies along the second (channels)."""
     match box:
         case (a, b, c, d):
             return (a, b, c, d)

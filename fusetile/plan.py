@@ -1,8 +1,8 @@
 """Layouts: where every tensor is, and the moves that turn one layout into another.
 
 A layout gives, for every device, a *have* box (what it holds) and an *own* box (`have ⊇ own`; the rest is halo), and
-how values combine: with `pick` the own boxes partition the tensor, with `sum` the true value is the sum over the devices
-that have the element. Halo exchange, gather, scatter, all-gather, reduce-scatter: all are `redistribute`.
+how values combine: with `pick` the own boxes partition the tensor, with `sum` the true value is the sum over the
+devices that have the element. Halo exchange, gather, scatter, all-gather, reduce-scatter: all are `redistribute`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ Storage. Every tensor is seen as four dimensions (see `box.view4`). A buffer hol
     [d0 / b0] [d1 / b1] [d2 + 2 * border[0]] [pitch] [b1] [b0]
 
 with `b0, b1 = block`, `pitch >= d3 + 2 * border[1]`. Activations have block (1, B): [N][C/B][H][W][B]; convolution
-weights have block (B, min(C, B)): [K/B][C/B][R][S][Bc][Bk]. Extents that do not divide are padded with zeros in the last
-block. Boxes start at multiples of the block. The border is zero whenever the buffer is live.
+weights have block (B, min(C, B)): [K/B][C/B][R][S][Bc][Bk]. Extents that do not divide are padded with zeros in the
+last block. Boxes start at multiples of the block. The border is zero whenever the buffer is live.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ def from_json(source: str) -> Program:
 def _step(name: str, item: dict[str, Any]) -> Step:
     if name == "run":
         return Run(tuple(Call(**{key: _tuples(value) for key, value in call.items()}) for call in item["calls"]))
-    return _STEPS[name](**{key: _tuples(value) for key, value in item.items()})
+    step: Step = _STEPS[name](**{key: _tuples(value) for key, value in item.items()})
+    return step
 
 
 def _buffer(item: dict[str, Any]) -> Buffer:

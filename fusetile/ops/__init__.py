@@ -1,5 +1,22 @@
-"""The op table: one row per op kind."""
+"""The op table: one row per op kind. A new op is a row in the file of its family."""
 
+from fusetile.ops import conv, loss, norm, pointwise, pool, shape, update
 from fusetile.ops.base import ROWS, Axis, Domain, Row, Spec, domain_of, register, row
 
-__all__ = ["ROWS", "Axis", "Domain", "Row", "Spec", "domain_of", "register", "row"]
+__all__ = [
+    "ROWS",
+    "Axis",
+    "Domain",
+    "Row",
+    "Spec",
+    "conv",
+    "domain_of",
+    "loss",
+    "norm",
+    "pointwise",
+    "pool",
+    "register",
+    "row",
+    "shape",
+    "update",
+]

@@ -1,9 +1,10 @@
 """The op table's columns: iteration domains, what they read and write, and `Row`.
 
-An op iterates over a domain of named axes. A *parallel* axis indexes the output; over a *reduction* axis the output is a
-sum, so that devices with different parts of it hold partial outputs. Axis names are the same in every row, so that one
-split ("n over 2, h over 3") means the same for a convolution, its input gradient and its weight gradient: `n` batch,
-`k` output channel (the only channel of pooling and pointwise ops), `c` input channel, `h` and `w` rows and columns.
+An op iterates over a domain of named axes. A *parallel* axis indexes the output; over a *reduction* axis the output is
+a sum, so that devices with different parts of it hold partial outputs. Axis names are the same in every row, so that
+one split ("n over 2, h over 3") means the same for a convolution, its input gradient and its weight gradient: `n`
+batch, `k` output channel (the only channel of pooling and pointwise ops), `c` input channel, `h` and `w` rows and
+columns.
 
 What an iteration box reads and writes is data: per operand one `Dim` per tensor dimension.
 """
@@ -178,7 +179,7 @@ class Row:
                result exactly `domain.output(box, o)`; on a part of a reduction axis it is the partial sum.
     vjp        (graph, op, gradients of the outputs) -> gradients of the inputs (None where there is none), adding ops
                of phase backward to the graph. None if the op is never differentiated.
-    flops      floating-point operations per iteration.
+    flops      (attrs, input tensors) -> floating-point operations per iteration.
     kernel     the kernel family that code generation lowers it to; "elementwise" evaluates `expression`.
     padded     inputs that are read beyond the edge of the image, as zeros.
     in_place   pairs (output, input) that share storage: state that an update op rewrites.
@@ -189,7 +190,7 @@ class Row:
     domain: Callable[[Attrs, Sequence[Tensor], Sequence[Tensor]], Domain]
     reference: Reference
     vjp: Vjp | None = None
-    flops: Callable[[Attrs], float] = lambda attrs: 1.0
+    flops: Callable[[Attrs, Sequence[Tensor]], float] = lambda attrs, inputs: 1.0
     kernel: str = ""
     expression: str = ""
     padded: tuple[int, ...] = ()
@@ -216,3 +217,34 @@ def domain_of(graph: Graph, op: Op) -> Domain:
     """The iteration domain of an op of a graph."""
     inputs, outputs = ([graph.tensors[name] for name in names] for names in (op.inputs, op.outputs))
     return row(op.kind).domain(op.attrs, inputs, outputs)
+
+
+# -- what several rows share -----------------------------------------------------------------------------------------
+
+
+def element_axes(tensor: Tensor) -> tuple[tuple[Axis, ...], Access]:
+    """The axes over the elements of a tensor, and how it is indexed by them. The window of a filter is not cut."""
+    names = {("map", 4): "nkhw", ("map", 3): "nhw", ("map", 2): "nk", ("map", 1): "k"}.get(
+        (tensor.kind, len(tensor.shape)), "kc"
+    )
+    axes = tuple(Axis(name, size) for name, size in zip(names, tensor.shape, strict=False))
+    access: list[Dim] = [Along(axis.name, axis.size) for axis in axes]
+    return axes, (*access, *(All(size) for size in tensor.shape[len(axes) :]))
+
+
+def channel_access(size: int) -> Access:
+    """A vector [C], indexed by the output channel."""
+    return (Along("k", size),)
+
+
+def padded(domain: Domain, box: Box, i: int, array: Array) -> Array:
+    """Input `i` with zeros where the box reaches beyond the tensor."""
+    reach, need = domain.reach(box, i), domain.need(box, i)
+    if volume(need) == 0:
+        return np.zeros([max(stop - start, 0) for start, stop in reach], array.dtype)
+    return np.pad(array, [(n0 - r0, r1 - n1) for (r0, r1), (n0, n1) in zip(reach, need, strict=True)])
+
+
+def same_spec(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
+    """One output like the first input."""
+    return [Spec(inputs[0].shape, inputs[0].dtype, inputs[0].kind)]

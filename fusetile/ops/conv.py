@@ -1,0 +1,244 @@
+"""Convolution and its gradients; the fully connected layer (Gemm) is the same without rows and columns.
+
+    y[n,k,h,w] = b[k] + sum over c,r,s of x[n, c, h*stride - pad + r*dilation, w*stride - pad + s*dilation] * w[k,c,r,s]
+
+A device that has only a part of the reduction (c) computes a partial sum; the part that starts at channel 0 adds the
+bias. After fusion the op has an `activation`, which is not linear: then c is no axis and can't be cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fusetile.box import Box, extents
+from fusetile.errors import UserError
+from fusetile.graph import BACKWARD, Graph, Op, Tensor
+from fusetile.ops.base import (
+    Access,
+    All,
+    Along,
+    Array,
+    Attrs,
+    Axis,
+    Dim,
+    Domain,
+    Row,
+    Spec,
+    Spread,
+    Window,
+    channel_access,
+    padded,
+    register,
+)
+from fusetile.ops.pointwise import activate
+
+
+def output_size(size: int, taps: int, stride: int, dilation: int, pad: int) -> int:
+    """Rows of a convolution's output; `pad` is the sum of both sides."""
+    return (size + pad - dilation * (taps - 1) - 1) // stride + 1
+
+
+def spatial(attrs: Attrs, kernel: Sequence[int]) -> list[tuple[str, int, int, int, int]]:
+    """(axis, taps, stride, dilation, pad before) for rows and columns; none for Gemm."""
+    if not kernel:
+        return []
+    return list(zip("hw", kernel, attrs["strides"], attrs["dilations"], attrs["pads"][:2], strict=True))
+
+
+def _conv_shape(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
+    x, w = inputs[:2]
+    if len(x.shape) != len(w.shape) or x.shape[1] != w.shape[1]:
+        raise UserError(f"weight {w.name!r} of shape {w.shape} does not fit the input {x.name!r} of shape {x.shape}")
+    sizes = [
+        output_size(size, taps, stride, dilation, before + attrs["pads"][i + 2])
+        for i, (size, (_, taps, stride, dilation, before)) in enumerate(
+            zip(x.shape[2:], spatial(attrs, w.shape[2:]), strict=True)
+        )
+    ]
+    if min(sizes, default=1) < 1:
+        raise UserError(f"input {x.name!r} of shape {x.shape} is smaller than the window {w.shape[2:]} of {w.name!r}")
+    return [Spec((x.shape[0], w.shape[0], *sizes))]
+
+
+def _maps(attrs: Attrs, x: Sequence[int], kernel: Sequence[int]) -> Access:
+    """What the windows of (n, c, h, w) read of x."""
+    dims: list[Dim] = [Along("n", x[0]), Along("c", x[1])]
+    for size, (axis, taps, stride, dilation, pad) in zip(x[2:], spatial(attrs, kernel), strict=True):
+        dims.append(Window(axis, size, taps, stride, dilation, pad))
+    return tuple(dims)
+
+
+def _outputs(y: Sequence[int]) -> Access:
+    """(n, k, h, w) of y."""
+    return tuple(Along(axis, size) for axis, size in zip("nkhw", y, strict=False))
+
+
+def _filter(w: Sequence[int]) -> Access:
+    """(k, c) of the weights, the window whole."""
+    return (Along("k", w[0]), Along("c", w[1]), *(All(size) for size in w[2:]))
+
+
+def _conv_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
+    x, w, y = inputs[0].shape, inputs[1].shape, outputs[0].shape
+    axes = tuple(Axis(name, size) for name, size in zip("nkhw", y, strict=False))
+    reads = [_maps(attrs, x, w[2:]), _filter(w), *[channel_access(w[0]) for _ in inputs[2:]]]
+    if attrs.get("activation"):
+        reads = [tuple(All(d.size) if isinstance(d, Along) and d.axis == "c" else d for d in read) for read in reads]
+    else:
+        axes += (Axis("c", x[1], "reduction"),)
+    return Domain(axes, tuple(reads), (_outputs(y),))
+
+
+def _conv(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
+    w = inputs[1]
+    x = padded(domain, box, 0, inputs[0])
+    sizes = extents(domain.output(box))
+    y = np.zeros(sizes, x.dtype)
+    taps = spatial(op.attrs, w.shape[2:])
+    for tap in np.ndindex(*w.shape[2:]):
+        window = tuple(
+            slice(t * dilation, t * dilation + (size - 1) * stride + 1, stride)
+            for t, size, (_, _, stride, dilation, _) in zip(tap, sizes[2:], taps, strict=True)
+        )
+        y += np.moveaxis(np.tensordot(x[:, :, *window], w[:, :, *tap], (1, 1)), -1, 1)
+    if len(inputs) == 3 and (not domain.has("c") or domain.interval(box, "c")[0] == 0):
+        y += inputs[2].reshape(-1, *[1] * (y.ndim - 2))
+    return [activate(y, op.attrs)]
+
+
+def _conv_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    (dy,) = grads
+    assert dy is not None
+    x, w = op.inputs[:2]
+    common: dict[str, Any] = {"phase": BACKWARD, "origin": op.origin}
+    shape = graph.tensors[x].shape
+    window = {key: op.attrs[key] for key in ("strides", "dilations", "pads") if key in op.attrs}
+    kernel = graph.tensors[w].shape[2:]
+    (dx,) = graph.add(
+        f"{op.kind}InputGrad", [dy, w], attrs={**window, "input_shape": shape}, stem=f"grad.{x}", **common
+    )
+    (dw,) = graph.add(
+        f"{op.kind}WeightGrad", [x, dy], attrs={**window, "kernel_shape": kernel}, stem=f"grad.{w}", **common
+    )
+    db = [graph.add("ChannelSum", [dy], stem=f"grad.{b}", **common)[0] for b in op.inputs[2:]]
+    return [dx, dw, *db]
+
+
+# -- input gradient --------------------------------------------------------------------------------------------------
+
+
+def _input_grad_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
+    dy, w, x = inputs[0].shape, inputs[1].shape, outputs[0].shape
+    axes = (*(Axis(name, size) for name, size in zip("nchw", x, strict=False)), Axis("k", w[0], "reduction"))
+    reads: list[Dim] = [Along("n", dy[0]), Along("k", dy[1])]
+    for size, (axis, taps, stride, dilation, pad) in zip(dy[2:], spatial(attrs, w[2:]), strict=True):
+        reads.append(Spread(axis, size, taps, stride, dilation, pad))
+    writes = tuple(Along(axis, size) for axis, size in zip("nchw", x, strict=False))
+    return Domain(axes, (tuple(reads), _filter(w)), (writes,))
+
+
+def scatter_rows(
+    box: Box, need: Box, dims: Sequence[tuple[str, int, int, int, int]], tap: Sequence[int], domain: Domain
+) -> tuple[tuple[Array, Array], ...]:
+    """For one tap, per spatial dimension: which rows of the needed dy land in the box, and where in the box."""
+    found = []
+    for t, (axis, _, stride, dilation, pad), (first, last) in zip(tap, dims, need[2:], strict=True):
+        start, stop = domain.interval(box, axis)
+        rows = np.arange(first, last)
+        target = rows * stride - pad + t * dilation
+        inside = (target >= start) & (target < stop)
+        found.append((rows[inside] - first, target[inside] - start))
+    return tuple(found)
+
+
+def _input_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
+    dy, w = inputs
+    need = domain.need(box, 0)
+    dx = np.zeros(extents(domain.output(box)), dy.dtype)
+    dims = spatial(op.attrs, w.shape[2:])
+    for tap in np.ndindex(*w.shape[2:]):
+        found = scatter_rows(box, need, dims, tap, domain)
+        part = np.moveaxis(np.tensordot(dy, w[:, :, *tap], (1, 0)), -1, 1)
+        for axis, (source, _) in enumerate(found, 2):
+            part = part.take(source, axis)
+        lead = [np.arange(size) for size in dx.shape[:2]]
+        dx[np.ix_(*lead, *(target for _, target in found))] += part
+    return [dx]
+
+
+# -- weight gradient -------------------------------------------------------------------------------------------------
+
+
+def _weight_grad_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
+    x, dy, w = inputs[0].shape, inputs[1].shape, outputs[0].shape
+    reduced = (("n", dy[0]), *zip("hw", dy[2:], strict=False))
+    axes = (Axis("k", w[0]), Axis("c", w[1]), *(Axis(name, size, "reduction") for name, size in reduced))
+    return Domain(axes, (_maps(attrs, x, w[2:]), _outputs(dy)), (_filter(w),))
+
+
+def _weight_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
+    x, dy = padded(domain, box, 0, inputs[0]), inputs[1]
+    kernel = op.attrs["kernel_shape"]
+    dw = np.zeros((dy.shape[1], x.shape[1], *kernel), x.dtype)
+    summed = [0, *range(2, dy.ndim)]
+    for tap in np.ndindex(*kernel):
+        window = tuple(
+            slice(t * dilation, t * dilation + (size - 1) * stride + 1, stride)
+            for t, size, (_, _, stride, dilation, _) in zip(tap, dy.shape[2:], spatial(op.attrs, kernel), strict=True)
+        )
+        dw[:, :, *tap] = np.tensordot(dy, x[:, :, *window], (summed, summed))
+    return [dw]
+
+
+def _channel_sum_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
+    dy = inputs[0].shape
+    axes = [Axis(name, size, "reduction") for name, size in zip("nkhw", dy, strict=False)]
+    axes[1] = Axis("k", dy[1])
+    return Domain(tuple(axes), (_outputs(dy),), (channel_access(dy[1]),))
+
+
+def _flops(attrs: Attrs, inputs: Sequence[Tensor]) -> float:
+    return 2.0 * np.prod(attrs.get("kernel_shape", inputs[1].shape[2:]))
+
+
+for _kind in ("Conv", "Gemm"):
+    register(
+        Row(_kind, _conv_shape, _conv_domain, _conv, _conv_vjp, flops=_flops, kernel="conv", padded=(0,)),
+    )
+    register(
+        Row(
+            f"{_kind}InputGrad",
+            lambda attrs, inputs: [Spec(attrs["input_shape"])],
+            _input_grad_domain,
+            _input_grad,
+            flops=_flops,
+            kernel="conv_input_grad",
+            padded=(0,),
+        )
+    )
+    register(
+        Row(
+            f"{_kind}WeightGrad",
+            lambda attrs, inputs: [
+                Spec((inputs[1].shape[1], inputs[0].shape[1], *attrs["kernel_shape"]), kind="filter")
+            ],
+            _weight_grad_domain,
+            _weight_grad,
+            flops=_flops,
+            kernel="conv_weight_grad",
+            padded=(0,),
+        )
+    )
+
+register(
+    Row(
+        "ChannelSum",
+        lambda attrs, inputs: [Spec((inputs[0].shape[1],))],
+        _channel_sum_domain,
+        lambda op, domain, box, inputs: [inputs[0].sum(tuple(i for i in range(inputs[0].ndim) if i != 1))],
+        kernel="channel_sum",
+    )
+)
