@@ -58,16 +58,18 @@ class Parameter:
 
 
 class Graph:
-    """Ops over named tensors. `inputs` are fed each step, `outputs` are read, `parameters` persist,
-    `next_value` maps a parameter to the tensor that becomes its value for the next step, `gradients` maps a trained
-    parameter to its gradient tensor, `loss` names the scalar loss once there is one."""
+    """Ops over named tensors. Fed each step: `inputs`; `targets` (tensor -> its key in the data: y, or y0, y1, ...);
+    `controls` (tensor -> what it holds: "step" or "learning_rate", shape (1,)). `outputs` are the model's,
+    `parameters` persist, `next_value` maps a parameter to the tensor that becomes its value for the next step,
+    `gradients` maps a trained parameter to its gradient tensor, `loss` names the loss (shape (1,)) once there is one."""
 
     def __init__(self, name: str = "model") -> None:
         self.name = name
         self.tensors: dict[str, Tensor] = {}
         self.ops: dict[str, Op] = {}
         self.inputs: list[str] = []
-        self.targets: list[str] = []
+        self.targets: dict[str, str] = {}
+        self.controls: dict[str, str] = {}
         self.outputs: list[str] = []
         self.parameters: dict[str, Parameter] = {}
         self.next_value: dict[str, str] = {}
@@ -161,6 +163,10 @@ class Graph:
         self.next_value = {key: new if name == old else name for key, name in self.next_value.items()}
         self.gradients = {key: new if name == old else name for key, name in self.gradients.items()}
         self.loss = new if self.loss == old else self.loss
+
+    def fed(self) -> set[str]:
+        """Tensors that the runtime fills before each step: every device has them as far as it needs them."""
+        return {*self.inputs, *self.targets, *self.controls}
 
     # -- looking ----------------------------------------------------------------------------------------------------
 

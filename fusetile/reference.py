@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fusetile.box import Box, slices
 from fusetile.graph import Graph, Op
 from fusetile.ops import Domain, domain_of, row
 
@@ -14,7 +15,7 @@ def run_op(
     graph: Graph,
     op: Op,
     domain: Domain,
-    box: tuple[tuple[int, int], ...],
+    box: Box,
     inputs: list[np.ndarray],
     exact: bool = False,
 ) -> list[np.ndarray]:
@@ -35,6 +36,7 @@ def evaluate(graph: Graph, feeds: Mapping[str, np.ndarray], *, exact: bool = Fal
         values = {name: v.astype(np.float64) if v.dtype == np.float32 else v for name, v in values.items()}
     for op in graph.topological():
         domain = domain_of(graph, op)
-        results = run_op(graph, op, domain, domain.box, [values[name] for name in op.inputs], exact)
+        inputs = [values[name][slices(domain.need(domain.box, i))] for i, name in enumerate(op.inputs)]
+        results = run_op(graph, op, domain, domain.box, inputs, exact)
         values.update(zip(op.outputs, results, strict=True))
     return values

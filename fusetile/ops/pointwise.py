@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fusetile import philox
 from fusetile.box import Box
 from fusetile.errors import UserError
 from fusetile.graph import BACKWARD, Graph, Op, Tensor
@@ -67,15 +68,13 @@ def _again(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None
 
 
 def _dropout(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    from fusetile import philox
-
     x, step = inputs
     ratio = op.attrs["ratio"]
     sizes = [dim.size for dim in domain.writes[0]]
     index = np.zeros((), np.int64)
     for (start, stop), size in zip(domain.output(box), sizes, strict=True):
         index = index[..., None] * size + np.arange(start, stop)
-    uniform = philox.uniform(op.attrs["seed"], step=int(step.flat[0]), site=op.attrs["site"], index=index)
+    uniform = philox.uniform(seed=op.attrs["seed"], step=int(step.flat[0]), site=op.attrs["site"], index=index)
     return [np.where(uniform >= np.float32(ratio), x * x.dtype.type(1 / (1 - ratio)), x.dtype.type(0))]
 
 
