@@ -1,16 +1,16 @@
 """Counter-based random numbers, the same on every device and for every number of devices: Philox4x32-10.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), and Random123's test vectors.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); Random123's test vectors.
 
 Every number is a function of where it is used and of nothing else. One block of four 32-bit words is drawn per element:
 
     key     = (seed & 0xffffffff, seed >> 32)
     counter = (index & 0xffffffff, index >> 32, step, site)
 
-`index` is the element's position in the whole tensor (row-major, canonical order), so a tile draws what the whole tensor
-would; `step` counts training steps from 1 (or epochs from 0, when shuffling); `site` tells apart the places that draw.
-A dropout mask takes the first word of the block: u = (word0 >> 8) * 2^-24 in [0, 1), and keeps the element if u >= ratio.
-Shuffling takes the first two words as a 64-bit sort key (word0 is the low half), at the reserved site SHUFFLE.
+`index` is the element's position in the whole tensor (row-major, canonical order), so a tile draws what the whole
+tensor would; `step` counts training steps from 1 (or epochs from 0, when shuffling); `site` tells apart the places that
+draw. A dropout mask takes the first word of the block: u = (word0 >> 8) * 2^-24 in [0, 1), and keeps the element if
+u >= ratio. Shuffling takes the first two words as a 64-bit sort key (word0 is the low half), at the site SHUFFLE.
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+"""The arena, and the way between canonical arrays and blocked buffers. See `program` for how a buffer is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from fusetile.box import Box, Interval, extents, view4, volume
+from fusetile.program import ALIGNMENT_bytes, Buffer
+
+
+def make_arena(size_bytes: int) -> np.ndarray:
+    """`size_bytes` zeros (uint8) that start at a multiple of the alignment which kernels assume."""
+    block = np.zeros(size_bytes + ALIGNMENT_bytes, np.uint8)
+    start = -block.ctypes.data % ALIGNMENT_bytes
+    return block[start : start + size_bytes]
+
+
+def pack(arena: np.ndarray, buffer: Buffer, box: Box, values: np.ndarray) -> None:
+    """Write `values`, the canonical array of `box`, into its place in the buffer; converts the dtype. Nothing else of
+    the buffer is touched: border and pad lanes stay as they are."""
+    for stored, canonical in _parts(arena, buffer, box, np.asarray(values)):
+        stored[...] = canonical
+
+
+def unpack(arena: np.ndarray, buffer: Buffer, box: Box) -> np.ndarray:
+    """A canonical array (a copy, in the tensor's rank) of `box` of the buffer."""
+    values = np.empty(extents(box), buffer.dtype)
+    for stored, canonical in _parts(arena, buffer, box, values):
+        canonical[...] = stored
+    return values
+
+
+def _parts(arena: np.ndarray, buffer: Buffer, box: Box, values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of views of the same elements, in the buffer and in `values`, both [d0/b0, b0, d1/b1, b1, d2, d3]: up to
+    four pairs, because the last block of either blocked dimension may be filled in part."""
+    if volume(box) == 0:
+        return
+    stored = arena[buffer.offset_bytes :][: buffer.size_bytes].view(buffer.dtype).reshape(buffer.storage_shape)
+    box4, origin = view4(box), view4(buffer.box)
+    values = values.reshape(extents(box4))
+    rows, columns = (
+        slice(start - low + border, stop - low + border)
+        for (start, stop), (low, _), border in zip(box4[2:], origin[2:], buffer.border, strict=True)
+    )
+    for blocks0, lanes0, part0 in _blocks(box4[0], origin[0], buffer.block[0]):
+        for blocks1, lanes1, part1 in _blocks(box4[1], origin[1], buffer.block[1]):
+            inside = stored[blocks0, blocks1, rows, columns, :lanes1, :lanes0].transpose(0, 5, 1, 4, 2, 3)
+            yield inside, values[part0, part1].reshape(inside.shape)
+
+
+def _blocks(interval: Interval, origin: Interval, block: int) -> Iterator[tuple[slice, int, slice]]:
+    """(blocks, lanes used in each, the elements of the interval): the full blocks, then the one that is not."""
+    start, stop = interval[0] - origin[0], interval[1] - origin[0]
+    if start % block:
+        raise ValueError(f"{interval} does not start at a block of {block} in {origin}")
+    first, full = start // block, (stop - start) // block
+    rest = (stop - start) % block
+    if full:
+        yield slice(first, first + full), block, slice(0, full * block)
+    if rest:
+        yield slice(first + full, first + full + 1), rest, slice(full * block, full * block + rest)
