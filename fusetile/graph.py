@@ -32,7 +32,8 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One application of a row of the op table. `origin` is the ONNX node it came from, for messages."""
+    """One application of a row of the op table. `origin` is the ONNX node it came from, for messages; `layer` the
+    forward op whose split over the devices it follows (its own name in the forward phase)."""
 
     name: str
     kind: str
@@ -41,6 +42,7 @@ class Op:
     attrs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     phase: str = FORWARD
     origin: str = ""
+    layer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class Graph:
         stem: str = "",
         phase: str = FORWARD,
         origin: str = "",
+        layer: str = "",
     ) -> tuple[str, ...]:
         """Append an op; its outputs' shapes come from the op table. Returns the names of the outputs."""
         from fusetile.ops import row  # the table needs Op and Tensor from here
@@ -131,7 +134,8 @@ class Graph:
             outputs = [self.fresh(stem if i == 0 else f"{stem}.out{i}") for i in range(len(specs))]
         for name, spec in zip(outputs, specs, strict=True):
             self.add_tensor(name, spec.shape, spec.dtype, spec.kind)
-        op = Op(self._op_name(outputs[0]), kind, tuple(inputs), tuple(outputs), attrs, phase, origin)
+        name = self._op_name(outputs[0])
+        op = Op(name, kind, tuple(inputs), tuple(outputs), attrs, phase, origin, layer or name)
         self.ops[op.name] = op
         return op.outputs
 

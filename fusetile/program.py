@@ -136,7 +136,8 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The box of a parameter that this device owns, in its buffer (which may hold more than the box)."""
+    """The box of a parameter that this device owns, in its buffer (which may hold more than the box). Constants
+    (`updated` False) are loaded and never gathered: every device has what it needs of them."""
 
     parameter: str  # name in the graph
     onnx_name: str  # initializer in the model; "" for optimizer state
@@ -144,6 +145,7 @@ class Shard:
     transposed: bool
     box: Box
     buffer: Buffer
+    updated: bool = True
 
 
 @dataclass(frozen=True, slots=True)

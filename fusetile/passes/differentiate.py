@@ -59,7 +59,7 @@ def _add_loss(graph: Graph, kind: str) -> str:
 
 
 def _add_gradients(graph: Graph) -> None:
-    wanted = _depends_on_trained(graph)
+    wanted, producers = _depends_on_trained(graph), graph.producers()
     partial: dict[str, list[str]] = {graph.loss: [graph.loss]}  # the gradient of the loss is 1; no rule reads it
 
     def gradient(name: str) -> str | None:
@@ -78,7 +78,11 @@ def _add_gradients(graph: Graph) -> None:
         vjp = row(op.kind).vjp
         if vjp is None:
             raise UserError(f"{op.origin or op.name}: {op.kind} has no gradient")
-        for name, grad in zip(op.inputs, vjp(graph, op, grads), strict=True):
+        before = len(graph.ops)
+        partials = vjp(graph, op, grads)
+        for new in list(graph.ops.values())[before:]:
+            graph.replace_op(new, layer=op.name)
+        for name, grad in zip(op.inputs, partials, strict=True):
             if grad is not None and name in wanted:
                 partial.setdefault(name, []).append(grad)
     for name, parameter in graph.parameters.items():

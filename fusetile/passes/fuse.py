@@ -29,4 +29,6 @@ def fuse(graph: Graph) -> Graph:
         del graph.ops[op.name], graph.tensors[op.inputs[0]]
         fused = graph.replace_op(host, outputs=op.outputs, attrs=MappingProxyType(attrs))
         producers[op.outputs[0]] = fused
+        for follower in [other for other in graph.ops.values() if other.layer == op.name]:
+            graph.replace_op(follower, layer=host.name)
     return graph.sorted()

@@ -1,0 +1,175 @@
+"""The devices and the network between them: cluster.toml and the built-in profiles.
+
+[[node]]
+name = "kitchen"
+address = "192.168.1.21:7300"
+device = "pi4"
+memory = "1GB"      # optional: how much of it training may use
+cores = 3           # optional
+
+[link]
+rate = "94Mbit/s"
+latency = "0.3ms"
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fusetile.errors import UserError
+
+DEFAULT_PORT = 7300
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A kind of device. `core_flops` is the rate that convolutions reach on one core, in floating-point operations per
+    second; `bandwidth` the memory's, in bytes per second."""
+
+    kind: str
+    target: str  # name in codegen.targets
+    cores: int
+    core_flops: float
+    bandwidth: float
+    memory_bytes: int
+
+
+# Estimates: a core's rate is what direct float32 kernels are expected to reach, the bandwidth that of a copy.
+PROFILES: dict[str, Device] = {
+    "pi3": Device("pi3", "pi3", 4, 1.5e9, 2.0e9, 1 << 30),
+    "pi4": Device("pi4", "pi4", 4, 5.0e9, 4.0e9, 2 << 30),
+    "pi5": Device("pi5", "pi5", 4, 15.0e9, 9.0e9, 4 << 30),
+    "host": Device("host", "host", os.cpu_count() or 1, 40.0e9, 10.0e9, 8 << 30),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One device of the cluster; its rank is its place in `Cluster.nodes`."""
+
+    name: str
+    address: str
+    device: Device
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations per second of all its cores."""
+        return self.device.core_flops * self.device.cores
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What connects any two devices: bytes per second in each direction, seconds until a small message has arrived."""
+
+    bytes_per_second: float
+    latency_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Devices in rank order."""
+
+    nodes: tuple[Node, ...]
+    link: Link = Link(94e6 / 8, 0.3e-3)
+
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        """Relative speed of each device, for proportional cuts."""
+        return tuple(node.flops for node in self.nodes)
+
+
+def local_cluster(nodes: int, *, target: str = "host", port: int = DEFAULT_PORT) -> Cluster:
+    """`nodes` equal devices on this machine, with consecutive ports; loopback is fast."""
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}: a cluster has at least 1 node")
+    device = _profile(target, "--target")
+    if target == "host":
+        device = replace(device, cores=max(1, device.cores // nodes))
+    members = tuple(Node(f"node{rank}", f"127.0.0.1:{port + rank}", device) for rank in range(nodes))
+    return Cluster(members, Link(1e9, 0.05e-3) if target == "host" else Link(94e6 / 8, 0.3e-3))
+
+
+def read_cluster(path: Path) -> Cluster:
+    """Read cluster.toml; raises UserError that names the file, the entry and the value."""
+    try:
+        document = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from None
+    _known(document, {"node", "link"}, f"{path}")
+    entries = document.get("node", [])
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: no [[node]] entry; a cluster needs at least one")
+    nodes = tuple(_node(entry, f"{path}: node {i + 1}") for i, entry in enumerate(entries))
+    for what in ("name", "address"):
+        values = [getattr(node, what) for node in nodes]
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise UserError(f"{path}: two nodes have the {what} {twice[0]!r}; give each its own")
+    return Cluster(nodes, _link(document.get("link", {}), f"{path}: [link]"))
+
+
+def _node(entry: Mapping[str, Any], where: str) -> Node:
+    _known(entry, {"name", "address", "device", "memory", "cores"}, where)
+    for key in ("name", "address", "device"):
+        if not isinstance(entry.get(key), str):
+            raise UserError(f"{where}: {key} is missing or not a string; a node has a name, an address and a device")
+    name, address = entry["name"], entry["address"]
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
+        raise UserError(f"{where}: name {name!r} must be letters, digits, '-', '_' or '.': it names a folder")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"{where} ({name}): address {address!r} must be host:port, like 192.168.1.21:{DEFAULT_PORT}")
+    device = _profile(entry["device"], f"{where} ({name})")
+    if "memory" in entry:
+        device = replace(device, memory_bytes=int(_quantity(entry["memory"], BYTES, f"{where} ({name}): memory")))
+    if "cores" in entry:
+        cores = entry["cores"]
+        if not isinstance(cores, int) or isinstance(cores, bool) or not 1 <= cores <= 256:
+            raise UserError(f"{where} ({name}): cores = {cores!r} must be a whole number from 1 to 256")
+        device = replace(device, cores=cores)
+    return Node(name, address, device)
+
+
+def _profile(kind: str, where: str) -> Device:
+    if kind not in PROFILES:
+        raise UserError(f"{where}: unknown device {kind!r}; known are {', '.join(sorted(PROFILES))}")
+    return PROFILES[kind]
+
+
+def _link(entry: Mapping[str, Any], where: str) -> Link:
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where}: must be a table with rate and latency")
+    _known(entry, {"rate", "latency"}, where)
+    rate = _quantity(entry.get("rate", "94Mbit/s"), RATES, f"{where}: rate")
+    return Link(rate, _quantity(entry.get("latency", "0.3ms"), TIMES, f"{where}: latency"))
+
+
+def _known(entry: Mapping[str, Any], keys: set[str], where: str) -> None:
+    unknown = sorted(set(entry) - keys)
+    if unknown:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(keys))}")
+
+
+BYTES = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+RATES = {"Mbit/s": 1e6 / 8, "Gbit/s": 1e9 / 8, "MB/s": 1e6, "GB/s": 1e9}
+TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def _quantity(value: Any, units: Mapping[str, float], where: str) -> float:
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]*)\s*", str(value))
+    try:
+        number = float(match[1]) * units[match[2]] if match else 0.0
+    except (KeyError, ValueError):
+        number = 0.0
+    if number <= 0:
+        known = ", ".join(unit for unit in units if unit)
+        raise UserError(f"{where} = {value!r} must be a positive number with a unit: {known}")
+    return number
