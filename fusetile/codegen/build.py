@@ -1,0 +1,186 @@
+"""Kernels -> one shared library per target: objects by TVM, trampolines and the thread pool in C, linked with zig.
+
+Objects and libraries are cached by the content that they follow from, in `cache_directory()`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+from fusetile.codegen.calls import BODY, Kernel
+from fusetile.codegen.elf import needed_libraries, undefined_symbols
+from fusetile.codegen.targets import Target
+from fusetile.errors import FusetileError, PlanError
+
+Progress = Callable[[int, int], None]
+
+HERE = Path(__file__).parent
+FLAGS = ("-O2", "-fPIC", "-shared", "-s", "-fvisibility=hidden", "-Wl,--no-undefined")
+# A compiler process takes seconds to start, a kernel tenths of one to compile: few are compiled in this process.
+KERNELS_PER_PROCESS = 6
+
+MATH = {"expf", "exp", "logf", "log", "sqrtf", "sqrt", "powf", "tanhf", "fmaf", "fma", "floorf", "roundf"}
+LIBC = {"memcpy", "memmove", "memset", "syscall", "clock_gettime", "sigfillset", "pthread_sigmask", "sigprocmask"}
+THREADS = {"pthread_create", "pthread_join"}
+ALLOWED_SYMBOLS = MATH | LIBC | THREADS
+ALLOWED_LIBRARIES = ("libc.so.", "libm.so.", "libpthread.so.", "ld-linux")
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: $FUSETILE_CACHE, or ~/.cache/fusetile."""
+    path = Path(os.environ.get("FUSETILE_CACHE") or Path.home() / ".cache" / "fusetile")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def build_library(
+    kernels: Iterable[Kernel], target: Target, directory: Path, *, progress: Progress | None = None
+) -> Path:
+    """Write DIRECTORY/kernels-HASH.so with these kernels and the thread pool; HASH is that of its content.
+
+    `progress(done, total)` is told of every compiled kernel. Raises FusetileError if a kernel does not compile or the
+    library would need more of a device than its C library.
+    """
+    by_symbol: dict[str, Kernel] = {}
+    for kernel in kernels:
+        if by_symbol.setdefault(kernel.symbol, kernel) != kernel:
+            raise PlanError(f"two different kernels are called {kernel.symbol}")
+    distinct = [by_symbol[symbol] for symbol in sorted(by_symbol)]
+    objects = _compile(distinct, target, progress or (lambda done, total: None))
+    library = _link(distinct, objects, target)
+    content = hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+    path = directory / f"kernels-{content}.so"
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        os.replace(shutil.copy(library, scratch), path)
+    return path
+
+
+def trampolines(kernels: Iterable[Kernel]) -> str:
+    """C source: for every kernel the exported function that unpacks a call and runs its body."""
+    text = [(HERE / "segment.c").read_text()]
+    for kernel in kernels:
+        body = BODY.format(kernel.symbol)
+        sorts = (
+            ("void *", "pointers", kernel.pointers),
+            ("int32_t", "ints", kernel.ints),
+            ("float", "floats", kernel.floats),
+        )
+        types = ", ".join(["int32_t", "int32_t", *(sort for sort, _, count in sorts for _ in range(count))])
+        values = ", ".join(["lo", "hi", *(f"call->{name}[{i}]" for _, name, count in sorts for i in range(count))])
+        text.append(f"void {body}({types});")
+        text.append(f"EXPORT void {kernel.symbol}(int32_t lo, int32_t hi, const ft_call *call) {{ {body}({values}); }}")
+    return "\n".join(text) + "\n"
+
+
+def check_portable(image: bytes, target: Target) -> None:
+    """Raise FusetileError if a library needs symbols or libraries that a device need not have."""
+    unknown = undefined_symbols(image) - ALLOWED_SYMBOLS
+    strange = {name for name in needed_libraries(image) if not name.startswith(ALLOWED_LIBRARIES)}
+    if unknown or strange:
+        raise FusetileError(
+            f"the kernel library for {target.name} needs {', '.join(sorted(unknown | strange))}, "
+            "which a device need not have: this is a fault of fusetile"
+        )
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _compile(kernels: Sequence[Kernel], target: Target, progress: Progress) -> list[Path]:
+    """The object file of every kernel, compiled if it is not in the cache."""
+    pipeline = (HERE / "tvm_pipeline.py").read_text()
+    tools = (importlib.metadata.version("apache-tvm"), json.dumps(target.tvm), pipeline)
+    objects = [cache_directory() / f"{_digest(kernel.source, *tools)}.o" for kernel in kernels]
+    jobs = [
+        json.dumps({"symbol": kernel.symbol, "source": kernel.source, "target": target.tvm, "path": str(path)})
+        for kernel, path in zip(kernels, objects, strict=True)
+        if not path.exists()
+    ]
+    done, lock = len(kernels) - len(jobs), Lock()
+
+    def finished(line: str) -> None:
+        nonlocal done
+        result = json.loads(line)
+        if result["error"]:
+            raise FusetileError(f"kernel {result['symbol']} does not compile for {target.name}:\n{result['error']}")
+        with lock:
+            done += 1
+            progress(done, len(kernels))
+
+    progress(done, len(kernels))
+    count = min(len(os.sched_getaffinity(0)), len(jobs) // KERNELS_PER_PROCESS)
+    if count < 2:
+        _compile_here(jobs, finished)
+        return objects
+    with ThreadPoolExecutor(count) as threads:
+        for future in [threads.submit(_compile_jobs, jobs[i::count], finished) for i in range(count)]:
+            future.result()
+    return objects
+
+
+def _compile_here(jobs: Sequence[str], finished: Callable[[str], None]) -> None:
+    if jobs:
+        from fusetile.codegen.tvm_pipeline import answer  # loading TVM takes seconds
+
+        for job in jobs:
+            finished(answer(job))
+
+
+def _compile_jobs(jobs: Sequence[str], finished: Callable[[str], None]) -> None:
+    """Feed jobs to a compiler process, one at a time."""
+    command = [sys.executable, "-m", "fusetile.codegen.tvm_pipeline"]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdin and process.stdout
+        try:
+            for job in jobs:
+                process.stdin.write(job + "\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+                if not answer:
+                    errors.seek(0)
+                    raise FusetileError(
+                        f"the compiler died on kernel {json.loads(job)['symbol']}:\n{errors.read()[-2000:]}"
+                    )
+                finished(answer)
+        except BrokenPipeError:
+            errors.seek(0)
+            raise FusetileError(f"the compiler did not start:\n{errors.read()[-2000:]}") from None
+        finally:
+            process.kill()
+
+
+def _link(kernels: Sequence[Kernel], objects: Sequence[Path], target: Target) -> Path:
+    """The linked and checked library, in the cache."""
+    source = trampolines(kernels)
+    names = [path.name for path in objects]
+    library = (
+        cache_directory() / f"{_digest(source, target.zig, importlib.metadata.version('ziglang'), *FLAGS, *names)}.so"
+    )
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        c, made = Path(scratch) / "segment.c", Path(scratch) / "kernels.so"
+        c.write_text(source)
+        command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, "-target", target.zig, "-o", str(made), str(c)]
+        result = subprocess.run([*command, *map(str, objects), "-lm", "-lpthread"], capture_output=True, text=True)
+        if result.returncode:
+            raise FusetileError(f"the kernel library for {target.name} does not link:\n{result.stderr[-2000:]}")
+        check_portable(made.read_bytes(), target)
+        os.replace(made, library)
+    return library

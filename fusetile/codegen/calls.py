@@ -1,0 +1,116 @@
+"""Kernels and calls: what the lowerings hand to `build` (kernels) and to the memory planner (calls).
+
+A kernel is the text of one TVMScript function
+
+    BODY(lo, hi, pointers..., ints..., floats...)
+
+that does the work units [lo, hi) of a call. Buffers are one-dimensional and strides are arguments, so that one kernel
+serves every shape. `SYMBOL(lo, hi, const ft_call *)`, generated in C, unpacks a call's arguments for it.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fusetile.box import Box
+from fusetile.errors import PlanError
+from fusetile.program import Buffer
+
+# the limits of ft_call in segment.c
+MAX_POINTERS, MAX_INTS, MAX_FLOATS = 10, 32, 6
+BODY = "{}_body"
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel: its exported symbol, the TVMScript of its body, and the number of its arguments of each sort."""
+
+    symbol: str
+    source: str
+    pointers: int
+    ints: int
+    floats: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """An address: bytes from the start of a named buffer."""
+
+    buffer: str
+    offset_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """One call of a kernel, before memory planning. `split` independent work units are shared by the threads."""
+
+    kernel: Kernel
+    split: int
+    pointers: tuple[Ref, ...]
+    ints: tuple[int, ...] = ()
+    floats: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = (len(self.pointers), len(self.ints), len(self.floats))
+        wanted = (self.kernel.pointers, self.kernel.ints, self.kernel.floats)
+        if given != wanted:
+            raise PlanError(f"kernel {self.kernel.symbol} takes {wanted} pointers, ints and floats, not {given}")
+        if any(not -(2**31) <= value < 2**31 for value in (self.split, *self.ints)):
+            raise PlanError(
+                f"kernel {self.kernel.symbol}: {self.ints} do not fit 32 bits: split the tensor over devices"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """The calls of one op, in order, and the buffers that exist only during them."""
+
+    calls: tuple[KernelCall, ...] = ()
+    scratch: tuple[Buffer, ...] = field(default=())
+
+
+def make_kernel(
+    symbol: str,
+    *,
+    pointers: Mapping[str, str],
+    body: str,
+    ints: Sequence[str] = (),
+    floats: Sequence[str] = (),
+    scratch: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+    aliased: bool = False,
+) -> Kernel:
+    """A kernel from the statements of its body, which loop over the units [lo, hi).
+
+    `pointers` maps one-dimensional buffers to dtypes (any alignment of their elements), `scratch` local arrays to
+    (shape, dtype). Buffers that may overlap must be declared `aliased`.
+    Every vectorized loop must hold one statement: TVM miscompiles scratch that lives in a single one.
+    """
+    if len(pointers) > MAX_POINTERS or len(ints) > MAX_INTS or len(floats) > MAX_FLOATS:
+        raise PlanError(f"kernel {symbol} has more arguments than a call holds")
+    parameters = [
+        "lo: T.int32",
+        "hi: T.int32",
+        *(f"{name}_: T.handle" for name in pointers),
+        *(f"{name}: T.int32" for name in ints),
+        *(f"{name}: T.float32" for name in floats),
+    ]
+    head = [f"T.func_attr({{'global_symbol': '{BODY.format(symbol)}', 'tirx.noalias': {not aliased}}})"]
+    for name, dtype in pointers.items():
+        align = np.dtype(dtype).itemsize
+        # the shape only has to be large: addresses follow from the kernel's own strides
+        head.append(f"{name} = T.match_buffer({name}_, (1073741824,), '{dtype}', align={align})")
+    for name, (shape, dtype) in (scratch or {}).items():
+        head.append(f"{name} = T.sblock_alloc_buffer({shape}, '{dtype}', scope='local')")
+    statements = "\n".join(head) + "\n" + textwrap.dedent(body).strip("\n")
+    source = f"@T.prim_func(s_tir=True)\ndef kernel({', '.join(parameters)}):\n{textwrap.indent(statements, '    ')}\n"
+    return Kernel(symbol, source, len(pointers), len(ints), len(floats))
+
+
+def ref(buffer: Buffer, box: Box | None = None) -> Ref:
+    """The first element of `box` (a box of the tensor, at a multiple of the block) in its buffer."""
+    elements = 0 if box is None else buffer.element(box)
+    return Ref(buffer.name, elements * np.dtype(buffer.dtype).itemsize)

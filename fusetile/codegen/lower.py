@@ -1,0 +1,64 @@
+"""Op -> kernel calls: one module per kernel family, found by the name in the op's row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+from fusetile.box import Box, volume
+from fusetile.codegen.calls import Lowered
+from fusetile.codegen.targets import Target
+from fusetile.errors import PlanError
+from fusetile.graph import Op
+from fusetile.ops import Domain, row
+from fusetile.program import Buffer
+
+# Row.kernel -> the module in this package whose function lower_FAMILY lowers it
+_MODULES = {
+    "conv": "conv",
+    "conv_input_grad": "conv",
+    "conv_weight_grad": "conv",
+    "elementwise": "elementwise",
+    "sgd": "update",
+    "dropout": "dropout",
+    "max_pool": "pool",
+    "max_pool_grad": "pool",
+    "average_pool": "pool",
+    "average_pool_grad": "pool",
+    "global_average_pool": "pool",
+    "global_average_pool_grad": "pool",
+    "channel_sum": "moments",
+    "channel_moments": "moments",
+    "normalize_moments": "moments",
+    "batch_statistics": "norm",
+    "frozen_statistics": "norm",
+    "running_statistics": "norm",
+    "normalize": "norm",
+    "normalize_parameter_grad": "norm",
+    "normalize_input_grad": "norm",
+    "frozen_normalize_input_grad": "norm",
+    "cross_entropy": "loss",
+    "cross_entropy_grad": "loss",
+    "mean_squared_error": "loss",
+    "concat": "shape",
+    "slice": "shape",
+    "reshape": "shape",
+}
+
+
+def lower(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The calls that do the iterations `box` of an op, and the scratch that they use.
+
+    `inputs[i]` holds at least `domain.need(box, i)`, `outputs[o]` gets `domain.output(box, o)`, its pad lanes included;
+    nothing else of the outputs changes. Boxes start at multiples of the blocks.
+    """
+    if volume(box) == 0:
+        return Lowered()
+    family = row(op.kind).kernel
+    if family not in _MODULES:
+        raise PlanError(f"{op.kind}: no kernel family {family!r}")
+    module = import_module(f"fusetile.codegen.{_MODULES[family]}")
+    lowered: Lowered = getattr(module, f"lower_{family}")(op, domain, box, list(inputs), list(outputs), target=target)
+    return lowered

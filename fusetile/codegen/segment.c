@@ -1,0 +1,147 @@
+/* Segments: kernel calls executed in order by a fixed set of threads.
+ *
+ * Every call's work units are shared evenly by all threads, which then meet at a barrier. The barrier is also how a
+ * segment starts: the workers wait at one, and the caller is the last to arrive. A thread that waits spins for about
+ * 20 us, then sleeps in a futex. With one thread there is nothing of this.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+#include <unistd.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+
+typedef struct ft_call {
+  void (*kernel)(int32_t lo, int32_t hi, const struct ft_call *call);
+  int32_t split, reserved;
+  void *pointers[10];
+  int32_t ints[32];
+  float floats[6];
+} ft_call;
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum { MAX_THREADS = 64, SPIN_ns = 20000, SPINS_PER_LOOK = 32 };
+
+static struct {
+  pthread_t workers[MAX_THREADS];
+  int32_t threads; /* including the caller; 0 before ft_start */
+  const ft_call *calls;
+  int32_t count;
+  int stopping;
+  /* the barrier, on cache lines of its own */
+  _Alignas(64) atomic_int arrived;
+  _Alignas(64) atomic_uint phase;
+  atomic_int sleepers;
+} pool;
+
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__) || defined(__arm__)
+  __asm__ volatile("yield");
+#endif
+}
+
+static void wait_for_phase(unsigned old) {
+  int64_t end_ns = now_ns() + SPIN_ns;
+  do {
+    for (int i = 0; i < SPINS_PER_LOOK; i++) {
+      if (atomic_load_explicit(&pool.phase, memory_order_acquire) != old) return;
+      relax();
+    }
+  } while (now_ns() < end_ns);
+  /* The thread that ends the phase changes it, then looks for sleepers; this one counts itself, then looks at the
+   * phase (the kernel does): in a sequentially consistent order at least one of them sees the other. */
+  atomic_fetch_add(&pool.sleepers, 1);
+  while (atomic_load(&pool.phase) == old) syscall(SYS_futex, &pool.phase, FUTEX_WAIT_PRIVATE, old, NULL, NULL, 0);
+  atomic_fetch_sub(&pool.sleepers, 1);
+}
+
+static void barrier(void) {
+  unsigned phase = atomic_load(&pool.phase);
+  if (atomic_fetch_add(&pool.arrived, 1) + 1 < pool.threads) {
+    wait_for_phase(phase);
+    return;
+  }
+  atomic_store(&pool.arrived, 0);
+  atomic_store(&pool.phase, phase + 1);
+  if (atomic_load(&pool.sleepers)) syscall(SYS_futex, &pool.phase, FUTEX_WAKE_PRIVATE, MAX_THREADS, NULL, NULL, 0);
+}
+
+static void run_share(int32_t thread) {
+  for (const ft_call *call = pool.calls, *end = call + pool.count; call < end; call++) {
+    int32_t lo = (int32_t)((int64_t)call->split * thread / pool.threads);
+    int32_t hi = (int32_t)((int64_t)call->split * (thread + 1) / pool.threads);
+    if (lo < hi) call->kernel(lo, hi, call);
+    barrier();
+  }
+}
+
+static void *work(void *thread) {
+  for (;;) {
+    barrier();
+    if (pool.stopping) return NULL;
+    run_share((int32_t)(intptr_t)thread);
+  }
+}
+
+/* Stop the pool and join its threads. */
+EXPORT void ft_stop(void) {
+  if (pool.threads > 1) {
+    pool.stopping = 1;
+    barrier();
+    for (int32_t i = 1; i < pool.threads; i++) pthread_join(pool.workers[i], NULL);
+  }
+  pool.threads = 0;
+}
+
+/* Start the pool, with this many threads including the caller's. A pool that runs is stopped first. Returns 0 or an
+ * errno. */
+EXPORT int ft_start(int32_t threads) {
+  if (threads < 1 || threads > MAX_THREADS) return EINVAL;
+  ft_stop();
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_BLOCK, &all, &before); /* signals are for the program's own threads */
+  pool.stopping = 0;
+  pool.threads = threads;
+  int error = 0;
+  int32_t made = 1;
+  while (made < threads && !(error = pthread_create(&pool.workers[made], NULL, work, (void *)(intptr_t)made))) made++;
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  if (error) {
+    /* stand in at the barrier for the threads that are missing */
+    pool.stopping = 1;
+    atomic_fetch_add(&pool.arrived, threads - made);
+    barrier();
+    for (int32_t i = 1; i < made; i++) pthread_join(pool.workers[i], NULL);
+    pool.threads = 0;
+  }
+  return error;
+}
+
+/* Execute a segment. Without a pool the caller's thread does it alone. */
+EXPORT void ft_run(const ft_call *calls, int32_t count) {
+  if (pool.threads < 2) {
+    for (const ft_call *call = calls; call < calls + count; call++) {
+      if (call->split > 0) call->kernel(0, call->split, call);
+    }
+    return;
+  }
+  pool.calls = calls;
+  pool.count = count;
+  barrier();
+  run_share(0);
+}

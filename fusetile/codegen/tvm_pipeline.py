@@ -1,0 +1,121 @@
+"""TVMScript -> object file with plain C functions: no packed calling convention, no symbols of TVM's runtime.
+
+TVM's own lowering ends in MakePackedAPI, whose functions need the runtime library. Here a short pass takes its place
+that turns buffer parameters into raw pointers. Run as a module, it compiles the jobs that it reads from standard input
+(one JSON object per line) and answers each with a line.
+"""
+
+from __future__ import annotations
+
+import json
+import linecache
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.tirx import compilation_pipeline
+from tvm.tirx.buffer import is_buffer_var
+
+PIPELINE = "fusetile"
+
+
+def _plain_function(function: Any, module: Any, context: Any) -> Any:
+    parameters, declarations = [], []
+    for parameter in function.params:
+        if is_buffer_var(parameter):
+            data = tirx.Var(f"{parameter.name}_data", tvm.ir.PointerType(tvm.ir.PrimType(parameter.dtype)))
+            parameters.append(data)
+            declarations.append(tirx.DeclBuffer(parameter, data=data))
+        else:
+            parameters.append(parameter)
+    body = tirx.SeqStmt([*declarations, function.body]) if declarations else function.body
+    return tirx.PrimFunc(parameters, body, function.ret_type, function.attrs)
+
+
+def _pipeline() -> Any:
+    """TVM's s_tir pipeline, with plain functions at its end."""
+    _, _, finalize_device = compilation_pipeline.PIPELINE_MAP["s_tir"]()
+    passes = [
+        s_tir.transform.CanonicalizeLoop(),
+        s_tir.transform.LowerInitBlock(),
+        s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        s_tir.transform.ConvertBlocksToOpaque(),
+        s_tir.transform.CompactBufferAllocation(),
+        s_tir.transform.LowerMatchBuffer(),
+        s_tir.transform.StmtSimplify(),
+        s_tir.transform.AnnotateIrregularLoop(),
+        s_tir.transform.LowerOpaqueBlock(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.NarrowDataType(32),
+        s_tir.transform.LoopPartition(),
+        tirx.transform.VectorizeLoop(True),
+        tirx.transform.StorageRewrite(),
+        s_tir.transform.HoistIfThenElse(),
+        tirx.transform.UnrollLoop(),
+        s_tir.transform.RenormalizeSplitPattern(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.RemoveNoOp(),
+        s_tir.transform.RewriteUnsafeSelect(),
+        tirx.transform.CommonSubexprElim(),
+        tirx.transform.prim_func_pass(_plain_function, opt_level=0, name="fusetile.PlainFunction"),
+    ]
+
+    def lower(module: Any, context: Any) -> Any:
+        return tvm.ir.transform.Sequential(passes)(module)
+
+    host_passes = [tirx.transform.LowerIntrin()]
+    lowering = tvm.transform.module_pass(lower, opt_level=0)
+    return lowering, lambda: tvm.ir.transform.Sequential(host_passes), finalize_device
+
+
+compilation_pipeline.register_tir_pipeline(PIPELINE, _pipeline)
+
+
+def build(source: str, target: dict[str, Any]) -> Any:
+    """Compile the TVMScript function `kernel` in `source`; `inspect_source("ll" or "asm")` of the result shows it."""
+    text = "from tvm.script import tirx as T\n" + source
+    # TVMScript reads the function's source through linecache
+    name = f"<kernel {abs(hash(source)):x}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    try:
+        scope: dict[str, Any] = {}
+        exec(compile(text, name, "exec"), scope)
+        tvm_target = tvm.target.Target(target)
+        with tvm_target:
+            return tirx.build(scope["kernel"], target=tvm_target, pipeline=PIPELINE)
+    finally:
+        del linecache.cache[name]
+
+
+def compile_object(source: str, target: dict[str, Any], path: Path) -> None:
+    """Write the object file of a kernel; `path` appears complete or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        made = Path(scratch) / "kernel.o"
+        build(source, target).write_to_file(str(made), "o")
+        os.replace(made, path)
+
+
+def answer(line: str) -> str:
+    """Do a job {symbol, source, target, path}; answers {symbol, error}. Both are one line of JSON."""
+    job = json.loads(line)
+    error = ""
+    try:
+        compile_object(job["source"], job["target"], Path(job["path"]))
+    except Exception:  # whatever TVM raises is reported under the kernel's name
+        error = traceback.format_exc(limit=-2)
+    return json.dumps({"symbol": job["symbol"], "error": error})
+
+
+def main() -> None:
+    """Answer the jobs on standard input, a line each."""
+    for line in sys.stdin:
+        print(answer(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
