@@ -63,7 +63,7 @@ class Graph:
     """Ops over named tensors. Fed each step: `inputs`; `targets` (tensor -> its key in the data: y, or y0, y1, ...);
     `controls` (tensor -> what it holds: "step" or "learning_rate", shape (1,)). `outputs` are the model's,
     `parameters` persist, `next_value` maps a parameter to the tensor that becomes its value for the next step,
-    `gradients` maps a trained parameter to its gradient tensor, `loss` names the loss (shape (1,)) once there is one."""
+    `gradients` maps a trained parameter to its gradient tensor, `loss` names the loss (shape (1,))."""
 
     def __init__(self, name: str = "model") -> None:
         self.name = name

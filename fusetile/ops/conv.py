@@ -159,7 +159,7 @@ def _input_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> li
     need = domain.need(box, 0)
     dx = np.zeros(extents(domain.output(box)), dy.dtype)
     dims = spatial(op.attrs, w.shape[2:])
-    for tap in np.ndindex(*w.shape[2:]):
+    for tap in np.ndindex(*w.shape[2:]) if dy.size else ():  # with strides, a box may lie between all windows
         found = scatter_rows(box, need, dims, tap, domain)
         part = np.moveaxis(np.tensordot(dy, w[:, :, *tap], (1, 0)), -1, 1)
         for axis, (source, _) in enumerate(found, 2):

@@ -132,6 +132,8 @@ def _pool_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> lis
     """Spread dy over the windows: max pooling to the tap that `argmax` names, average pooling evenly to all."""
     need = domain.need(box, 0)
     dy = inputs[0]
+    if not dy.size:  # with strides, a box may lie between all windows
+        return [np.zeros(extents(domain.output(box)), dy.dtype)]
     if len(inputs) == 1:
         dy = dy / _window_areas(op, op.attrs["input_shape"][2:], need[2:], dy.dtype)
     dx = np.zeros(extents(domain.output(box)), dy.dtype)

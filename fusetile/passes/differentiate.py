@@ -65,9 +65,9 @@ def _add_gradients(graph: Graph) -> None:
     def gradient(name: str) -> str | None:
         parts = partial.get(name, [])
         while len(parts) > 1:
-            (both,) = graph.add(
-                "Add", parts[:2], stem=f"grad.{name}.sum", phase=BACKWARD, origin=f"gradient of {name!r}"
-            )
+            stem, origin = f"grad.{name}.sum", f"the gradient of {name!r}"
+            layer = producers[name].name if name in producers else ""
+            (both,) = graph.add("Add", parts[:2], stem=stem, phase=BACKWARD, origin=origin, layer=layer)
             parts = [both, *parts[2:]]
         return parts[0] if parts else None
 

@@ -1,0 +1,132 @@
+"""Derive every tensor's layout from the placements, and the moves that bring it to its readers.
+
+    y: device 0 has rows 0..7, device 1 rows 7..13        delivery of y to conv2: need 0..8 | 6..13,
+    conv2 on device 0 reads rows 0..8                     moves 1 -> 0: row 7, 0 -> 1: row 6
+
+A delivery is one set of needed boxes of a tensor, shared by all readers that it serves: one buffer and one exchange for
+the forward and the backward op that need the same halo. Where what a device has and what it needs lie close together
+the delivery is *in place*: it fills up the producer's buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusetile.box import Box, empty, hull, volume, whole
+from fusetile.graph import Graph, Op, Tensor
+from fusetile.ops import domain_of
+from fusetile.plan import Layout, Move, Plan, redistribute
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """`need[d]` of a tensor on every device d, for the ops `readers`. `in_place[d]`: in the producer's buffer. With a
+    source layout of `sum` the moves are contributions, to be added in their order. `fed` tensors need no moves."""
+
+    tensor: str
+    need: tuple[Box, ...]
+    in_place: tuple[bool, ...]
+    moves: tuple[Move, ...]
+    readers: tuple[str, ...]
+
+    def transfers(self) -> tuple[Move, ...]:
+        """The moves that cross the network."""
+        return tuple(move for move in self.moves if move.source != move.target)
+
+
+@dataclass(frozen=True, slots=True)
+class Communication:
+    """`layouts` of all tensors that ops write or that persist; `deliveries` in the order in which their tensors are
+    written; `reads[op, tensor]`: the delivery through which an op reads a tensor."""
+
+    layouts: dict[str, Layout]
+    deliveries: tuple[Delivery, ...]
+    reads: dict[tuple[str, str], int]
+
+
+def communicate(graph: Graph, plan: Plan, *, block: int) -> Communication:
+    """`graph` must be in topological order. Raises PlanError where a layout is not legal."""
+    layouts = _layouts(graph, plan)
+    for name, layout in layouts.items():
+        layout.check(whole(graph.tensors[name].shape), name)
+    deliveries: list[Delivery] = []
+    reads: dict[tuple[str, str], int] = {}
+    readers = graph.consumers()
+    written = [name for op in graph.ops.values() for name in op.outputs]
+    for name in [*graph.parameters, *sorted(graph.fed()), *written]:
+        needs = {op.name: _needs(graph, plan, op, name, block) for op in readers[name]}
+        if name == graph.loss:
+            needs["loss"] = (whole(graph.tensors[name].shape),) * plan.nodes
+        for need, served in _merge(needs):
+            for op_name in served:
+                reads[op_name, name] = len(deliveries)
+            deliveries.append(_delivery(name, layouts.get(name), need, served))
+    return Communication(layouts, tuple(deliveries), reads)
+
+
+def _layouts(graph: Graph, plan: Plan) -> dict[str, Layout]:
+    layouts = {}
+    for op in graph.ops.values():
+        domain, placement = domain_of(graph, op), plan.placements[op.name]
+        partial = any(volume(box) and domain.is_partial(box) for box in placement.own)
+        for i, name in enumerate(op.outputs):
+            own = tuple(domain.output(box, i) for box in placement.own)
+            have = own if partial else tuple(domain.output(box, i) for box in placement.compute)
+            layouts[name] = Layout(have, own, "sum" if partial else "pick")
+    for parameter, new in graph.next_value.items():
+        layouts[parameter] = layouts[new]  # the step starts with what the last one left
+    return layouts
+
+
+def _needs(graph: Graph, plan: Plan, op: Op, name: str, block: int) -> tuple[Box, ...]:
+    """Per device, the box of a tensor that an op reads, at whole channel blocks."""
+    domain, tensor = domain_of(graph, op), graph.tensors[name]
+    nothing = empty(len(tensor.shape))
+    boxes = []
+    for compute in plan.placements[op.name].compute:
+        parts = [domain.need(compute, i) for i, read in enumerate(op.inputs) if read == name]
+        boxes.append(aligned(hull(parts), tensor, block) if volume(compute) else nothing)
+    return tuple(boxes)
+
+
+def aligned(box: Box, tensor: Tensor, block: int) -> Box:
+    """`box` extended to whole channel blocks: dimension 1 of maps, 0 of vectors, 0 and 1 of filters."""
+    if volume(box) == 0 or tensor.dtype == "int32":
+        return box
+    channels = {("map", 1): (0,)}.get((tensor.kind, len(box)), (0, 1) if tensor.kind == "filter" else (1,))
+    return tuple(
+        (start // block * block, min(size, -(-stop // block) * block)) if axis in channels else (start, stop)
+        for axis, ((start, stop), size) in enumerate(zip(box, tensor.shape, strict=True))
+    )
+
+
+def _merge(needs: dict[str, tuple[Box, ...]]) -> list[tuple[tuple[Box, ...], tuple[str, ...]]]:
+    """Readers whose needs fit into one box per device without waste share a delivery; the largest needs come first."""
+    groups: list[tuple[tuple[Box, ...], tuple[str, ...]]] = []
+    for name, need in sorted(needs.items(), key=lambda item: -sum(map(volume, item[1]))):
+        for i, (held, names) in enumerate(groups):
+            both = tuple(hull([a, b]) for a, b in zip(held, need, strict=True))
+            if sum(map(volume, both)) <= sum(map(volume, held)) + sum(map(volume, need)):
+                groups[i] = (both, (*names, name))
+                break
+        else:
+            groups.append((need, (name,)))
+    return groups
+
+
+def _delivery(name: str, source: Layout | None, need: tuple[Box, ...], readers: tuple[str, ...]) -> Delivery:
+    if source is None:  # fed by the runtime, or a constant: everybody has what he needs
+        return Delivery(name, need, (False,) * len(need), (), readers)
+    moves = redistribute(source, need)
+    in_place = tuple(
+        source.combine == "pick" and volume(hull([have, wanted])) <= volume(have) + volume(wanted)
+        for have, wanted in zip(source.have, need, strict=True)
+    )
+    moves = [move for move in moves if move.source != move.target or not in_place[move.target]]
+    return Delivery(name, need, in_place, tuple(moves), readers)
+
+
+def moved_bytes(graph: Graph, delivery: Delivery) -> int:
+    """Bytes that a delivery puts on the wire, over all devices."""
+    size = {"float64": 8, "uint8": 1}.get(graph.tensors[delivery.tensor].dtype, 4)
+    return sum(size * volume(move.box) for move in delivery.transfers())
