@@ -1,0 +1,20 @@
+"""ONNX -> Graph: static shapes, one meaning per op whatever the opset, shape arithmetic folded.
+
+    model.onnx                                   Graph
+    Shape -> Gather -> Concat -> Reshape   ==>   Reshape(x; shape = (4, 512))
+    BatchNormalization                     ==>   ChannelMoments, BatchStatistics, Normalize (+ RunningStatistics)
+    Gemm (transB = 0, alpha = 0.5)         ==>   Scale, Gemm (weights [K, C], transposed once)
+    Identity, Dropout (ratio = 0)          ==>   nothing
+
+Nothing that depends on a trainable initializer is folded: BatchNormalization stays, convolutions keep their weights.
+
+    files.py      reading the file, and what may be wrong with it
+    unshare.py    BatchNormalization vectors that an exporter merged because their first values are equal
+    folding.py    what is constant, and its value
+    importer.py   inputs and batch, names, parameters, the walk over the nodes
+    rules.py      one rule per ONNX op
+"""
+
+from fusetile.onnx_import.importer import import_onnx
+
+__all__ = ["import_onnx"]

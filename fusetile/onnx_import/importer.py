@@ -1,0 +1,329 @@
+"""The walk over an ONNX model: inputs and batch, names, parameters, and the rule of each node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import helper, inliner, numpy_helper
+
+from fusetile.errors import UnsupportedOp, UserError
+from fusetile.graph import FORWARD, Graph, Parameter
+from fusetile.onnx_import import files, folding
+from fusetile.onnx_import.unshare import unshare_norms
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """An ONNX node as a rule sees it; `inputs[i]` is "" where an optional input is left out."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attrs: Mapping[str, Any]
+    origin: str
+    opset: int
+
+    def has(self, i: int) -> bool:
+        """Whether input `i` is given."""
+        return i < len(self.inputs) and self.inputs[i] != ""
+
+
+def import_onnx(
+    path: str | Path,
+    *,
+    batch: int | None = None,
+    bn: Literal["train", "frozen"] = "train",
+    dropout: float | None = None,
+    seed: int = 0,
+) -> Graph:
+    """The forward graph of an ONNX file, with the running statistics' updates of its BatchNormalizations.
+
+    batch    binds the first dimension of every input, also where the model has another number there. By default the
+             model's own number, or 1 if it is dynamic.
+    bn       "train": statistics of the batch, and running statistics by ONNX's rule; "frozen": the stored statistics.
+             The nodes' own training_mode does not matter.
+    dropout  overrides the ratio of every Dropout. Dropout always drops, whatever training_mode says.
+    seed     of the dropout masks; their step counter is the control tensor "step".
+
+    Tensors keep their ONNX names. Raises UserError if the file can't be read, is no valid model, or has a dynamic
+    dimension other than the batch; UnsupportedOp, naming all nodes concerned, if an op can't be trained.
+    """
+    where = str(path)
+    model = unshare_norms(files.read_model(path))
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    opset = files.opset_of(model, where)
+    importer = Importer(model, where=where, opset=opset, bn=bn, dropout=dropout, seed=seed)
+    importer.refuse_unsupported()
+    files.check_model(model, where)
+    importer.bind_inputs(batch)
+    importer.run()
+    return importer.graph
+
+
+class Importer:
+    """State of one import. Rules (rules.py) read a node's operands and add ops through its methods."""
+
+    def __init__(
+        self, model: onnx.ModelProto, *, where: str, opset: int, bn: str, dropout: float | None, seed: int
+    ) -> None:
+        self.where, self.opset, self.bn, self.dropout, self.seed = where, opset, bn, dropout, seed
+        self.proto = model.graph
+        self.graph = Graph(model.graph.name or "model")
+        self.initializers = self._read_initializers()
+        self.nodes = live_nodes(model.graph)
+        self.constant = folding.constant_outputs(self.nodes, self.initializers)
+        self.values = {name: array for name, array in self.initializers.items() if name in self.constant}
+        self.alias: dict[str, str] = {}
+        self.uses = Counter(name for node in self.nodes for name in node.input)
+        self.uses.update(output.name for output in model.graph.output)
+        self.reserved = {name for node in model.graph.node for name in (*node.input, *node.output)}
+        self.reserved.update(value.name for value in (*model.graph.input, *model.graph.output))
+        self.batch = 1
+        self.baked_batch: int | None = None
+        self.dropout_sites = 0
+
+    # -- the steps of an import -------------------------------------------------------------------------------------
+
+    def refuse_unsupported(self) -> None:
+        """Raise UnsupportedOp that names every op without a rule, if there is one."""
+        from fusetile.onnx_import.rules import RULES  # the rules need this class
+
+        refused: dict[str, list[str]] = {}
+        for node in self.nodes:
+            standard = node.domain in ("", "ai.onnx")
+            if not all(name in self.constant for name in node.output if name) and not (
+                standard and node.op_type in RULES
+            ):
+                label = node.op_type if standard else f"{node.domain}::{node.op_type}"
+                refused.setdefault(label, []).append(repr(node.name or node.output[0]))
+        if refused:
+            lines = [
+                f"{label} ({'node' if len(names) == 1 else 'nodes'} {', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+                for label, names in sorted(refused.items())
+            ]
+            raise UnsupportedOp(
+                f"{self.where}: can't train {'; '.join(lines)}. Supported ops: {', '.join(sorted(RULES))}, and "
+                "Constant and arithmetic on constants and shapes"
+            )
+
+    def bind_inputs(self, batch: int | None) -> None:
+        """Declare the data inputs, their first dimension bound to the batch."""
+        inputs = [value for value in self.proto.input if value.name not in self.initializers]
+        if not inputs or not self.proto.output:
+            raise UserError(f"{self.where}: the model has no {'outputs' if inputs else 'inputs for data'}")
+        shapes = {value.name: self._input_dims(value) for value in inputs}
+        baked = {name: shape[0] for name, shape in shapes.items() if shape[0] is not None}
+        if len(set(baked.values())) > 1:
+            raise UserError(
+                f"{self.where}: the first dimension must be the batch, but the inputs differ in it: {baked}"
+            )
+        self.baked_batch = next(iter(baked.values()), None)
+        self.batch = batch if batch is not None else self.baked_batch or 1
+        if self.batch < 1:
+            raise UserError(f"the batch size must be at least 1, not {self.batch}")
+        for name, shape in shapes.items():
+            sizes = [self.batch, *(size for size in shape[1:] if size is not None)]
+            self.graph.inputs.append(self.graph.add_tensor(name, sizes))
+
+    def run(self) -> None:
+        """Translate the nodes, in their (topological) order, and name the outputs."""
+        from fusetile.onnx_import.rules import RULES
+
+        for proto in self.nodes:
+            node = self._node(proto)
+            if all(name in self.constant for name in proto.output if name):
+                self._fold(proto, node)
+            elif any(node.outputs):
+                RULES[node.kind](self, node)
+        for value in self.proto.output:
+            self.graph.outputs.append(self._output(value.name))
+
+    # -- what rules use ---------------------------------------------------------------------------------------------
+
+    def refuse(self, node: Node, why: str) -> UnsupportedOp:
+        """The error to raise for a form of an op that is not supported."""
+        return UnsupportedOp(f"{self.where}: {node.origin}: {why}")
+
+    def data(self, node: Node, i: int = 0) -> str:
+        """The graph tensor of a feature-map operand."""
+        name = self._resolve(node.inputs[i])
+        if name in self.graph.tensors and name not in self.graph.parameters:
+            return name
+        what = "an initializer" if name in self.initializers else "a constant"
+        raise self.refuse(node, f"its input {node.inputs[i]!r} is {what}; it must depend on the model's inputs")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Static shape of a graph tensor."""
+        return self.graph.tensors[name].shape
+
+    def constant_input(self, node: Node, i: int, what: str) -> Array:
+        """The value of an operand that must be known now, such as a shape or a ratio."""
+        if node.inputs[i] not in self.values:
+            raise self.refuse(node, f"its {what} ({node.inputs[i]!r}) must be a constant")
+        return self.values[node.inputs[i]]
+
+    def weight(self, name: str) -> Array | None:
+        """The value of an initializer or constant, if `name` is one."""
+        name = self._resolve(name)
+        return self.initializers.get(name, self.values.get(name))
+
+    def parameter(
+        self,
+        node: Node,
+        i: int,
+        *,
+        rank: int | None = None,
+        shape: Sequence[int] | None = None,
+        transposed: bool = False,
+        trainable: bool = True,
+    ) -> str:
+        """Operand `i` as a parameter: of this shape if it only differs by dimensions of one, transposed on demand.
+        Constants become parameters that are not trained."""
+        name = self._resolve(node.inputs[i])
+        array = self.weight(name)
+        if array is None:
+            raise self.refuse(node, f"its operand {node.inputs[i]!r} must be an initializer, not computed")
+        if array.dtype != np.float32:
+            raise self.refuse(node, f"its operand {name!r} is {array.dtype}; export the model in float32")
+        if rank not in (None, array.ndim):
+            raise self.refuse(node, f"its operand {name!r} has shape {array.shape}; expected {rank} dimensions")
+        shape = tuple(shape if shape is not None else array.shape)
+        if [size for size in shape if size != 1] != [size for size in array.shape if size != 1]:
+            raise self.refuse(node, f"its operand {name!r} has shape {array.shape}; expected {shape}")
+        value = np.ascontiguousarray(array.reshape(shape).T if transposed else array.reshape(shape))
+        onnx_name = name if name in self.initializers else ""
+        parameter = Parameter(value, trainable and bool(onnx_name), onnx_name, transposed)
+        if name not in self.graph.parameters:
+            return self.graph.add_parameter(name, parameter)
+        was = self.graph.parameters[name]
+        if (was.value.shape, was.transposed, was.trainable) != (value.shape, transposed, parameter.trainable):
+            raise self.refuse(node, f"its operand {name!r} is shared with a node that uses it in another way")
+        return name
+
+    def emit(
+        self,
+        node: Node,
+        kind: str,
+        inputs: Sequence[str],
+        attrs: Mapping[str, Any] | None = None,
+        *,
+        outputs: Sequence[str] | None = None,
+        phase: str = FORWARD,
+    ) -> str:
+        """Add an op, by default with the node's output; returns its first output."""
+        names = outputs if outputs is not None else node.outputs[:1]
+        try:
+            return self.graph.add(kind, inputs, attrs=attrs, outputs=names, phase=phase, origin=node.origin)[0]
+        except UserError as error:
+            raise type(error)(f"{self.where}: {node.origin}: {error}") from None
+
+    def same(self, node: Node, name: str) -> None:
+        """The node's output is `name` under another name."""
+        self.alias[node.outputs[0]] = name
+
+    def fresh(self, stem: str) -> str:
+        """A tensor name that neither the graph nor the model has, now or later."""
+        while (name := self.graph.fresh(stem)) in self.reserved:
+            stem = f"{stem}_"
+        return name
+
+    def control(self, role: str) -> str:
+        """The control tensor of a role, declared when first asked for."""
+        for name, held in self.graph.controls.items():
+            if held == role:
+                return name
+        name = self.graph.add_tensor(self.fresh(role), (1,), "int32")
+        self.graph.controls[name] = role
+        return name
+
+    def require_unused(self, node: Node, outputs: Sequence[str]) -> None:
+        """Refuse a node of which optional outputs are read."""
+        for name in outputs:
+            if self.uses[name]:
+                raise self.refuse(node, f"its output {name!r} is used; only the first output is supported")
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _read_initializers(self) -> dict[str, Array]:
+        if self.proto.sparse_initializer:
+            name = self.proto.sparse_initializer[0].values.name
+            raise UserError(f"{self.where}: initializer {name!r} is sparse; export the model with dense weights")
+        arrays = {}
+        for tensor in self.proto.initializer:
+            try:
+                arrays[tensor.name] = numpy_helper.to_array(tensor)
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{self.where}: initializer {tensor.name!r} is damaged ({error}); copy or export the model again"
+                ) from None
+        return arrays
+
+    def _input_dims(self, value: onnx.ValueInfoProto) -> list[int | None]:
+        """Sizes of an input, None for a dynamic batch."""
+        tensor = value.type.tensor_type
+        place = f"{self.where}: input {value.name!r}"
+        if tensor.elem_type != onnx.TensorProto.FLOAT:
+            kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+            raise UserError(f"{place} is {kind}; fusetile's inputs are float32: export the model in float32")
+        dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
+        if len(dims) not in (2, 4):
+            raise UserError(f"{place} has {len(dims)} dimensions; supported are [N, C, H, W] and [N, C]")
+        dynamic = [
+            f"{(tensor.shape.dim[i].dim_param or '?')!r} (dimension {i})" for i in range(1, len(dims)) if not dims[i]
+        ]
+        if dynamic:
+            raise UserError(
+                f"{place} has the dynamic dimensions {', '.join(dynamic)}; only the batch may be dynamic: export with "
+                "fixed sizes, or fix them with `python -m onnxruntime.tools.make_dynamic_shape_fixed`"
+            )
+        return dims
+
+    def _node(self, proto: onnx.NodeProto) -> Node:
+        attrs = {attribute.name: helper.get_attribute_value(attribute) for attribute in proto.attribute}
+        attrs = {key: value.decode() if isinstance(value, bytes) else value for key, value in attrs.items()}
+        origin = f"{proto.op_type} node {(proto.name or proto.output[0])!r}"
+        return Node(proto.op_type, tuple(proto.input), tuple(proto.output), attrs, origin, self.opset)
+
+    def _fold(self, proto: onnx.NodeProto, node: Node) -> None:
+        values = dict(self.values)
+        if node.kind in folding.OF_SHAPES:
+            values[node.inputs[0]] = np.broadcast_to(np.float32(0), self._known_shape(node.inputs[0]))
+        self.values |= folding.evaluate(proto, self.opset, values, origin=f"{self.where}: {node.origin}")
+
+    def _known_shape(self, name: str) -> tuple[int, ...]:
+        name = self._resolve(name)
+        array = self.weight(name)
+        return self.graph.tensors[name].shape if array is None else array.shape
+
+    def _resolve(self, name: str) -> str:
+        while name in self.alias:
+            name = self.alias[name]
+        return name
+
+    def _output(self, name: str) -> str:
+        source = self._resolve(name)
+        if source not in self.graph.tensors or source in self.graph.parameters:
+            raise UserError(f"{self.where}: output {name!r} does not depend on the model's inputs")
+        if source != name:  # an output keeps its name
+            self.graph.add("Identity", [source], outputs=[name], origin=f"output {name!r}")
+        return name
+
+
+def live_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes on which an output depends, in the graph's order."""
+    wanted = {output.name for output in graph.output}
+    live = []
+    for node in reversed(graph.node):
+        if wanted.intersection(name for name in node.output if name):
+            wanted.update(node.input)
+            live.append(node)
+    return live[::-1]

@@ -1,0 +1,97 @@
+"""Give every BatchNormalization vectors of its own where an exporter merged them.
+
+Exporters merge initializers of equal value: PyTorch's newer one under one name, the older one, outside training mode,
+by Identity nodes. In a fresh network all scales and running variances are one, all biases and running means zero:
+
+    bn1(x, one, zero, zero, one)      ==>      bn1(x, one, zero, bn1.running_mean, bn1.running_var)
+    bn2(y, one, zero, zero, one)               bn2(y, bn2.weight, bn2.bias, bn2.running_mean, bn2.running_var)
+
+Training that model as it says would tie weights that the network does not tie. No network ties a running statistic to
+anything in another role, so where one is, values were merged, and each use gets a copy. Names that Identity nodes kept
+come back. Models without such a sign are left alone: there, what is shared is meant to be.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import onnx
+
+STATISTICS = (3, 4)
+ROLES = {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"}
+
+
+def unshare_norms(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model, or a changed copy in which merged initializers are apart again."""
+    merged = _merged_roots(model)
+    if not merged:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    _drop_identities(copy.graph)
+    _copy_per_use(copy.graph, merged)
+    return copy
+
+
+def _roots(graph: onnx.GraphProto) -> dict[str, str]:
+    """Initializers, and what Identity nodes make of them -> the initializer."""
+    roots = {tensor.name: tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in roots:
+            roots[node.output[0]] = roots[node.input[0]]
+    return roots
+
+
+def _merged_roots(model: onnx.ModelProto) -> set[str]:
+    """The initializers that BatchNormalizations use, if one of them serves as a statistic and as something else."""
+    roots = _roots(model.graph)
+    roles: dict[str, set[tuple[str, int]]] = defaultdict(set)
+    for node in model.graph.node:
+        if node.op_type != "Identity":
+            for i, name in enumerate(node.input):
+                if name in roots:
+                    roles[roots[name]].add((node.op_type, i))
+    norms = {name: used for name, used in roles.items() if any(op == "BatchNormalization" for op, _ in used)}
+    statistics = {("BatchNormalization", i) for i in STATISTICS}
+    return set(norms) if any(used & statistics and len(used) > 1 for used in norms.values()) else set()
+
+
+def _drop_identities(graph: onnx.GraphProto) -> None:
+    """Initializers in the place of Identity nodes that copy one."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {output.name for output in graph.output}
+    for node in list(graph.node):
+        if node.op_type == "Identity" and node.input[0] in tensors and node.output[0] not in outputs:
+            tensors[node.output[0]] = _add_copy(graph, tensors[node.input[0]], node.output[0])
+            graph.node.remove(node)
+
+
+def _copy_per_use(graph: onnx.GraphProto, merged: set[str]) -> None:
+    """The first use of an initializer keeps it; every other gets a copy, named after its node."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    names = {name for node in graph.node for name in (*node.input, *node.output)} | set(tensors)
+    seen: set[str] = set()
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name not in merged:
+                continue
+            if name in seen:
+                role = ROLES.get(i, f"input{i}") if node.op_type == "BatchNormalization" else f"input{i}"
+                node.input[i] = _unused(f"{node.name or node.output[0]}.{role}", names)
+                _add_copy(graph, tensors[name], node.input[i])
+            seen.add(name)
+
+
+def _add_copy(graph: onnx.GraphProto, tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    copy = graph.initializer.add()
+    copy.CopyFrom(tensor)
+    copy.name = name
+    return copy
+
+
+def _unused(stem: str, names: set[str]) -> str:
+    name, number = stem, 1
+    while name in names:
+        name, number = f"{stem}.{number}", number + 1
+    names.add(name)
+    return name
