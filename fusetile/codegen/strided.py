@@ -85,6 +85,7 @@ def strided_kernel(
     operands: Mapping[str, str],
     statements: Sequence[str],
     constants: Mapping[str, str] | None = None,
+    more_ints: Sequence[str] = (),
     floats: Sequence[str] = (),
     scratch: Mapping[str, str] | None = None,
     aliased: bool = False,
@@ -95,6 +96,7 @@ def strided_kernel(
     `scratch` arrays. `constants` are further pointers, indexed by the statements themselves.
     """
     ints = [*_NEST, *(f"{name}_{level}" for name in operands for level in ("outer", "middle", "row"))]
+    ints += more_ints
     at = {
         name: f"{name}[outer * {name}_outer + middle * {name}_middle + row * {name}_row + element + v]"
         for name in operands
@@ -133,12 +135,13 @@ def strided_call(
     operands: Sequence[tuple[Buffer, Box]],
     *,
     constants: Sequence[Ref] = (),
+    more_ints: Sequence[int] = (),
     floats: Sequence[float] = (),
 ) -> KernelCall:
     """The call of a strided kernel on boxes, one per operand."""
     nest = nest_of(operands)
     pointers = (*(ref(buffer, box) for buffer, box in operands), *constants)
-    return KernelCall(kernel, nest.units, pointers, nest.ints, tuple(floats))
+    return KernelCall(kernel, nest.units, pointers, (*nest.ints, *more_ints), tuple(floats))
 
 
 def plane(buffer: Buffer) -> tuple[int, int]:

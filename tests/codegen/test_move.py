@@ -39,7 +39,7 @@ def filled(layout: str, dtype: str) -> tuple[list[Buffer], np.ndarray, Box, np.n
 
 @pytest.mark.parametrize(("layout", "dtype"), CASES)
 def test_copy_to_staging_and_add_back(layout: str, dtype: str) -> None:
-    buffers, arena, part, moved, start = filled(layout, dtype)
+    buffers, arena, part, moved, _ = filled(layout, dtype)
     source, staging = buffers
     expected = arena.copy()
     pack(expected, staging, part, moved)
@@ -52,7 +52,7 @@ def test_copy_to_staging_and_add_back(layout: str, dtype: str) -> None:
 
 @pytest.mark.parametrize(("layout", "dtype"), CASES)
 def test_zero(layout: str, dtype: str) -> None:
-    buffers, arena, part, moved, start = filled(layout, dtype)
+    buffers, arena, *_ = filled(layout, dtype)
     source, staging = buffers
     stored(arena, source)[...] = 1
     kept = unpack(arena, source, source.box)
