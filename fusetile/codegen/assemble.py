@@ -1,0 +1,217 @@
+"""Drafts -> programs: lifetimes, addresses, and runs of kernel calls joined to segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fusetile.box import volume
+from fusetile.cluster import Cluster
+from fusetile.codegen.calls import KernelCall, Ref
+from fusetile.codegen.emit import Draft, DraftRecv, DraftSend
+from fusetile.graph import Graph
+from fusetile.ops import domain_of
+from fusetile.passes.buffers import DeviceBuffers
+from fusetile.passes.communicate import Communication
+from fusetile.passes.plan_memory import MemoryPlan, plan_memory
+from fusetile.plan import Plan
+from fusetile.program import Buffer, Call, Feed, Gradient, Program, Recv, Run, Send, Shard, Step, Wait
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What programs of one compilation have in common."""
+
+    plan_hash: str
+    model_hash: str
+    batch: int
+    seed: int
+    learning_rate: float
+
+
+def lifetimes(draft: Draft) -> dict[str, tuple[int, int]]:
+    """Per buffer the first and last step of the draft that touch it."""
+    end = len(draft.steps)
+    live: dict[str, tuple[int, int]] = {}
+    moving: dict[int, str] = {}
+
+    def touch(name: str, at: int) -> None:
+        first, last = live.get(name, (at, at))
+        live[name] = (min(first, at), max(last, at))
+
+    for name in draft.persistent:
+        live[name] = (-1, end)
+    for name in draft.fed:
+        touch(name, -1)
+    for at, step in enumerate(draft.steps):
+        match step:
+            case KernelCall():
+                for pointer in step.pointers:
+                    touch(pointer.buffer, at)
+            case DraftSend() | DraftRecv():
+                touch(step.at.buffer, at)
+                moving[step.tag] = step.at.buffer
+            case Wait(tags):
+                for tag in tags:
+                    touch(moving[tag], at)
+    return live
+
+
+def memory_of(draft: Draft) -> MemoryPlan:
+    """The arena of a draft."""
+    return plan_memory(draft.buffers.values(), lifetimes(draft))
+
+
+def assemble(
+    graph: Graph,
+    plan: Plan,
+    communication: Communication,
+    draft: Draft,
+    storage: DeviceBuffers,
+    memory: MemoryPlan,
+    *,
+    cluster: Cluster,
+    rank: int,
+    library: str,
+    identity: Identity,
+) -> Program:
+    """The program of one device."""
+    steps, where = _steps(draft, memory)
+
+    def placed(buffer: Buffer) -> Buffer:
+        return replace(buffer, offset_bytes=memory.offsets[buffer.name])
+
+    loss = next(i for i, d in enumerate(communication.deliveries) if d.tensor == graph.loss)
+    return Program(
+        rank=rank,
+        nodes=plan.nodes,
+        name=cluster.nodes[rank].name,
+        addresses=tuple(node.address for node in cluster.nodes),
+        plan_hash=identity.plan_hash,
+        model_hash=identity.model_hash,
+        library=library,
+        batch=identity.batch,
+        seed=identity.seed,
+        arena_bytes=memory.arena_bytes,
+        steps=steps,
+        feeds=tuple(
+            replace(feed, buffer=placed(feed.buffer))
+            for feed in _feeds(graph, communication, storage)
+            if feed.buffer.name in memory.offsets
+        ),
+        shards=tuple(
+            replace(shard, buffer=placed(shard.buffer)) for shard in _shards(graph, communication, storage, rank)
+        ),
+        gradients=tuple(
+            replace(gradient, buffer=placed(gradient.buffer))
+            for gradient in _gradients(graph, plan, communication, draft, storage, where, rank)
+        ),
+        loss=placed(storage.delivered[loss]),
+        learning_rate=identity.learning_rate,
+        peers=tuple(sorted({step.peer for step in steps if isinstance(step, Send | Recv)})),
+    )
+
+
+def _steps(draft: Draft, memory: MemoryPlan) -> tuple[tuple[Step, ...], list[tuple[int, int]]]:
+    """The steps, and for every step of the draft its (step, call)."""
+
+    def address(at: Ref) -> int:
+        return memory.offsets[at.buffer] + at.offset_bytes
+
+    steps: list[Step] = []
+    calls: list[Call] = []
+    where: list[tuple[int, int]] = []
+
+    def close() -> None:
+        if calls:
+            steps.append(Run(tuple(calls)))
+            calls.clear()
+
+    for step in draft.steps:
+        if isinstance(step, KernelCall):
+            where.append((len(steps), len(calls)))
+            pointers = tuple(map(address, step.pointers))
+            calls.append(Call(step.kernel.symbol, step.split, pointers, step.ints, step.floats))
+            continue
+        close()
+        where.append((len(steps), 0))
+        match step:
+            case DraftSend(peer, tag, at, size_bytes, priority):
+                steps.append(Send(peer, tag, address(at), size_bytes, priority))
+            case DraftRecv(peer, tag, at, size_bytes):
+                steps.append(Recv(peer, tag, address(at), size_bytes))
+            case Wait():
+                steps.append(step)
+    close()
+    return tuple(steps), where
+
+
+def _feeds(graph: Graph, communication: Communication, storage: DeviceBuffers) -> list[Feed]:
+    feeds = []
+    for index, delivery in enumerate(communication.deliveries):
+        name = delivery.tensor
+        if name not in graph.fed() or index not in storage.delivered:
+            continue
+        shape, classes = graph.tensors[name].shape, 0
+        role, key = "input", name
+        if name in graph.targets:
+            role, key = "target", graph.targets[name]
+            output = graph.tensors[graph.outputs[list(graph.targets).index(name)]]
+            classes = output.shape[1] if graph.tensors[name].dtype == "int32" else 0
+        elif name in graph.controls:
+            role, key = graph.controls[name], ""
+        feeds.append(Feed(role, key, shape, storage.delivered[index], classes))
+    return feeds
+
+
+def _shards(graph: Graph, communication: Communication, storage: DeviceBuffers, rank: int) -> list[Shard]:
+    shards = []
+    for name, parameter in graph.parameters.items():
+        shape = graph.tensors[name].shape
+        if name in communication.layouts:
+            held = [(communication.layouts[name].own[rank], storage.home.get(name))]
+        else:
+            held = [
+                (delivery.need[rank], storage.delivered.get(i))
+                for i, delivery in enumerate(communication.deliveries)
+                if delivery.tensor == name
+            ]
+        for box, buffer in held:
+            if volume(box) and buffer:
+                updated = name in graph.next_value
+                shards.append(Shard(name, parameter.onnx_name, shape, parameter.transposed, box, buffer, updated))
+    return shards
+
+
+def _gradients(
+    graph: Graph,
+    plan: Plan,
+    communication: Communication,
+    draft: Draft,
+    storage: DeviceBuffers,
+    where: list[tuple[int, int]],
+    rank: int,
+) -> list[Gradient]:
+    """Where each gradient can be read: just before the update, in the update's shards."""
+    found = []
+    producers = graph.producers()
+    for name, gradient in graph.gradients.items():
+        op = producers[graph.next_value[name]]
+        box = plan.placements[op.name].own[rank]
+        if not volume(box):
+            continue
+        parameter = graph.parameters[name]
+        step, call = where[draft.first_call[op.name]]
+        index = communication.reads[op.name, gradient]
+        found.append(
+            Gradient(
+                name,
+                parameter.onnx_name,
+                graph.tensors[name].shape,
+                parameter.transposed,
+                domain_of(graph, op).output(box),
+                storage.delivered[index],
+                step,
+                call,
+            )
+        )
+    return found

@@ -1,0 +1,100 @@
+"""Give every tensor that a device holds a buffer: its box, channel block and border.
+
+    y on device 0: rows 0..7 computed, row 7 received in place, conv2 pads by 1     box rows 0..8, border 1
+
+A tensor lies in its *home*: what the device computes, grown to what deliveries add in place. Other deliveries have
+buffers of their own. Parameters and their next values share a home, which is how updates are in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusetile.box import Box, hull, volume
+from fusetile.graph import Graph, Op, Tensor
+from fusetile.ops import domain_of, row
+from fusetile.passes.communicate import Communication, aligned
+from fusetile.plan import Plan
+from fusetile.program import Buffer
+
+_CONVOLUTIONS = ("Conv", "ConvWeightGrad", "Gemm", "GemmWeightGrad")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBuffers:
+    """Buffers of one device: `home[tensor]`, and `delivered[delivery]` (the home where the delivery is in place)."""
+
+    home: dict[str, Buffer]
+    delivered: dict[int, Buffer]
+
+
+def buffers(graph: Graph, plan: Plan, communication: Communication, *, block: int) -> tuple[DeviceBuffers, ...]:
+    """For every device."""
+    borders = _borders(graph, plan, communication)
+    same_home = {new: old for old, new in graph.next_value.items()}
+    result = []
+    for device in range(plan.nodes):
+        home: dict[str, Buffer] = {}
+        delivered: dict[int, Buffer] = {}
+        for name, layout in communication.layouts.items():
+            if name in same_home:
+                continue
+            indices = [i for i, d in enumerate(communication.deliveries) if d.tensor == name and d.in_place[device]]
+            boxes = [layout.have[device], *(communication.deliveries[i].need[device] for i in indices)]
+            box = aligned(hull(boxes), graph.tensors[name], block)
+            if volume(box):
+                border = _widest([borders.get((i, device), (0, 0)) for i in indices])
+                home[name] = _buffer(graph, name, name, box, border, block)
+                delivered.update(dict.fromkeys(indices, home[name]))
+        for index, delivery in enumerate(communication.deliveries):
+            if index not in delivered and volume(delivery.need[device]):
+                border = borders.get((index, device), (0, 0))
+                label = f"{delivery.tensor} for {delivery.readers[0]}"
+                delivered[index] = _buffer(graph, delivery.tensor, label, delivery.need[device], border, block)
+        home.update({new: home[old] for new, old in same_home.items() if old in home})
+        result.append(DeviceBuffers(home, delivered))
+    return tuple(result)
+
+
+def _borders(graph: Graph, plan: Plan, communication: Communication) -> dict[tuple[int, int], tuple[int, int]]:
+    """(delivery, device) -> the widest zero padding (rows, columns) that its readers read around it."""
+    borders: dict[tuple[int, int], tuple[int, int]] = {}
+    for op in graph.ops.values():
+        for i in row(op.kind).padded:
+            if len(graph.tensors[op.inputs[i]].shape) != 4:
+                continue
+            index = communication.reads[op.name, op.inputs[i]]
+            for device, box in enumerate(plan.placements[op.name].compute):
+                if volume(box):
+                    known = borders.get((index, device), (0, 0))
+                    borders[index, device] = _widest([known, _overhang(graph, op, box, i)])
+    return borders
+
+
+def _overhang(graph: Graph, op: Op, box: Box, i: int) -> tuple[int, int]:
+    domain = domain_of(graph, op)
+    need, reach = domain.need(box, i), domain.reach(box, i)
+    if not volume(need):
+        return (0, 0)
+    rows, columns = (max(n[0] - r[0], r[1] - n[1], 0) for n, r in zip(need[2:], reach[2:], strict=True))
+    return (rows, columns)
+
+
+def _widest(borders: list[tuple[int, int]]) -> tuple[int, int]:
+    return (max((rows for rows, _ in borders), default=0), max((columns for _, columns in borders), default=0))
+
+
+def _buffer(graph: Graph, name: str, label: str, box: Box, border: tuple[int, int], block: int) -> Buffer:
+    return Buffer(label, box, graph.tensors[name].dtype, channel_block(graph, graph.tensors[name], block), border)
+
+
+def channel_block(graph: Graph, tensor: Tensor, block: int) -> tuple[int, int]:
+    """How a tensor is blocked: filters by output and input channels, integers and single elements not at all. Inputs
+    of the model that only convolutions read are not padded to a block: a first layer has few channels."""
+    if tensor.dtype == "int32" or tensor.shape == (1,):
+        return (1, 1)
+    if tensor.kind == "filter":
+        return (block, min(tensor.shape[1], block))
+    if tensor.name in graph.inputs and all(op.kind in _CONVOLUTIONS for op in graph.consumers()[tensor.name]):
+        return (1, min(tensor.shape[1], block))
+    return (1, block)

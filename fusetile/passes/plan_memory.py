@@ -1,0 +1,48 @@
+"""Give every buffer of a device its offset in one arena: buffers that are never live together share memory.
+
+    y1 live 0..5, y2 live 3..9, y3 live 6..12         offsets y1 0, y2 4096, y3 0
+
+A buffer is live from the first step that touches it to the last: a receive from when it is posted, a send until it is
+awaited. Parameters are live always, fed buffers from the start. Largest buffers are placed first, each at the lowest
+offset where it fits (greedy by size: Pisarchyk and Lee, arXiv 2001.03288).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fusetile.program import ALIGNMENT_bytes, Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Offsets in bytes by buffer, and the size of the arena. `live` holds (first, last) step by buffer."""
+
+    offsets: dict[str, int]
+    arena_bytes: int
+    live: dict[str, tuple[int, int]]
+
+
+def plan_memory(buffers: Iterable[Buffer], live: dict[str, tuple[int, int]]) -> MemoryPlan:
+    """`live[name]`: the inclusive interval of steps in which a buffer must keep its content."""
+    sizes = {buffer.name: _round_up(buffer.size_bytes) for buffer in buffers if buffer.name in live}
+    offsets: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], live[name], name)):
+        start, stop = live[name]
+        taken = sorted(
+            (offsets[other], offsets[other] + sizes[other])
+            for other in offsets
+            if live[other][0] <= stop and start <= live[other][1]
+        )
+        offset = 0
+        for low, high in taken:
+            if offset + sizes[name] <= low:
+                break
+            offset = max(offset, high)
+        offsets[name] = offset
+    return MemoryPlan(offsets, max((offsets[name] + sizes[name] for name in offsets), default=0), live)
+
+
+def _round_up(size_bytes: int) -> int:
+    return -(-size_bytes // ALIGNMENT_bytes) * ALIGNMENT_bytes
