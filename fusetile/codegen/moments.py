@@ -1,0 +1,110 @@
+"""Sums over a map per channel, in float64: bias gradients and the moments of batch normalization.
+
+Every work unit sums a band of rows of one channel block into a partial sum of its own; a second call adds these in
+order. The bands follow from the box alone, so that the result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fusetile.box import Box
+from fusetile.codegen.calls import KernelCall, Lowered, Ref, make_kernel, ref
+from fusetile.codegen.mapped import Loops, loops_over, mapped_call, mapped_kernel, vectors
+from fusetile.codegen.reblock import conform
+from fusetile.codegen.targets import Target
+from fusetile.graph import Op
+from fusetile.ops import Domain
+from fusetile.program import Buffer
+
+_A64, _B64 = 'T.Cast("float64", {A})', 'T.Cast("float64", t[v])'
+_XHAT = ["t[v] = {B} - STATS[k * BLOCK + v]", "t[v] = t[v] * STATS[pair + k * BLOCK + v]"]
+# per family: the further map, the statements for a pixel, the sums it leaves
+_PIXEL = {
+    "channel_sum": ((), [f"s0[v] = s0[v] + {_A64}"], 1),
+    "channel_moments": (
+        (),
+        ["t[v] = {A}", f"s0[v] = s0[v] + {_B64}", f"s1[v] = s1[v] + {_B64} * {_B64}"],
+        2,
+    ),
+    "normalize_moments": (("B",), [f"s0[v] = s0[v] + {_A64}", *_XHAT, f"s1[v] = s1[v] + {_A64} * {_B64}"], 2),
+}
+
+
+def lower_channel_sum(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The sum of dy over n, h and w."""
+    return _lower("channel_sum", op, domain, box, inputs, outputs[0])
+
+
+def lower_channel_moments(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The sums of x and of x * x."""
+    return _lower("channel_moments", op, domain, box, inputs, outputs[0])
+
+
+def lower_normalize_moments(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The sums of dy and of dy * (x - mean) / std."""
+    return _lower("normalize_moments", op, domain, box, inputs, outputs[0])
+
+
+def _lower(family: str, op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer) -> Lowered:
+    more, pixel, sums = _PIXEL[family]
+    block = output.block[1]
+    maps = [(inputs[i], domain.need(box, i)) for i in range(1 + len(more))]
+    before, maps = conform(op, maps, output.block)
+    loops = loops_over(maps[0][1], block)
+    size = loops.units * sums * block
+    partial = Buffer(f"{op.name}.partial", ((0, size),), "float64")
+    scratch = {f"s{q}": "float64" for q in range(sums)}
+    store = [f"PARTIAL[(u * {sums} + {q}) * {block} + v] = s{q}[v]" for q in range(sums)]
+    kernel = mapped_kernel(
+        family,
+        block=block,
+        maps={"A": "float32", **dict.fromkeys(more, "float32")},
+        pointers={"PARTIAL": "float64", **({"STATS": "float32"} if more else {})},
+        ints=("pair",),
+        scratch={**scratch, **({"t": "float32"} if "t[v]" in "".join(pixel) else {})},
+        before_unit=vectors([f"s{q}[v] = T.float64(0)" for q in range(sums)], block),
+        pixel=vectors([line.replace("BLOCK", str(block)) for line in pixel], block),
+        after_unit=vectors(store, block),
+    )
+    pointers, pair = [ref(partial)], 0
+    if more:
+        pointers.append(ref(inputs[2], domain.need(box, 2)))
+        pair = inputs[2].strides[0]
+    summed = mapped_call(kernel, loops, maps, pointers=pointers, ints=(pair,))
+    finish = _finish(loops, sums, ref(partial), output, domain.output(box))
+    return Lowered((*before.calls, summed, finish), (*before.scratch, partial))
+
+
+def _finish(loops: Loops, sums: int, partial: Ref, output: Buffer, box: Box) -> KernelCall:
+    """Add the partial sums of every channel block, in order."""
+    block = output.block[1]
+    add = vectors(
+        [f"s[v] = s[v] + PARTIAL[(((n * blocks + k) * bands + i) * {sums} + q) * {block} + v]"], block
+    ).replace("\n", "\n                ")
+    body = f"""
+for k in T.serial(lo, hi):
+    for q in T.serial({sums}):
+        for v in T.vectorized({block}):
+            s[v] = T.float64(0)
+        for n in T.serial(images):
+            for i in T.serial(bands):
+                {add}
+        for v in T.vectorized({block}):
+            Y[q * pair + k * {block} + v] = T.Cast("{output.dtype}", s[v])
+"""
+    kernel = make_kernel(
+        f"add_partials_{sums}_{output.dtype}_{block}",
+        pointers={"PARTIAL": "float64", "Y": output.dtype},
+        ints=("images", "blocks", "bands", "pair"),
+        scratch={"s": ((block,), "float64")},
+        body=body,
+    )
+    ints = (loops.images, loops.blocks, loops.bands, output.strides[0])
+    return KernelCall(kernel, loops.blocks, (partial, ref(output, box)), ints)

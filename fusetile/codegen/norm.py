@@ -1,0 +1,241 @@
+"""Batch normalization but for its sums: the statistics per channel, and the maps that they normalize."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fusetile.box import Box, extents, view4
+from fusetile.codegen.calls import KernelCall, Lowered, make_kernel, ref
+from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel, vectors
+from fusetile.codegen.reblock import conform
+from fusetile.codegen.targets import Target
+from fusetile.graph import Op
+from fusetile.ops import Domain
+from fusetile.program import Buffer
+
+# -- per channel -----------------------------------------------------------------------------------------------------
+
+_MOMENTS = """
+mean: T.float64 = SUMS[c] / T.Cast("float64", count)
+raw: T.float64 = SUMS[sums_pair + c] / T.Cast("float64", count) - mean * mean
+variance: T.float64 = T.Select(raw < T.float64(0), T.float64(0), raw)
+"""
+_STATISTICS = """
+STATS[c] = T.Cast("float32", mean)
+STATS[stats_pair + c] = T.Cast("float32", T.float64(1) / T.sqrt(variance + T.Cast("float64", epsilon)))
+"""
+_FROZEN = """
+mean: T.float64 = T.Cast("float64", MEAN[c])
+variance: T.float64 = T.Cast("float64", VARIANCE[c])
+"""
+_RUNNING = """
+MEAN[c] = T.Cast("float32", T.Cast("float64", MEAN[c] * keep) + mean * (T.float64(1) - T.Cast("float64", keep)))
+VARIANCE[c] = T.Cast("float32", T.Cast("float64", VARIANCE[c] * keep) + variance * (T.float64(1) - T.Cast("float64", keep)))
+"""
+_PARAMETERS = """
+DGAMMA[c] = T.Cast("float32", SUMS[sums_pair + c])
+DBETA[c] = T.Cast("float32", SUMS[c])
+"""
+
+
+def _per_channel(
+    name: str,
+    statements: str,
+    operands: Mapping[str, tuple[Buffer, Box]],
+    *,
+    ints: Mapping[str, int] | None = None,
+    floats: Mapping[str, float] | None = None,
+) -> Lowered:
+    """One call that executes statements for every channel c of vectors [C] and pairs [2, C]. In pad lanes the operand
+    STATS becomes zero; the others keep the zeros that they have there."""
+    first, box = next(iter(operands.values()))
+    block = first.block[1]
+    channels = extents(view4(box))[1]
+    pad = "STATS[c] = T.float32(0)\nSTATS[stats_pair + c] = T.float32(0)" if "STATS" in operands else ""
+    rest = "\n        ".join(statements.strip().splitlines())
+    body = f"for c in T.serial(lo, hi):\n    if c < channels:\n        {rest}\n"
+    if pad:
+        body += "    else:\n        " + pad.replace("\n", "\n        ")
+    pairs = {f"{key.lower()}_pair": buffer.strides[0] for key, (buffer, box) in operands.items() if len(box) == 2}
+    numbers = {"channels": channels, **pairs, **(ints or {})}
+    kernel = make_kernel(
+        name,
+        pointers={key: buffer.dtype for key, (buffer, _) in operands.items()},
+        ints=list(numbers),
+        floats=list(floats or {}),
+        body=body,
+    )
+    pointers = tuple(ref(buffer, part) for buffer, part in operands.values())
+    padded = -(-channels // block) * block
+    return Lowered((KernelCall(kernel, padded, pointers, tuple(numbers.values()), tuple((floats or {}).values())),))
+
+
+def lower_batch_statistics(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """Mean and 1/std from the sums over the batch."""
+    operands = {"SUMS": (inputs[0], domain.need(box, 0)), "STATS": (outputs[0], domain.output(box))}
+    count, epsilon = {"count": op.attrs["count"]}, {"epsilon": op.attrs["epsilon"]}
+    return _per_channel("batch_statistics", _MOMENTS + _STATISTICS, operands, ints=count, floats=epsilon)
+
+
+def lower_frozen_statistics(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """Mean and 1/std from the running statistics."""
+    operands = {key: (inputs[i], domain.need(box, i)) for i, key in enumerate(("MEAN", "VARIANCE"))}
+    operands["STATS"] = (outputs[0], domain.output(box))
+    return _per_channel("frozen_statistics", _FROZEN + _STATISTICS, operands, floats={"epsilon": op.attrs["epsilon"]})
+
+
+def lower_running_statistics(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The running statistics, in place."""
+    operands = {"SUMS": (inputs[0], domain.need(box, 0))}
+    operands |= {key: (outputs[o], domain.output(box, o)) for o, key in enumerate(("MEAN", "VARIANCE"))}
+    count, keep = {"count": op.attrs["count"]}, {"keep": op.attrs["momentum"]}
+    return _per_channel("running_statistics", _MOMENTS + _RUNNING, operands, ints=count, floats=keep)
+
+
+def lower_normalize_parameter_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The gradients of gamma and beta from the moments."""
+    operands = {"SUMS": (inputs[0], domain.need(box, 0))}
+    operands |= {key: (outputs[o], domain.output(box, o)) for o, key in enumerate(("DGAMMA", "DBETA"))}
+    return _per_channel("normalize_parameter_grad", _PARAMETERS, operands)
+
+
+# -- maps ------------------------------------------------------------------------------------------------------------
+
+_CHANNEL = "k * {block} + v"
+_ACTIVATIONS = {
+    "": "{Y} = t[v]",
+    "relu": "{Y} = T.Select(t[v] < T.float32(0), T.float32(0), t[v])",
+    "leaky_relu": "{Y} = T.Select(t[v] > T.float32(0), t[v], alpha * t[v])",
+}
+
+
+def lower_normalize(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """y = activation((x - mean) / std * gamma + beta)."""
+    activation = op.attrs.get("activation", "")
+    block = outputs[0].block[1]
+    c = _CHANNEL.format(block=block)
+    return _maps(
+        f"normalize{'_' if activation else ''}{activation}",
+        op,
+        domain,
+        box,
+        inputs,
+        outputs[0],
+        maps=("X",),
+        pointers={"STATS": "float32", "GAMMA": "float32", "BETA": "float32"},
+        before=[],
+        pixel=[
+            f"t[v] = {{X}} - STATS[{c}]",
+            f"t[v] = t[v] * STATS[pair + {c}]",
+            f"t[v] = t[v] * GAMMA[{c}] + BETA[{c}]",
+            _ACTIVATIONS[activation],
+        ],
+        scratch=("t",),
+        floats={"alpha": op.attrs.get("alpha", 0.0)},
+    )
+
+
+def lower_normalize_input_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """dx = gamma / std * (dy - moments[0] / count - xhat * moments[1] / count)."""
+    c = _CHANNEL.format(block=outputs[0].block[1])
+    each = 'T.Cast("float64", count)'
+    return _maps(
+        "normalize_input_grad",
+        op,
+        domain,
+        box,
+        inputs,
+        outputs[0],
+        maps=("DY", "X"),
+        pointers={"STATS": "float32", "GAMMA": "float32", "MOMENTS": "float64"},
+        before=[
+            f'm[v] = T.Cast("float32", MOMENTS[{c}] / {each})',
+            f'x[v] = T.Cast("float32", MOMENTS[moments_pair + {c}] / {each})',
+            f"g[v] = GAMMA[{c}] * STATS[pair + {c}]",
+        ],
+        pixel=[
+            f"t[v] = {{X}} - STATS[{c}]",
+            f"t[v] = t[v] * STATS[pair + {c}]",
+            "t[v] = {DY} - m[v] - t[v] * x[v]",
+            "{Y} = t[v] * g[v]",
+        ],
+        scratch=("m", "x", "g", "t"),
+        ints={"moments_pair": inputs[4].strides[0], "count": op.attrs["count"]},
+    )
+
+
+def lower_frozen_normalize_input_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """dx = gamma / std * dy."""
+    c = _CHANNEL.format(block=outputs[0].block[1])
+    return _maps(
+        "frozen_normalize_input_grad",
+        op,
+        domain,
+        box,
+        inputs,
+        outputs[0],
+        maps=("DY",),
+        pointers={"STATS": "float32", "GAMMA": "float32"},
+        before=[f"g[v] = GAMMA[{c}] * STATS[pair + {c}]"],
+        pixel=["{Y} = {DY} * g[v]"],
+        scratch=("g",),
+    )
+
+
+def _maps(
+    name: str,
+    op: Op,
+    domain: Domain,
+    box: Box,
+    inputs: Sequence[Buffer],
+    output: Buffer,
+    *,
+    maps: Sequence[str],
+    pointers: Mapping[str, str],
+    before: Sequence[str],
+    pixel: Sequence[str],
+    scratch: Sequence[str],
+    ints: Mapping[str, int] | None = None,
+    floats: Mapping[str, float] | None = None,
+) -> Lowered:
+    """One pass over the maps `maps` (the first inputs) to Y; the other inputs are `pointers`, STATS the first of them."""
+    block = output.block[1]
+    written = domain.output(box)
+    operands = [(inputs[i], domain.need(box, i)) for i in range(len(maps))]
+    conformed, operands = conform(op, operands, output.block)
+    numbers = {"pair": inputs[len(maps)].strides[0], **(ints or {})}
+    kernel = mapped_kernel(
+        name,
+        block=block,
+        maps=dict.fromkeys((*maps, "Y"), "float32"),
+        pointers=pointers,
+        ints=list(numbers),
+        floats=list(floats or {}),
+        scratch=dict.fromkeys(scratch, "float32"),
+        before_unit=vectors(before, block),
+        pixel=vectors(pixel, block),
+    )
+    refs = [ref(inputs[i], domain.need(box, i)) for i in range(len(maps), len(inputs))]
+    call = mapped_call(
+        kernel,
+        loops_over(written, block),
+        [*operands, (output, written)],
+        pointers=refs,
+        ints=tuple(numbers.values()),
+        floats=tuple((floats or {}).values()),
+    )
+    return Lowered((*conformed.calls, call), conformed.scratch)
