@@ -73,8 +73,9 @@ def assemble(
     rank: int,
     library: str,
     identity: Identity,
+    seconds: float,
 ) -> Program:
-    """The program of one device."""
+    """The program of one device; `seconds` of computation are predicted for a step."""
     steps, where = _steps(draft, memory)
 
     def placed(buffer: Buffer) -> Buffer:
@@ -106,6 +107,7 @@ def assemble(
             for gradient in _gradients(graph, plan, communication, draft, storage, where, rank)
         ),
         loss=placed(storage.delivered[loss]),
+        segment_seconds=seconds,
         learning_rate=identity.learning_rate,
         peers=tuple(sorted({step.peer for step in steps if isinstance(step, Send | Recv)})),
     )

@@ -57,7 +57,8 @@ def communicate(graph: Graph, plan: Plan, *, block: int) -> Communication:
         needs = {op.name: _needs(graph, plan, op, name, block) for op in readers[name]}
         if name == graph.loss:
             needs["loss"] = (whole(graph.tensors[name].shape),) * plan.nodes
-        for need, served in _merge(needs):
+        constant = name in graph.parameters and name not in layouts
+        for need, served in _merge(needs, force=constant):
             for op_name in served:
                 reads[op_name, name] = len(deliveries)
             deliveries.append(_delivery(name, layouts.get(name), need, served))
@@ -100,13 +101,14 @@ def aligned(box: Box, tensor: Tensor, block: int) -> Box:
     )
 
 
-def _merge(needs: dict[str, tuple[Box, ...]]) -> list[tuple[tuple[Box, ...], tuple[str, ...]]]:
-    """Readers whose needs fit into one box per device without waste share a delivery; the largest needs come first."""
+def _merge(needs: dict[str, tuple[Box, ...]], *, force: bool) -> list[tuple[tuple[Box, ...], tuple[str, ...]]]:
+    """Readers whose needs fit into one box per device without waste share a delivery; the largest needs come first.
+    With `force` all share one."""
     groups: list[tuple[tuple[Box, ...], tuple[str, ...]]] = []
     for name, need in sorted(needs.items(), key=lambda item: -sum(map(volume, item[1]))):
         for i, (held, names) in enumerate(groups):
             both = tuple(hull([a, b]) for a, b in zip(held, need, strict=True))
-            if sum(map(volume, both)) <= sum(map(volume, held)) + sum(map(volume, need)):
+            if force or sum(map(volume, both)) <= sum(map(volume, held)) + sum(map(volume, need)):
                 groups[i] = (both, (*names, name))
                 break
         else:

@@ -1,0 +1,136 @@
+"""Write BUILD: plan.json, model.onnx, and one folder per device with its program, kernels and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from fusetile.box import slices
+from fusetile.cluster import Cluster
+from fusetile.codegen.assemble import Identity, assemble
+from fusetile.codegen.build import build_library
+from fusetile.codegen.calls import Kernel, KernelCall
+from fusetile.codegen.emit import Draft
+from fusetile.codegen.targets import Target
+from fusetile.errors import UserError
+from fusetile.graph import Graph
+from fusetile.passes.buffers import DeviceBuffers
+from fusetile.passes.communicate import Communication
+from fusetile.passes.plan_memory import MemoryPlan
+from fusetile.plan import Plan
+from fusetile.program import Program, to_json
+from fusetile.report import Description, hash_of
+
+if TYPE_CHECKING:
+    from fusetile.compile import Training
+
+
+def write_bundle(
+    build: Path,
+    *,
+    model: Path,
+    graph: Graph,
+    plan: Plan,
+    communication: Communication,
+    storage: Sequence[DeviceBuffers],
+    drafts: Sequence[Draft],
+    memories: Sequence[MemoryPlan],
+    description: Description,
+    cluster: Cluster,
+    targets: Sequence[Target],
+    training: Training,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Everything is written aside and renamed at the end; an earlier build of the same name is replaced."""
+    check_replaceable(build)
+    content = model.read_bytes()
+    model_hash = hashlib.sha256(content).hexdigest()
+    identity = Identity(
+        plan_hash=hash_of(description, content),
+        model_hash=model_hash,
+        batch=graph.tensors[graph.inputs[0]].shape[0],
+        seed=training.seed,
+        learning_rate=training.learning_rate,
+    )
+    build.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{build.name}.", dir=build.parent))
+    try:
+        libraries = _libraries(drafts, targets, aside, on_progress)
+        for rank, node in enumerate(cluster.nodes):
+            folder = aside / "nodes" / node.name
+            folder.mkdir(parents=True)
+            library = libraries[targets[rank].name]
+            shutil.copy(library, folder)
+            program = assemble(
+                graph,
+                plan,
+                communication,
+                drafts[rank],
+                storage[rank],
+                memories[rank],
+                cluster=cluster,
+                rank=rank,
+                library=library.name,
+                identity=identity,
+                seconds=description["nodes"][rank]["compute_seconds"],
+            )
+            (folder / "program.json").write_text(to_json(program))
+            _write_weights(folder / "weights.safetensors", graph, program)
+        shutil.copyfile(model, aside / "nodes" / cluster.nodes[0].name / "model.onnx")
+        shutil.copyfile(model, aside / "model.onnx")
+        shutil.rmtree(aside / "libraries")
+        (aside / "plan.json").write_text(json.dumps({"plan_hash": identity.plan_hash, **description}, indent=1) + "\n")
+        aside.chmod(0o755)
+        if build.exists():
+            shutil.rmtree(build)
+        aside.rename(build)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def check_replaceable(build: Path) -> None:
+    """Only a build may be overwritten: raises UserError where something else is in the way."""
+    if build.exists() and not (build / "plan.json").is_file() and (not build.is_dir() or any(build.iterdir())):
+        raise UserError(f"{build} exists and is not a build of fusetile; choose another -o, or remove it")
+
+
+def _libraries(
+    drafts: Sequence[Draft], targets: Sequence[Target], aside: Path, on_progress: Callable[[int, int], None]
+) -> dict[str, Path]:
+    """One kernel library per kind of device."""
+    kernels: dict[str, dict[str, Kernel]] = {}
+    for draft, target in zip(drafts, targets, strict=True):
+        found = kernels.setdefault(target.name, {})
+        found.update({step.kernel.symbol: step.kernel for step in draft.steps if isinstance(step, KernelCall)})
+    by_name = {target.name: target for target in targets}
+    total = sum(map(len, kernels.values()))
+    before, libraries = 0, {}
+    for name, found in kernels.items():
+        folder = aside / "libraries" / name
+        folder.mkdir(parents=True)
+        start = before
+
+        def progress(done: int, _: int, start: int = start) -> None:
+            on_progress(start + done, total)
+
+        libraries[name] = build_library(found.values(), by_name[name], folder, progress=progress)
+        before += len(found)
+    return libraries
+
+
+def _write_weights(path: Path, graph: Graph, program: Program) -> None:
+    shards = {
+        shard.parameter: np.ascontiguousarray(graph.parameters[shard.parameter].value[slices(shard.box)])
+        for shard in program.shards
+    }
+    boxes = {shard.parameter: shard.box for shard in program.shards}
+    save_file(shards, path, metadata={"boxes": json.dumps(boxes)})

@@ -1,0 +1,116 @@
+"""The pipeline, top to bottom: an ONNX model becomes one bundle per device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusetile.bundle import write_bundle
+from fusetile.cluster import Cluster
+from fusetile.codegen.assemble import memory_of
+from fusetile.codegen.emit import emit
+from fusetile.codegen.targets import target_named
+from fusetile.onnx_import import import_onnx
+from fusetile.passes.add_optimizer import add_optimizer
+from fusetile.passes.assign import assign
+from fusetile.passes.buffers import buffers
+from fusetile.passes.communicate import communicate
+from fusetile.passes.differentiate import differentiate
+from fusetile.passes.fit import fit
+from fusetile.passes.fuse import fuse
+from fusetile.passes.group import Halo, group
+from fusetile.passes.prune import prune
+from fusetile.passes.schedule import schedule
+from fusetile.report import describe
+from fusetile.trace import Trace
+
+PASSES = (
+    "import_onnx",
+    "differentiate",
+    "add_optimizer",
+    "prune",
+    "fuse",
+    "assign",
+    "group",
+    "communicate",
+    "schedule",
+    "buffers",
+    "emit",
+    "plan_memory",
+    "bundle",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What is trained and how; defaults are the command line's."""
+
+    loss: str = "cross-entropy"
+    batch: int | None = None
+    optimizer: str = "sgd"
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    bn: str = "train"
+    dropout: float | None = None
+    seed: int = 0
+    plan: str = "auto"
+    halo: Halo = "auto"
+
+
+def compile_model(
+    model: Path, *, cluster: Cluster, training: Training, build: Path, trace: Trace | None = None
+) -> Path:
+    """Compile `model` for `cluster` into the folder `build` (replaced only once all is done) and return it.
+
+    Raises UserError for a model, cluster or option that can't be trained, DoesNotFit if a device has too little memory.
+    """
+    trace = trace or Trace()
+    targets = [target_named(node.device.target) for node in cluster.nodes]
+    block = min(target.block for target in targets)
+    with trace.stage("import_onnx") as seen:
+        graph = seen(
+            import_onnx(model, batch=training.batch, bn=training.bn, dropout=training.dropout, seed=training.seed)
+        )
+    with trace.stage("differentiate") as seen:
+        graph = seen(differentiate(graph, loss=training.loss))
+    with trace.stage("add_optimizer") as seen:
+        graph = seen(add_optimizer(graph, momentum=training.momentum, weight_decay=training.weight_decay))
+    with trace.stage("prune") as seen:
+        graph = seen(prune(graph))
+    with trace.stage("fuse") as seen:
+        graph = seen(fuse(graph))
+    with trace.stage("assign"):
+        plan = assign(graph, plan=training.plan, cluster=cluster, block=block)
+    with trace.stage("group"):
+        plan = group(graph, plan, cluster=cluster, halo=training.halo)
+    with trace.stage("communicate"):
+        communication = communicate(graph, plan, block=block)
+    with trace.stage("schedule"):
+        order = schedule(graph, plan, communication)
+    with trace.stage("buffers"):
+        storage = buffers(graph, plan, communication, block=block)
+    with trace.stage("emit"):
+        drafts = emit(graph, plan, communication, order, storage, targets=targets, block=block)
+    with trace.stage("plan_memory"):
+        memories = fit([memory_of(draft) for draft in drafts], cluster=cluster)
+    with trace.stage("bundle"):
+        description = describe(
+            graph, plan, communication, order, memories, cluster=cluster, training=training, block=block
+        )
+        write_bundle(
+            build,
+            model=model,
+            graph=graph,
+            plan=plan,
+            communication=communication,
+            storage=storage,
+            drafts=drafts,
+            memories=memories,
+            description=description,
+            cluster=cluster,
+            targets=targets,
+            training=training,
+            on_progress=trace.on_progress,
+        )
+    return build

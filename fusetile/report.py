@@ -1,0 +1,151 @@
+"""plan.json: what was decided, in one document: options, devices, groups, every op's boxes, every transfer, memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusetile.box import Box, volume
+from fusetile.cluster import Cluster
+from fusetile.cost import cost_of, seconds_on
+from fusetile.graph import UPDATE, Graph
+from fusetile.ops import domain_of
+from fusetile.passes.communicate import Communication
+from fusetile.passes.plan_memory import MemoryPlan
+from fusetile.passes.schedule import Schedule, Transfer
+from fusetile.plan import Plan
+from fusetile.program import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from fusetile.compile import Training
+
+Description = dict[str, Any]
+
+
+def describe(
+    graph: Graph,
+    plan: Plan,
+    communication: Communication,
+    schedule: Schedule,
+    memories: Sequence[MemoryPlan],
+    *,
+    cluster: Cluster,
+    training: Training,
+    block: int,
+) -> Description:
+    """The document; everything in it is plain JSON."""
+    seconds = predicted_seconds(graph, plan, cluster)
+    return {
+        "schema": SCHEMA_VERSION,
+        "model": graph.name,
+        "training": asdict(training) | {"batch": graph.tensors[graph.inputs[0]].shape[0]},
+        "channel_block": block,
+        "link": asdict(cluster.link),
+        "nodes": [
+            {
+                "name": node.name,
+                "address": node.address,
+                "device": node.device.kind,
+                "cores": node.device.cores,
+                "memory_bytes": node.device.memory_bytes,
+                "arena_bytes": memory.arena_bytes,
+                "compute_seconds": seconds[rank],
+                "sent_bytes": _sent(schedule, rank),
+            }
+            for rank, (node, memory) in enumerate(zip(cluster.nodes, memories, strict=True))
+        ],
+        "groups": _groups(graph, plan, communication, schedule),
+        "ops": [
+            {
+                "name": name,
+                "kind": graph.ops[name].kind,
+                "phase": graph.ops[name].phase,
+                "origin": graph.ops[name].origin,
+                "compute": [list(box) if volume(box) else None for box in plan.placements[name].compute],
+                "own": [list(box) if volume(box) else None for box in plan.placements[name].own],
+            }
+            for name in schedule.order
+        ],
+        "transfers": [_transfer(graph, communication, transfer) for transfer in schedule.transfers],
+    }
+
+
+def hash_of(description: Description, model: bytes) -> str:
+    """Identifies a plan together with its model: nodes only work with peers that have the same."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode() + model).hexdigest()
+
+
+def predicted_seconds(graph: Graph, plan: Plan, cluster: Cluster) -> list[float]:
+    """Per device, the time of its own computation in a step."""
+    return [
+        sum(seconds_on(cost_of(graph, op, plan.placements[op.name].compute[rank]), node) for op in graph.ops.values())
+        for rank, node in enumerate(cluster.nodes)
+    ]
+
+
+def size_bytes(transfer: Transfer) -> int:
+    """Bytes of values on the wire, without the padding of channel blocks."""
+    return volume(transfer.move.box) * np.dtype(transfer.dtype).itemsize
+
+
+def _sent(schedule: Schedule, rank: int) -> int:
+    return sum(size_bytes(transfer) for transfer in schedule.transfers if transfer.move.source == rank)
+
+
+def _transfer(graph: Graph, communication: Communication, transfer: Transfer) -> Description:
+    move = transfer.move
+    return {
+        "tag": transfer.tag,
+        "tensor": communication.deliveries[transfer.delivery].tensor,
+        "source": move.source,
+        "target": move.target,
+        "box": list(move.box),
+        "dtype": transfer.dtype,
+        "bytes": size_bytes(transfer),
+        "priority": transfer.priority,
+    }
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+def _groups(graph: Graph, plan: Plan, communication: Communication, schedule: Schedule) -> list[Description]:
+    """Maximal runs of ops that no feature map is moved for, forward and backward; updates are left out."""
+    arriving: dict[int, list[Transfer]] = {}
+    for transfer in schedule.transfers:
+        arriving.setdefault(transfer.delivery, []).append(transfer)
+    groups: list[Description] = []
+    seen: set[int] = set()
+    for name in schedule.order:
+        op = graph.ops[name]
+        if op.phase == UPDATE:
+            continue
+        new = {communication.reads[name, tensor] for tensor in op.inputs} - seen
+        seen |= new
+        maps = [
+            t for i in new for t in arriving.get(i, []) if is_feature_map(graph, communication.deliveries[i].tensor)
+        ]
+        if maps or not groups or groups[-1]["phase"] != op.phase:
+            groups.append({"phase": op.phase, "ops": [], "received_bytes": 0, "boxes": []})
+        groups[-1]["ops"].append(name)
+        groups[-1]["received_bytes"] += sum(map(size_bytes, maps))
+        groups[-1]["boxes"] = [_output(graph, plan, name, device) for device in range(plan.nodes)]
+    return groups
+
+
+def _output(graph: Graph, plan: Plan, name: str, device: int) -> list[list[int]] | None:
+    box: Box = plan.placements[name].own[device]
+    return [list(part) for part in domain_of(graph, graph.ops[name]).output(box)] if volume(box) else None
+
+
+def is_feature_map(graph: Graph, name: str) -> bool:
+    """Whether a tensor is a map or a gradient of one: float32 with the batch as its first dimension."""
+    tensor = graph.tensors[name]
+    batch = graph.tensors[graph.inputs[0]].shape[0]
+    small = name in graph.parameters or name == graph.loss or len(tensor.shape) < 2
+    return not small and tensor.kind == "map" and tensor.dtype != "float64" and tensor.shape[0] == batch
