@@ -1,0 +1,365 @@
+"""Lowering of convolutions, fully connected layers and their gradients to kernel calls.
+
+Forward and input gradient are one kernel, the tap convolution. The input gradient for stride s is s * s phases: input
+pixels of one phase (position + pad modulo s) meet the same taps, so a phase is a convolution of stride 1 that writes
+every s-th pixel; a phase that no tap meets is zero. Each `lower_*` chooses the algorithm for its phase.
+
+Every call computes the box of iterations that it is given, and nothing outside: a part of the reduction axis gives a
+partial sum, to which the part at input channel 0 adds the bias. Zero padding is the border of the buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fusetile.box import Box, extents, view4, volume
+from fusetile.codegen.calls import KernelCall, Lowered, Ref, ref
+from fusetile.codegen.conv_source import GRADIENT_INTS, TAP_INTS, tap_convolution, weight_gradient
+from fusetile.codegen.conv_tiles import Machine, block_convolution, block_gradient, cover_lines, cover_pixels, machine
+from fusetile.codegen.conv_views import (
+    NO_TAPS,
+    Filter,
+    Taps,
+    View,
+    blocks,
+    filter_view,
+    moved,
+    padded_view,
+    phases,
+    taps_of,
+    view,
+)
+from fusetile.codegen.filter_source import (
+    DOT_INTS,
+    GATHER_INTS,
+    SUM_INTS,
+    TRANSPOSE_INTS,
+    dot_rows,
+    gather_rows,
+    sum_parts,
+    transpose_filter,
+    widen,
+)
+from fusetile.codegen.targets import Target
+from fusetile.graph import Op
+from fusetile.ops.base import Domain
+from fusetile.program import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Iterations of a tap convolution: images, rows, columns, blocks of output channels and of input channels."""
+
+    images: int
+    rows: int
+    columns: int
+    k_blocks: int
+    c_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """What a tap convolution does besides."""
+
+    bias: Ref | None = None
+    activation: str = ""
+    alpha: float = 0.0
+
+
+def lower_conv(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """Conv and Gemm: y = activation(bias + x * w)."""
+    if volume(box) == 0:
+        return Lowered()
+    x, w, *bias = inputs
+    m, weights = machine(target, w.block[0]), filter_view(w, domain.need(box, 1))
+    written, channels = domain.output(box), domain.reach(box, 0)[1]
+    images, _, rows, columns = extents(view4(written))
+    sizes = Sizes(images, rows, columns, blocks(written[1], w.block[0]), blocks(channels, w.block[1]))
+    source, taps = _nothing(x), NO_TAPS
+    if volume(domain.need(box, 0)):  # else there is nothing but padding
+        source, taps = padded_view(domain, box, 0, x), taps_of(op.attrs, weights.window)
+    before = Lowered()
+    epilogue = Epilogue(None, op.attrs.get("activation", ""), float(op.attrs.get("alpha", 0.0)))
+    if bias and channels[0] == 0:
+        epilogue = replace(epilogue, bias=ref(bias[0], domain.need(box, 2)))
+        if bias[0].block[1] < m.vectors.block:
+            before, epilogue = _widened(op, m, epilogue)
+    y = view(outputs[0], written)
+    if images > 1 and (rows, columns) == (1, 1) and taps.count == (1, 1):
+        gathered, source = _gathered(op, source, sizes)
+        before = _join(before, gathered)
+        sizes, y = replace(sizes, images=1, columns=images), replace(y, image=0, pixel=y.image)
+        taps = Taps((1, 1))
+    return _join(before, Lowered(_convolve(m, source, weights, y, taps, sizes, epilogue)))
+
+
+def lower_conv_input_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """ConvInputGrad and GemmInputGrad: dx from dy and the weights."""
+    if volume(box) == 0:
+        return Lowered()
+    if "strides" not in op.attrs:
+        return _dot(domain, box, inputs, outputs, target=target)
+    dy, w = inputs
+    m, filter_box, written, need = (
+        machine(target, w.block[0]),
+        domain.need(box, 1),
+        domain.output(box),
+        domain.need(box, 0),
+    )
+    k_blocks, c_blocks = blocks(filter_box[0], w.block[0]), blocks(filter_box[1], w.block[1])
+    call, weights, scratch = _transposed(op, m, filter_view(w, filter_box), k_blocks, c_blocks)
+    dx, calls = view(outputs[0], written), [call]
+    for h in phases(op.attrs, 0, written[2], weights.window[0]):
+        for v in phases(op.attrs, 1, written[3], weights.window[1]):
+            source, taps = _nothing(dy), NO_TAPS
+            if h.taps and v.taps and volume(need):
+                source = view(dy, (*need[:2], h.touched, v.touched))
+                taps = Taps((h.taps, v.taps), (h.step, v.step))
+            phase_weights = replace(
+                weights,
+                start=moved(weights.start, h.flipped * weights.tap_h + v.flipped * weights.tap_w),
+                tap_h=h.every * weights.tap_h,
+                tap_w=v.every * weights.tap_w,
+            )
+            result = replace(
+                dx.moved(h.first * dx.row + v.first * dx.pixel), row=h.stride * dx.row, pixel=v.stride * dx.pixel
+            )
+            sizes = Sizes(extents(written)[0], h.count, v.count, c_blocks, k_blocks)
+            calls += _convolve(m, source, phase_weights, result, taps, sizes, Epilogue())
+    return Lowered(tuple(calls), (scratch,))
+
+
+def lower_conv_weight_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """ConvWeightGrad and GemmWeightGrad: dw from x and dy."""
+    if volume(box) == 0:
+        return Lowered()
+    x, dy = inputs
+    written, touched = domain.output(box), domain.need(box, 1)
+    m, dw = machine(target, outputs[0].block[0]), filter_view(outputs[0], written)
+    images, _, rows, columns = extents(view4(touched))
+    right, taps = view(dy, touched), taps_of(op.attrs, dw.window)
+    if volume(domain.need(box, 0)):
+        left = padded_view(domain, box, 0, x)
+    else:  # nothing but padding: no pixels, so zeros
+        left, columns = _nothing(x), 0
+    step = (taps.step[0] * left.row, taps.step[1] * left.pixel)
+    left = replace(left, row=taps.stride[0] * left.row, pixel=taps.stride[1] * left.pixel)
+    if (rows, columns) == (1, 1):  # the images are the pixels
+        left, right, images, columns = replace(left, pixel=left.image), replace(right, pixel=right.image), 1, images
+    k_blocks, c_blocks = blocks(written[0], outputs[0].block[0]), blocks(written[1], outputs[0].block[1])
+    return _gradient(op, m, left, right, dw, step, Sizes(images, rows, columns, k_blocks, c_blocks))
+
+
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+
+def _convolve(
+    m: Machine, x: View, w: Filter, y: View, taps: Taps, sizes: Sizes, epilogue: Epilogue
+) -> tuple[KernelCall, ...]:
+    """The calls of a tap convolution: one, and more if the output channels do not divide into equal tiles."""
+    step = (taps.step[0] * x.row, taps.step[1] * x.pixel)
+    lines, (taps_h, taps_w) = w.lines, taps.count
+    if taps_w > 1 and step[1] == w.lines and w.tap_w == w.lines * m.vectors.block:
+        lines, taps_w = lines * taps_w, 1  # the taps of a row are contiguous
+    calls = []
+    rows = sizes.images * sizes.rows
+    for cover in cover_pixels(m, sizes.columns, sizes.k_blocks):
+        blocking = block_convolution(
+            m,
+            cover,
+            rows=rows,
+            columns=sizes.columns,
+            blocks=sizes.c_blocks,
+            filter_block=taps.count[0] * taps.count[1] * w.lines * m.vectors.block,
+            x_row=sizes.columns * taps.stride[0] * taps.stride[1] * x.pixel,
+        )
+        row_blocks = -(-rows // blocking.block_rows)
+        ints = {
+            "k_div": row_blocks if blocking.channels_outer else 1,
+            "k_tiles": cover.tiles,
+            "row_div": 1 if blocking.channels_outer else cover.tiles,
+            "row_blocks": row_blocks,
+            "block_rows": blocking.block_rows,
+            "rows": rows,
+            "height": sizes.rows,
+            "long_tiles": cover.long_tiles,
+            "short_tiles": cover.short_tiles,
+            "chunks": -(-sizes.c_blocks // blocking.chunk),
+            "chunk": blocking.chunk,
+            "blocks": sizes.c_blocks,
+            "taps_h": taps_h,
+            "taps_w": taps_w,
+            "lines": lines,
+            "with_bias": int(epilogue.bias is not None),
+            "x_image": x.image,
+            "x_block": x.block,
+            "x_row": taps.stride[0] * x.row,
+            "x_tap_h": step[0],
+            "x_tap_w": step[1],
+            "w_k": w.k,
+            "w_block": w.block,
+            "w_tap_h": w.tap_h,
+            "w_tap_w": w.tap_w,
+            "y_image": y.image,
+            "y_block": y.block,
+            "y_row": y.row,
+            "y_pixel": y.pixel,
+        }
+        kernel = tap_convolution(
+            vectors=m.vectors,
+            tile=cover.tile,
+            pixel=taps.stride[1] * x.pixel,
+            activation=epilogue.activation,
+            ragged=bool(m.vectors.lanes and lines % m.vectors.lanes),
+        )
+        bias = w.start if epilogue.bias is None else moved(epilogue.bias, cover.first * m.vectors.block)
+        pointers = (x.start, moved(w.start, cover.first * w.k), bias, moved(y.start, cover.first * y.block))
+        calls.append(KernelCall(kernel, cover.tiles * row_blocks, pointers, _order(TAP_INTS, ints), (epilogue.alpha,)))
+    return tuple(calls)
+
+
+def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int, int], sizes: Sizes) -> Lowered:
+    """The calls of a weight gradient: per width of tile one, and one more that adds partial sums."""
+    lines, (taps_h, taps_w) = dw.lines, dw.window
+    if step[1] == lines:
+        lines, taps_w = lines * taps_w, 1  # the taps of a row are contiguous
+    rows, filter_block = sizes.images * sizes.rows, dw.taps * dw.lines * m.vectors.block
+    calls: list[KernelCall] = []
+    scratch: list[Buffer] = []
+    for cover in cover_lines(m, lines, sizes.k_blocks):
+        parts = block_gradient(
+            m,
+            cover,
+            rows=rows,
+            columns=max(sizes.columns, 1),
+            blocks=sizes.c_blocks,
+            k_tiles=cover.tiles,
+            filter_block=filter_block,
+        )
+        count = -(-rows // parts.part_rows)
+        k_blocks = cover.tiles * cover.tile.blocks
+        start, d_k, d_part = moved(dw.start, cover.first * dw.k), dw.k, 0
+        if count > 1:
+            d_k = sizes.c_blocks * filter_block
+            d_part = k_blocks * d_k
+            scratch.append(_scratch(f"{op.name}.parts{cover.first}", count * d_part))
+            start = ref(scratch[-1])
+        ints = {
+            "k_tiles": cover.tiles,
+            "c_blocks": sizes.c_blocks,
+            "part_rows": parts.part_rows,
+            "outer_rows": parts.outer_rows,
+            "inner_rows": parts.inner_rows,
+            "rows": rows,
+            "height": sizes.rows,
+            "columns": sizes.columns,
+            "long_tiles": cover.long_tiles,
+            "short_tiles": cover.short_tiles,
+            "taps_h": taps_h,
+            "taps_w": taps_w,
+            "lines": lines,
+            "x_image": x.image,
+            "x_block": x.block,
+            "x_row": x.row,
+            "x_pixel": x.pixel,
+            "x_tap_h": step[0],
+            "x_tap_w": step[1],
+            "y_image": dy.image,
+            "y_block": dy.block,
+            "y_row": dy.row,
+            "y_pixel": dy.pixel,
+            "d_part": d_part,
+            "d_k": d_k,
+            "d_block": dw.block,
+        }
+        pointers = (x.start, moved(dy.start, cover.first * dy.block), start)
+        kernel = weight_gradient(vectors=m.vectors, tile=cover.tile)
+        calls.append(KernelCall(kernel, count * cover.tiles * sizes.c_blocks, pointers, _order(GRADIENT_INTS, ints)))
+        if count > 1:
+            sums = {
+                "parts": count,
+                "vectors": d_k // m.vectors.block,
+                "part": d_part,
+                "source_k": d_k,
+                "target_k": dw.k,
+            }
+            arrays = (start, moved(dw.start, cover.first * dw.k))
+            calls.append(KernelCall(sum_parts(vectors=m.vectors), k_blocks, arrays, _order(SUM_INTS, sums)))
+    return Lowered(tuple(calls), tuple(scratch))
+
+
+def _transposed(op: Op, m: Machine, w: Filter, k_blocks: int, c_blocks: int) -> tuple[KernelCall, Filter, Buffer]:
+    """The weights with channels swapped and the window flipped: the call that makes them, a view, their scratch."""
+    size = m.vectors.block**2
+    scratch = _scratch(f"{op.name}.transposed", c_blocks * k_blocks * w.taps * size)
+    ints = {"k_blocks": k_blocks, "window": w.taps, "lines": w.lines, "w_k": w.k, "w_block": w.block}
+    call = KernelCall(
+        transpose_filter(vectors=m.vectors), c_blocks, (w.start, ref(scratch)), _order(TRANSPOSE_INTS, ints)
+    )
+    result = Filter(
+        ref(scratch), k_blocks * w.taps * size, w.taps * size, w.window[1] * size, size, m.vectors.block, w.window
+    )
+    return call, result, scratch
+
+
+def _gathered(op: Op, x: View, sizes: Sizes) -> tuple[Lowered, View]:
+    """One-pixel maps as one row whose pixels are the images: the call that makes it in scratch, and a view of it."""
+    size = x.pixel
+    scratch = _scratch(f"{op.name}.rows", sizes.c_blocks * sizes.images * size)
+    ints = {"images": sizes.images, "x_image": x.image, "x_block": x.block, "block": size}
+    call = KernelCall(gather_rows(), sizes.c_blocks, (x.start, ref(scratch)), _order(GATHER_INTS, ints))
+    return Lowered((call,), (scratch,)), View(ref(scratch), 0, sizes.images * size, 0, size)
+
+
+def _widened(op: Op, m: Machine, epilogue: Epilogue) -> tuple[Lowered, Epilogue]:
+    """A bias of one element, which is stored without its block, as a block in scratch."""
+    assert epilogue.bias is not None
+    scratch = _scratch(f"{op.name}.bias", m.vectors.block)
+    call = KernelCall(widen(block=m.vectors.block), 1, (epilogue.bias, ref(scratch)))
+    return Lowered((call,), (scratch,)), replace(epilogue, bias=ref(scratch))
+
+
+def _join(first: Lowered, second: Lowered) -> Lowered:
+    return Lowered(first.calls + second.calls, first.scratch + second.scratch)
+
+
+def _dot(domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target) -> Lowered:
+    """GemmInputGrad: the weights are large and the rows few, so the weights are read as they are, not transposed."""
+    dy, w = inputs
+    m, filter_box, written = machine(target, w.block[0]), domain.need(box, 1), domain.output(box)
+    source, weights, dx = view(dy, domain.need(box, 0)), filter_view(w, filter_box), view(outputs[0], written)
+    ints = {
+        "images": extents(written)[0],
+        "k_blocks": blocks(filter_box[0], w.block[0]),
+        "lines": weights.lines,
+        "y_image": source.image,
+        "y_block": source.block,
+        "w_k": weights.k,
+        "w_block": weights.block,
+        "x_image": dx.image,
+        "x_block": dx.block,
+    }
+    kernel = dot_rows(vectors=m.vectors, images=m.dot[0], lines=m.dot[1])
+    units = blocks(filter_box[1], w.block[1])
+    return Lowered((KernelCall(kernel, units, (source.start, weights.start, dx.start), _order(DOT_INTS, ints)),))
+
+
+def _nothing(buffer: Buffer) -> View:
+    """A view for a kernel that reads nothing."""
+    return View(ref(buffer), 0, 0, 0, buffer.strides[3])
+
+
+def _scratch(name: str, elements: int) -> Buffer:
+    return Buffer(name, ((0, elements),))
+
+
+def _order(names: Sequence[str], values: dict[str, int]) -> tuple[int, ...]:
+    """The values in the kernel's order of arguments."""
+    return tuple(values[name] for name in names)

@@ -1,0 +1,161 @@
+"""TVMScript of the small kernels around the convolutions; see conv_source.
+
+Where a convolution needs an operand in another order, or a result in pieces:
+
+    transpose_filter   w -> the weights of the input gradient: channels swapped, window flipped
+    sum_parts          partial weight gradients -> their sum
+    gather_rows        [N][C/B][B] -> [C/B][N][B]
+    widen              one element -> a block
+    dot_rows           input gradient of the fully connected layer, straight from its weights
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from fusetile.codegen.calls import Kernel, make_kernel
+from fusetile.codegen.conv_source import Vectors
+
+TRANSPOSE_INTS = ("k_blocks", "window", "lines", "w_k", "w_block")
+SUM_INTS = ("parts", "vectors", "part", "source_k", "target_k")
+GATHER_INTS = ("images", "x_image", "x_block", "block")
+DOT_INTS = ("images", "k_blocks", "lines", "y_image", "y_block", "w_k", "w_block", "x_image", "x_block")
+
+
+@cache
+def transpose_filter(*, vectors: Vectors) -> Kernel:
+    """t[c][k][flipped tap][k lane][c lane] = w[k][c][tap][c lane][k lane]; c lanes beyond `lines` are zero.
+
+    A work unit is one block of input channels. Pointers w, t.
+    """
+    size = vectors.block
+    body = f"""
+for c in T.serial(lo, hi):
+    for k, tap in T.grid(k_blocks, window):
+        w0: T.int32 = k * w_k + c * w_block + (window - 1 - tap) * lines * {size}
+        t0: T.int32 = ((c * k_blocks + k) * window + tap) * {size * size}
+        if lines < {size}:
+            for i in T.serial({size * size}):
+                t[t0 + i] = T.float32(0)
+        for line in T.serial(lines):
+            for e in T.unroll({size}):
+                t[t0 + e * {size} + line] = w[w0 + line * {size} + e]
+"""
+    return make_kernel(
+        f"transpose_filter_b{size}",
+        pointers=dict.fromkeys(("w", "t"), "float32"),
+        body=body,
+        ints=TRANSPOSE_INTS,
+    )
+
+
+@cache
+def sum_parts(*, vectors: Vectors) -> Kernel:
+    """target = sum of `parts` arrays, in order. A work unit is a block of output channels. Pointers source, target."""
+    v = vectors
+    body = f"""
+for k in T.serial(lo, hi):
+    for i in T.serial(vectors):
+        for u in T.unroll({v.per_block}):
+            for e in T.vectorized({v.width}):
+                acc[u, e] = source[k * source_k + i * {v.block} + u * {v.width} + e]
+        for p in T.serial(1, parts):
+            for u in T.unroll({v.per_block}):
+                for e in T.vectorized({v.width}):
+                    acc[u, e] = acc[u, e] + source[p * part + k * source_k + i * {v.block} + u * {v.width} + e]
+        for u in T.unroll({v.per_block}):
+            for e in T.vectorized({v.width}):
+                target[k * target_k + i * {v.block} + u * {v.width} + e] = acc[u, e]
+"""
+    return make_kernel(
+        f"sum_parts_{v.tag}",
+        pointers=dict.fromkeys(("source", "target"), "float32"),
+        body=body,
+        ints=SUM_INTS,
+        scratch={"acc": ((v.per_block, v.width), "float32")},
+    )
+
+
+@cache
+def gather_rows() -> Kernel:
+    """t[c][n][lane] = x[n][c][lane], `block` lanes. A work unit is one channel block. Pointers x, t."""
+    body = """
+for c in T.serial(lo, hi):
+    for n in T.serial(images):
+        for e in T.serial(block):
+            t[(c * images + n) * block + e] = x[n * x_image + c * x_block + e]
+"""
+    return make_kernel("gather_rows", pointers=dict.fromkeys(("x", "t"), "float32"), body=body, ints=GATHER_INTS)
+
+
+@cache
+def widen(*, block: int) -> Kernel:
+    """t = one element and the zeros that fill its block. One work unit. Pointers x, t."""
+    body = f"""
+for unit in T.serial(lo, hi):
+    t[0] = x[0]
+    for e in T.serial(1, {block}):
+        t[e] = T.float32(0)
+"""
+    return make_kernel(f"widen_b{block}", pointers=dict.fromkeys(("x", "t"), "float32"), body=body)
+
+
+@cache
+def dot_rows(*, vectors: Vectors, images: int, lines: int) -> Kernel:
+    """dx[n][c] = sum over k of dy[n][k] * w[k][c], with the lanes of k summed at the end: no transposed weights.
+
+    Register tile: `images` x `lines` channels. A work unit is one block of input channels; lanes of dx beyond the
+    weights' block are zero. Pointers dy, w, dx.
+    """
+    v = vectors
+
+    def tile(rows: int, n: str, count: int, line: str) -> str:
+        def each(statement: str) -> str:
+            return f"""
+        for p in T.unroll({rows}):
+            for q in T.unroll({count}):
+                {statement}"""
+
+        y_at = f"dy[({n} + p) * y_image + k * y_block + u * {v.width} + e]"
+        w_at = f"w[k * w_k + c * w_block + ({line} + q) * {v.block} + u * {v.width} + e]"
+        total = _tree([f"acc[p, q, {e}]" for e in range(v.width)])
+        zero = each(f"""for e in T.vectorized({v.width}):
+                    acc[p, q, e] = T.float32(0)""")
+        multiply = f"""
+        for k in T.serial(k_blocks):
+            for u in T.unroll({v.per_block}):
+                for p in T.unroll({rows}):
+                    for q in T.unroll({count}):
+                        for e in T.vectorized({v.width}):
+                            acc[p, q, e] = acc[p, q, e] + {y_at} * {w_at}"""
+        store = each(f"dx[({n} + p) * x_image + c * x_block + {line} + q] = {total}")
+        return zero + multiply + store
+
+    def over_lines(rows: int, n: str) -> str:
+        return f"""
+      for j in T.serial(T.truncdiv(lines, {lines})):{tile(rows, n, lines, f"j * {lines}")}
+      for j in T.serial(T.truncdiv(lines, {lines}) * {lines}, lines):{tile(rows, n, 1, "j")}"""
+
+    body = f"""
+for c in T.serial(lo, hi):
+    for i in T.serial(T.truncdiv(images, {images})):{over_lines(images, f"i * {images}")}
+    for i in T.serial(T.truncdiv(images, {images}) * {images}, images):{over_lines(1, "i")}
+    for i in T.serial(images):
+        for j in T.serial(lines, {v.block}):
+            dx[i * x_image + c * x_block + j] = T.float32(0)
+"""
+    return make_kernel(
+        f"dot_rows_{images}x{lines}_{v.tag}",
+        pointers=dict.fromkeys(("dy", "w", "dx"), "float32"),
+        body=body,
+        ints=DOT_INTS,
+        scratch={"acc": ((images, lines, v.width), "float32")},
+    )
+
+
+def _tree(terms: list[str]) -> str:
+    """A balanced sum."""
+    if len(terms) == 1:
+        return terms[0]
+    half = len(terms) // 2
+    return f"({_tree(terms[:half])} + {_tree(terms[half:])})"

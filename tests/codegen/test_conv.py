@@ -1,0 +1,214 @@
+"""Convolutions, fully connected layers and their gradients against the rows' numpy references.
+
+All cases of a channel block are lowered first and share one library. Inputs are NaN wherever a case may not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusetile.box import Box, volume
+from fusetile.codegen.build import build_library
+from fusetile.codegen.calls import KernelCall
+from fusetile.codegen.lower import lower
+from fusetile.codegen.targets import Target, host
+from fusetile.errors import PlanError
+from fusetile.program import Buffer, Call
+from fusetile.runtime.native import Library
+from fusetile.runtime.storage import make_arena, pack, unpack
+from tests.codegen.harness import Case, buffer_for, inside, place, stored
+
+WIDTHS = (1, 4, 5, 9, 13)  # of outputs: few, so that few register tiles are compiled
+
+
+@dataclass
+class Problem:
+    """One op, a box of its iterations, and buffers that are larger than the box needs."""
+
+    label: str
+    case: Case
+    box: Box
+    inputs: list[Buffer]
+    outputs: list[Buffer]
+    calls: tuple[KernelCall, ...]
+    scratch: tuple[Buffer, ...]
+
+
+def problem(
+    label: str, case: Case, box: Box, block: int, target: Target, *, raw: bool, spare: Sequence[int]
+) -> Problem:
+    """Lower an op for a box. `raw`: map inputs with few channels are stored unblocked. `spare`: margin, additional
+    border and pitch."""
+    margin, border, pitch = spare
+    inputs = []
+    for i, name in enumerate(case.op.inputs):
+        tensor, reach = case.graph.tensors[name], case.domain.reach(box, i)
+        outside = [
+            max(0, -start, stop - size) + border for (start, stop), size in zip(reach, tensor.shape, strict=True)
+        ]
+        layout: dict[str, Any] = {"margin": margin, "pitch": pitch}
+        if len(tensor.shape) == 4 and tensor.kind == "map":
+            layout["border"] = (outside[2], outside[3])
+        buffer = buffer_for(name, tensor, case.domain.need(box, i), block=block, **layout)
+        if raw and tensor.kind == "map" and i == 0:
+            buffer = replace(buffer, block=(1, min(block, tensor.shape[1])))
+        inputs.append(buffer)
+    outputs = [
+        buffer_for(
+            name, case.graph.tensors[name], case.domain.output(box), block=block, margin=margin, border=(border, 1)
+        )
+        for name in case.op.outputs
+    ]
+    lowered = lower(case.op, case.domain, box, inputs, outputs, target=target)
+    return Problem(label, case, box, inputs, outputs, lowered.calls, lowered.scratch)
+
+
+def part(case: Case, random: np.random.Generator, block: int) -> Box:
+    """A random part of the iterations, at blocks of channels."""
+    box = []
+    for axis in case.domain.axes:
+        step = block if axis.name in "kc" else 1
+        cuts = [*range(0, axis.size, step), axis.size]
+        first, last = sorted(random.choice(len(cuts), 2, replace=False))
+        box.append((cuts[first], cuts[last]))
+    return tuple(box)
+
+
+def window_cases(random: np.random.Generator, block: int) -> Iterator[tuple[str, list[Case], bool]]:
+    """Random windows: kernels 1 to 7, strides 1 to 3, dilations 1 and 2, any pads, channels that fill no block."""
+    for index in range(40):
+        kernel = tuple(random.choice((1, 1, 2, 3, 3, 5, 7), 2))
+        strides, dilations = tuple(random.choice((1, 1, 2, 3), 2)), tuple(random.choice((1, 1, 2), 2))
+        pads = tuple(int(random.integers(0, d * (k - 1) + 2)) for k, d in zip(kernel * 2, dilations * 2, strict=True))
+        out = (int(random.integers(1, 8)), int(random.choice(WIDTHS)))
+        size = [
+            max(1, (o - 1) * s + d * (k - 1) + 1 - pads[i] - pads[i + 2]) + int(random.integers(0, s))
+            for i, (o, s, d, k) in enumerate(zip(out, strides, dilations, kernel, strict=True))
+        ]
+        channels, filters = (int(random.choice((1, 3, block, block + 4, 3 * block))) for _ in range(2))
+        x = random.standard_normal((int(random.integers(1, 4)), channels, *size)).astype(np.float32)
+        w = random.standard_normal((filters, channels, *kernel)).astype(np.float32)
+        attrs = {"strides": tuple(map(int, strides)), "dilations": tuple(map(int, dilations)), "pads": pads}
+        activation: dict[str, Any] = [{}, {"activation": "relu"}, {"activation": "leaky_relu", "alpha": 0.1}][index % 3]
+        bias = [random.standard_normal(filters).astype(np.float32)] * (index % 2)
+        forward = Case("Conv", [x, w, *bias], {**attrs, **activation}, filters=(1,))
+        dy = random.standard_normal(forward.graph.tensors[forward.op.outputs[0]].shape).astype(np.float32)
+        cases = [
+            forward,
+            Case("Conv", [x, w, *bias], attrs, filters=(1,)),
+            Case("ConvInputGrad", [dy, w], {**attrs, "input_shape": x.shape}, filters=(1,)),
+            Case("ConvWeightGrad", [x, dy], {**attrs, "kernel_shape": w.shape[2:]}),
+        ]
+        label = f"{x.shape} * {w.shape} strides {strides} dilations {dilations} pads {pads} {activation}"
+        yield label, cases, channels < block and index % 2 == 0
+
+
+def gemm_cases(random: np.random.Generator, block: int) -> Iterator[tuple[str, list[Case], bool]]:
+    """Fully connected layers."""
+    for n, c, k in ((1, 3 * block, 10), (4, block + 5, 4 * block), (5, 3, block), (9, 2 * block, 2 * block + 1)):
+        x, w, dy, b = (random.standard_normal(s).astype(np.float32) for s in ((n, c), (k, c), (n, k), k))
+        cases = [
+            Case("Gemm", [x, w, b], {"activation": "relu"}, filters=(1,)),
+            Case("Gemm", [x, w, b], {}, filters=(1,)),
+            Case("GemmInputGrad", [dy, w], {"input_shape": x.shape}, filters=(1,)),
+            Case("GemmWeightGrad", [x, dy], {"kernel_shape": ()}),
+        ]
+        yield f"{x.shape} * {w.shape}", cases, c < block and n > 4
+
+
+def problems(block: int, target: Target) -> list[Problem]:
+    """Every case whole, and a random part of it."""
+    random, found = np.random.default_rng(block), []
+    for label, cases, raw in [*window_cases(random, block), *gemm_cases(random, block)]:
+        for case in cases:
+            spare = tuple(int(v) for v in random.integers(0, 3, 3))
+            for box in (case.domain.box, part(case, random, block)):
+                text = f"{case.op.kind} {label} box {box}"
+                found.append(
+                    problem(text, case, box, block, target, raw=raw and "InputGrad" not in case.op.kind, spare=spare)
+                )
+    return found
+
+
+class Run:
+    """A problem in an arena of its own."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.placed, self.before = place([*problem.inputs, *problem.outputs, *problem.scratch])
+        self.at = {buffer.name: buffer for buffer in self.placed}
+        for i, name in enumerate(problem.case.op.inputs):
+            need = problem.case.domain.need(problem.box, i)
+            if volume(need):
+                value = problem.case.inputs[i][tuple(slice(*interval) for interval in need)]
+                pack(self.before, self.at[name], need, value)
+
+    def after(self, library: Library) -> np.ndarray:
+        """The arena after the calls."""
+        arena = make_arena(self.before.size)
+        arena[:] = self.before
+        calls = [
+            Call(
+                call.kernel.symbol,
+                call.split,
+                tuple(self.at[pointer.buffer].offset_bytes + pointer.offset_bytes for pointer in call.pointers),
+                call.ints,
+                call.floats,
+            )
+            for call in self.problem.calls
+        ]
+        library.segment(calls, arena)()
+        return arena
+
+    def check(self, after: np.ndarray) -> None:
+        """Right values in the box, zeros in its pad lanes, nothing else touched."""
+        problem, expected = self.problem, self.before.copy()
+        written, reference = problem.case.domain.output(problem.box), problem.case.expected(problem.box)[0]
+        buffer = self.at[problem.outputs[0].name]
+        values = unpack(after, buffer, written)
+        tolerance = 1e-5 * max(1.0, float(np.abs(reference).max()))
+        np.testing.assert_allclose(values, reference, rtol=1e-5, atol=tolerance, err_msg=problem.label)
+        inside(expected, buffer, written)[...] = 0
+        pack(expected, buffer, written, values)
+        for scratch in problem.scratch:
+            stored(expected, self.at[scratch.name])[...] = stored(after, self.at[scratch.name])
+        assert np.array_equal(expected, after), f"{problem.label}: writes outside its box or leaves its pad lanes"
+
+
+def check_all(block: int, target: Target, directory: Path) -> None:
+    """Run every problem with 1, 2 and 3 threads."""
+    runs = [Run(problem) for problem in problems(block, target)]
+    kernels = {call.kernel.symbol: call.kernel for run in runs for call in run.problem.calls}
+    path = build_library(kernels.values(), target, directory)
+    with Library(path, threads=1) as library:
+        single = [run.after(library) for run in runs]
+    for run, after in zip(runs, single, strict=True):
+        run.check(after)
+    for threads in (2, 3):
+        with Library(path, threads=threads) as library:
+            for run, after in zip(runs, single, strict=True):
+                assert np.array_equal(run.after(library), after), f"{run.problem.label}: {threads} threads"
+
+
+@pytest.mark.parametrize("block", [8, 16])
+def test_against_references(block, tmp_path):
+    if block > host().block:
+        pytest.skip("a plan for AVX-512 alone")
+    check_all(block, host(), tmp_path)
+
+
+def test_refuses_buffers_that_lack_padding_or_halo():
+    random = np.random.default_rng(0)
+    x, w = (random.standard_normal(shape).astype(np.float32) for shape in ((1, 8, 6, 6), (8, 8, 3, 3)))
+    case = Case("Conv", [x, w], {"strides": (1, 1), "dilations": (1, 1), "pads": (1, 1, 1, 1)}, filters=(1,))
+    tensors = [case.graph.tensors[name] for name in (*case.op.inputs, *case.op.outputs)]
+    whole, weights, result = (buffer_for(t.name, t, tuple((0, n) for n in t.shape), border=(1, 1)) for t in tensors)
+    for lacking in (replace(whole, border=(1, 0)), replace(whole, box=((0, 1), (0, 8), (0, 5), (0, 6)))):
+        with pytest.raises(PlanError, match="holds"):
+            lower(case.op, case.domain, case.domain.box, [lacking, weights], [result], target=host())
