@@ -29,8 +29,9 @@ mean: T.float64 = T.Cast("float64", MEAN[c])
 variance: T.float64 = T.Cast("float64", VARIANCE[c])
 """
 _RUNNING = """
-MEAN[c] = T.Cast("float32", T.Cast("float64", MEAN[c] * keep) + mean * (T.float64(1) - T.Cast("float64", keep)))
-VARIANCE[c] = T.Cast("float32", T.Cast("float64", VARIANCE[c] * keep) + variance * (T.float64(1) - T.Cast("float64", keep)))
+new: T.float64 = T.float64(1) - T.Cast("float64", keep)
+MEAN[c] = T.Cast("float32", T.Cast("float64", MEAN[c] * keep) + mean * new)
+VARIANCE[c] = T.Cast("float32", T.Cast("float64", VARIANCE[c] * keep) + variance * new)
 """
 _PARAMETERS = """
 DGAMMA[c] = T.Cast("float32", SUMS[sums_pair + c])
@@ -212,7 +213,7 @@ def _maps(
     ints: Mapping[str, int] | None = None,
     floats: Mapping[str, float] | None = None,
 ) -> Lowered:
-    """One pass over the maps `maps` (the first inputs) to Y; the other inputs are `pointers`, STATS the first of them."""
+    """One pass over the maps `maps` (the first inputs) to Y; the other inputs are `pointers`, first STATS."""
     block = output.block[1]
     written = domain.output(box)
     operands = [(inputs[i], domain.need(box, i)) for i in range(len(maps))]

@@ -1,0 +1,336 @@
+"""Pooling and its gradients.
+
+Windows are clipped at the edge of the whole image: kernels know where their box lies in it.
+The gradients gather: every element of dx looks at the outputs whose windows hold it, so that work units write disjoint
+elements, in an order that does not depend on how the image is cut.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from fusetile.box import Box, view4
+from fusetile.codegen.calls import Lowered, ref
+from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel, vectors
+from fusetile.codegen.reblock import conform
+from fusetile.codegen.targets import Target
+from fusetile.graph import Op
+from fusetile.ops import Domain
+from fusetile.program import Buffer
+
+Axis = tuple[int, int, int]  # taps, stride, dilation
+_AXES = (("r", "h"), ("s", "w"))  # name of the tap and of the position along rows and columns
+# a NaN is greater than all, told by its bits: TVM takes floats to be ordered when it simplifies comparisons
+_GREATER = 'T.Or({X} > best[v], T.bitwise_and(T.reinterpret("int32", {X}), 2147483647) > 2139095040)'
+_INTS = ("channels", "h_origin", "w_origin", "h_before", "w_before", "h_after", "w_after", "x_h", "x_w", "H", "W")
+
+
+def _axes(op: Op) -> tuple[Axis, Axis]:
+    down, across = zip(op.attrs["kernel"], op.attrs["strides"], op.attrs.get("dilations", (1, 1)), strict=True)
+    return down, across
+
+
+def _name(kind: str, axes: tuple[Axis, Axis], *more: str) -> str:
+    return "_".join([kind, *("x".join(map(str, axis)) for axis in axes), *more])
+
+
+def _ints(op: Op, domain: Domain, box: Box, window: Box, image: Sequence[int]) -> tuple[int, ...]:
+    """Values of _INTS: the box's channels, its first row and column, the pads, the first row and column of `window`,
+    the other operand's box, and the size of its image."""
+    _, channels, rows, columns = view4(domain.output(box))
+    return (channels[1] - channels[0], rows[0], columns[0], *op.attrs["pads"], window[2][0], window[3][0], *image)
+
+
+def _clip(axis: Axis, tap: str, at: str, size: str) -> str:
+    """The taps of a window that lie in the image: {tap}0 <= tap < {tap}1; {at}_start is the window's first row."""
+    taps, stride, dilation = axis
+    return f"""
+{at}_start: T.int32 = ({at}_origin + {at}) * {stride} - {at}_before
+{tap}0: T.int32 = T.max(0, ({dilation - 1} - {at}_start) // {dilation})
+{tap}1: T.int32 = T.min({taps}, ({size} - {at}_start + {dilation - 1}) // {dilation})
+"""
+
+
+def _windows(axes: tuple[Axis, Axis], block: int, statements: Sequence[str]) -> str:
+    """Loops over the taps r, s of a window in the image; {X} is the element of x. Whole windows have constant loops."""
+    (down, _, down_by), (across, _, across_by) = axes
+    x = (
+        f"X[n * X_image + k * X_block + (h_start + r * {down_by} - x_h) * X_row"
+        f" + (w_start + s * {across_by} - x_w) * {block} + v]"
+    )
+    inner = textwrap.indent(vectors([line.replace("{X}", x) for line in statements], block), " " * 12)
+    loops = "    for r in T.serial({}):\n        for s in T.serial({}):\n{}"
+    return (
+        f"if r1 - r0 == {down} and s1 - s0 == {across}:\n{loops.format(down, across, inner)}"
+        f"else:\n{loops.format('r0, r1', 's0, s1', inner)}"
+    )
+
+
+def _pool(
+    kind: str,
+    op: Op,
+    domain: Domain,
+    box: Box,
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Buffer],
+    *,
+    start: Sequence[str],
+    tap: Sequence[str],
+    end: Sequence[str],
+    scratch: dict[str, str],
+    divisor: str = "",
+) -> Lowered:
+    """y from the windows of x: statements before, for each tap of, and after a window."""
+    axes, block = _axes(op), outputs[0].block[1]
+    before, [(x, window)] = conform(op, [(inputs[0], domain.need(box, 0))], outputs[0].block)
+    names = ("Y", "ARG")[: len(outputs)]
+    pixel = (
+        _clip(axes[1], "s", "w", "W")
+        + divisor
+        + vectors(start, block)
+        + _windows(axes, block, tap)
+        + vectors(end, block)
+    )
+    kernel = mapped_kernel(
+        _name(kind, axes),
+        block=block,
+        maps={name: buffer.dtype for name, buffer in zip(names, outputs, strict=True)},
+        pointers={"X": "float32"},
+        ints=(*_INTS, "X_image", "X_block", "X_row"),
+        scratch=scratch,
+        before_row=_clip(axes[0], "r", "h", "H"),
+        pixel=pixel,
+    )
+    written = domain.output(box)
+    call = mapped_call(
+        kernel,
+        loops_over(written, block),
+        [(buffer, domain.output(box, o)) for o, buffer in enumerate(outputs)],
+        pointers=[ref(x, window)],
+        ints=(*_ints(op, domain, box, window, [dim.size for dim in domain.reads[0][2:]]), *x.strides[:3]),
+    )
+    return Lowered((*before.calls, call), before.scratch)
+
+
+def lower_max_pool(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The maximum of every window and the tap where it is: the first one, or the first NaN."""
+    columns = op.attrs["kernel"][1]
+    return _pool(
+        "max_pool",
+        op,
+        domain,
+        box,
+        inputs,
+        outputs,
+        start=['best[v] = -T.infinity("float32")', "tap[v] = 0"],
+        tap=[
+            f"tap[v] = T.Select({_GREATER}, r * {columns} + s, tap[v])",
+            f"best[v] = T.Select({_GREATER}, {{X}}, best[v])",
+        ],
+        end=[
+            "{Y} = best[v]",
+            f"tap[v] = T.Select(k * {outputs[0].block[1]} + v < channels, tap[v], 0)",
+            '{ARG} = T.Cast("uint8", tap[v])',
+        ],
+        scratch={"best": "float32", "tap": "int32"},
+    )
+
+
+def _divisor(axis: Axis, tap: str, at: str, size: str, *, include_pad: bool) -> str:
+    """{at}_count: how much of the image (or of the padded image) a window covers along one axis."""
+    if include_pad:
+        return f"{at}_count: T.int32 = T.min({at}_start + {axis[0]}, {size} + {at}_after) - {at}_start\n"
+    return f"{at}_count: T.int32 = {tap}1 - {tap}0\n"
+
+
+def lower_average_pool(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The average of every window, over what it covers of the image (with count_include_pad: of the padded image)."""
+    include = bool(op.attrs["count_include_pad"])
+    axes = _axes(op)
+    counts = [
+        _divisor(axis, tap, at, size, include_pad=include)
+        for axis, (tap, at), size in zip(axes, _AXES, "HW", strict=True)
+    ]
+    return _pool(
+        "average_pool_padded" if include else "average_pool",
+        op,
+        domain,
+        box,
+        inputs,
+        outputs,
+        start=["total[v] = T.float32(0)"],
+        tap=["total[v] = total[v] + {X}"],
+        end=['{Y} = total[v] / T.Cast("float32", h_count * w_count)'],
+        scratch={"total": "float32"},
+        divisor="".join(counts),
+    )
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _holders(axis: Axis, tap: str, at: str) -> str:
+    """The outputs o{at} whose windows hold row {at}: o{at}0 <= o{at} < o{at}1, as far as they exist."""
+    taps, stride, dilation = axis
+    return f"""
+{at}_padded: T.int32 = {at}_origin + {at} + {at}_before
+o{at}0: T.int32 = T.max(0, ({at}_padded - {dilation * (taps - 1)} + {stride - 1}) // {stride})
+o{at}1: T.int32 = T.min({at.upper()}, {at}_padded // {stride} + 1)
+"""
+
+
+def _gather(axes: tuple[Axis, Axis], inner: str) -> str:
+    """Loops over the outputs oh, ow whose windows hold a pixel, and the taps r, s at which they do."""
+    text = inner
+    for axis, (tap, at) in zip(reversed(axes), reversed(_AXES), strict=True):
+        _, stride, dilation = axis
+        distance = f"({at}_padded - o{at} * {stride})"
+        text = f"{tap}: T.int32 = {distance} // {dilation}\n{text}"
+        if dilation > 1:
+            text = f"if {distance} % {dilation} == 0:\n{textwrap.indent(text, '    ')}"
+        text = f"for o{at} in T.serial(o{at}0, o{at}1):\n{textwrap.indent(text, '    ')}"
+    return text
+
+
+def _pool_grad(
+    kind: str,
+    op: Op,
+    domain: Domain,
+    box: Box,
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Buffer],
+    *,
+    names: Sequence[str],
+    inner: str,
+) -> Lowered:
+    """dx from the outputs whose windows hold each pixel; {DY}, {ARG} are the elements of the inputs there."""
+    axes, output = _axes(op), outputs[0]
+    block, window = output.block[1], domain.need(box, 0)
+    before, operands = conform(op, [(buffer, window) for buffer in inputs], output.block)
+    at = {
+        name: f"{name}[n * {name}_image + k * {name}_block + (oh - x_h) * {name}_row + (ow - x_w) * {block} + v]"
+        for name in names
+    }
+    pixel = (
+        _holders(axes[1], "s", "w")
+        + vectors(["total[v] = T.float32(0)"], block)
+        + _gather(axes, inner.format_map(at))
+        + vectors(["{DX} = total[v]"], block)
+    )
+    kernel = mapped_kernel(
+        _name(kind, axes),
+        block=block,
+        maps={"DX": "float32"},
+        pointers={name: buffer.dtype for name, (buffer, _) in zip(names, operands, strict=True)},
+        ints=(
+            *_INTS,
+            "image_h",
+            "image_w",
+            *(f"{name}_{axis}" for name in names for axis in ("image", "block", "row")),
+        ),
+        scratch={"total": "float32"},
+        before_row=_holders(axes[0], "r", "h"),
+        pixel=pixel,
+    )
+    image = [dim.size for dim in domain.reads[0][2:]]
+    strides = [stride for buffer, _ in operands for stride in buffer.strides[:3]]
+    written = domain.output(box)
+    call = mapped_call(
+        kernel,
+        loops_over(written, block),
+        [(output, written)],
+        # a box that no window reaches reads nothing: any address will do
+        pointers=[ref(buffer, part if part[0][1] else None) for buffer, part in operands],
+        ints=(*_ints(op, domain, box, window, image), *op.attrs["input_shape"][2:], *strides),
+    )
+    return Lowered((*before.calls, call), before.scratch)
+
+
+def lower_max_pool_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """dx: the sum of dy over the windows whose maximum a pixel is."""
+    columns = op.attrs["kernel"][1]
+    inner = vectors(
+        [f'total[v] = total[v] + T.Select(T.Cast("int32", {{ARG}}) == r * {columns} + s, {{DY}}, T.float32(0))'],
+        outputs[0].block[1],
+    )
+    return _pool_grad("max_pool_grad", op, domain, box, inputs, outputs, names=("DY", "ARG"), inner=inner)
+
+
+def lower_average_pool_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """dx: the sum over the windows that hold a pixel of dy / (what the window covers)."""
+    include = bool(op.attrs["count_include_pad"])
+    text = ""
+    for axis, (_, at) in zip(_axes(op), _AXES, strict=True):
+        taps, stride, _ = axis
+        size, first = f"image_{at}", f"o{at} * {stride} - {at}_before"
+        if include:
+            text += f"{at}_count: T.int32 = T.min({first} + {taps}, {size} + {at}_after) - ({first})\n"
+        else:
+            text += f"{at}_count: T.int32 = T.min({first} + {taps}, {size}) - T.max({first}, 0)\n"
+    text += vectors(['total[v] = total[v] + {DY} / T.Cast("float32", h_count * w_count)'], outputs[0].block[1])
+    kind = "average_pool_grad_padded" if include else "average_pool_grad"
+    return _pool_grad(kind, op, domain, box, inputs, outputs, names=("DY",), inner=text)
+
+
+# -- global ----------------------------------------------------------------------------------------------------------
+
+
+def lower_global_average_pool(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The sum of the box's pixels over the area of the whole image, added in float64."""
+    block = outputs[0].block[1]
+    before, [(x, part)] = conform(op, [(inputs[0], domain.need(box, 0))], outputs[0].block)
+    x_at = f"X[n * X_image + k * X_block + y * X_row + x * {block} + v]"
+    pixels = "\n".join(
+        [
+            vectors(["total[v] = T.float64(0)"], block),
+            "for y in T.serial(height):\n    for x in T.serial(width):",
+            textwrap.indent(vectors([f'total[v] = total[v] + T.Cast("float64", {x_at})'], block), " " * 8),
+            vectors(['{Y} = T.Cast("float32", total[v] / T.Cast("float64", area))'], block),
+        ]
+    )
+    kernel = mapped_kernel(
+        "global_average_pool",
+        block=block,
+        maps={"Y": "float32"},
+        pointers={"X": "float32"},
+        ints=("height", "width", "area", "X_image", "X_block", "X_row"),
+        scratch={"total": "float64"},
+        pixel=pixels,
+    )
+    written = domain.output(box)
+    (top, bottom), (left, right) = part[2:]
+    area = domain.axes[domain.axis("h")].size * domain.axes[domain.axis("w")].size
+    ints = (bottom - top, right - left, area, *x.strides[:3])
+    call = mapped_call(kernel, loops_over(written, block), [(outputs[0], written)], pointers=[ref(x, part)], ints=ints)
+    return Lowered((*before.calls, call), before.scratch)
+
+
+def lower_global_average_pool_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """dy over the area of the image, for every pixel of it."""
+    block, written = outputs[0].block[1], domain.output(box)
+    kernel = mapped_kernel(
+        "global_average_pool_grad",
+        block=block,
+        maps={"DX": "float32"},
+        pointers={"DY": "float32"},
+        ints=("area", "DY_image", "DY_block"),
+        pixel=vectors(['{DX} = DY[n * DY_image + k * DY_block + v] / T.Cast("float32", area)'], block),
+    )
+    _, _, height, width = op.attrs["input_shape"]
+    before, [(dy, part)] = conform(op, [(inputs[0], domain.need(box, 0))], outputs[0].block)
+    ints = (height * width, *dy.strides[:2])
+    call = mapped_call(kernel, loops_over(written, block), [(outputs[0], written)], pointers=[ref(dy, part)], ints=ints)
+    return Lowered((*before.calls, call), before.scratch)
