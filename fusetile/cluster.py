@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,21 @@ class Cluster:
         return tuple(node.flops for node in self.nodes)
 
 
-def local_cluster(nodes: int, *, target: str = "host", port: int = DEFAULT_PORT) -> Cluster:
-    """`nodes` equal devices on this machine, with consecutive ports; loopback is fast."""
+def local_cluster(nodes: int, *, target: str = "host", ports: Sequence[int] = ()) -> Cluster:
+    """`nodes` equal devices on this machine, by default at consecutive ports; loopback is fast."""
     if nodes < 1:
         raise UserError(f"--nodes {nodes}: a cluster has at least 1 node")
     device = _profile(target, "--target")
     if target == "host":
-        device = replace(device, cores=max(1, device.cores // nodes))
-    members = tuple(Node(f"node{rank}", f"127.0.0.1:{port + rank}", device) for rank in range(nodes))
+        device = replace(device, cores=max(1, device.cores // nodes), memory_bytes=host_memory_bytes())
+    numbers = ports or range(DEFAULT_PORT, DEFAULT_PORT + nodes)
+    members = tuple(Node(f"node{rank}", f"127.0.0.1:{port}", device) for rank, port in enumerate(numbers))
     return Cluster(members, Link(1e9, 0.05e-3) if target == "host" else Link(94e6 / 8, 0.3e-3))
+
+
+def host_memory_bytes() -> int:
+    """The memory of this computer."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def read_cluster(path: Path) -> Cluster:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fusetile.bundle import write_bundle
 from fusetile.cluster import Cluster
@@ -51,7 +52,7 @@ class Training:
     learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 0.0
-    bn: str = "train"
+    bn: Literal["train", "frozen"] = "train"
     dropout: float | None = None
     seed: int = 0
     plan: str = "auto"

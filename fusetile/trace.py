@@ -17,8 +17,8 @@ class Stopped(Exception):
 
 @dataclass(slots=True)
 class Trace:
-    """`on_stage(name)` is called when a pass starts, `on_progress(done, total)` inside long ones. With `dump`, the graph
-    is written there after each pass that returns one, as text and Graphviz. `seconds` collects times."""
+    """`on_stage(name)` is called when a pass starts, `on_progress(done, total)` inside long ones. With `dump`, the
+    graph is written there after each pass that returns one, as text and Graphviz. `seconds` collects times."""
 
     on_stage: Callable[[str], None] = lambda name: None
     on_progress: Callable[[int, int], None] = lambda done, total: None

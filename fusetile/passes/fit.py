@@ -24,8 +24,8 @@ def fit(memories: Sequence[MemoryPlan], *, cluster: Cluster) -> Sequence[MemoryP
         peak, largest = _at_peak(memory)
         raise DoesNotFit(
             f"node {node.name!r} has {node.device.memory_bytes / 1e6:.0f} MB of memory and needs "
-            f"{(memory.arena_bytes + INTERPRETER_bytes) / 1e6:.0f} MB ({lack / 1e6:.0f} MB too much); the most is live at "
-            f"step {peak}, with {largest!r}. A smaller --batch, more nodes, or another --plan would help"
+            f"{(memory.arena_bytes + INTERPRETER_bytes) / 1e6:.0f} MB ({lack / 1e6:.0f} MB too much); the most is live "
+            f"at step {peak}, with {largest!r}. A smaller --batch, more nodes, or another --plan would help"
         )
     return memories
 

@@ -1,0 +1,140 @@
+"""Train on this machine: start a process per node, watch them, and put the weights back into the ONNX model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from fusetile.cluster import Cluster
+from fusetile.errors import FusetileError, PeerFailure, UserError
+from fusetile.onnx_export import export_onnx
+
+RESULT = "trained.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Options of a run, as on the command line."""
+
+    data: Path
+    steps: int | None = None
+    epochs: int | None = None
+    no_shuffle: bool = False
+    threads: int | None = None
+    log: Path | None = None
+    save_gradients: Path | None = None
+
+    def arguments(self) -> list[str]:
+        """For fusetile-runtime on any node."""
+        given = [
+            ("--data", self.data),
+            ("--steps", self.steps),
+            ("--epochs", self.epochs),
+            ("--threads", self.threads),
+        ]
+        found = [part for name, value in given if value is not None for part in (name, str(value))]
+        return found + (["--no-shuffle"] if self.no_shuffle else [])
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at the moment."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path) -> None:
+    """Run every node of `build` here; OUT/trained.onnx is written when all have finished. Raises what stopped them."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"-o {out}: there is a file of that name; choose a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    threads = options.threads or max(1, (os.cpu_count() or 1) // len(cluster.nodes))
+    processes = []
+    try:
+        for rank, node in enumerate(cluster.nodes):
+            first = rank == 0
+            command = [sys.executable, "-m", "fusetile.runtime.node", str(build / "nodes" / node.name)]
+            command += replace(options, threads=threads).arguments()
+            command += ["--out", str(out)] if first else ["--quiet"]
+            command += ["--log", str(options.log)] if first and options.log else []
+            command += ["--save-gradients", str(options.save_gradients)] if options.save_gradients else []
+            # the first node owns the terminal; what the others say is kept, and shown if one of them fails
+            stream = None if first else subprocess.PIPE
+            processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=stream, text=True))
+        _wait(processes, [node.name for node in cluster.nodes])
+    finally:
+        _stop(processes)
+    export_run(out, out / "trained.onnx", model=build / "model.onnx")
+
+
+def _wait(processes: Sequence[subprocess.Popen[str]], names: Sequence[str]) -> None:
+    """Until all nodes have ended well; raises with the messages of those that did not."""
+    interrupted = False
+    while any(process.poll() is None for process in processes):
+        try:
+            time.sleep(0.02)
+        except KeyboardInterrupt:
+            interrupted = True
+            _stop(processes)
+    failed = [(name, process) for name, process in zip(names, processes, strict=True) if process.returncode]
+    if interrupted:
+        raise KeyboardInterrupt
+    if not failed:
+        return
+    # a mistake of the user's is the cause where there is one; peers only say that they lost a node
+    messages = [(process.returncode, f"{name}: {_last_words(process)}") for name, process in failed]
+    mistakes = [text for status, text in messages if status == UserError.exit_status]
+    if mistakes:
+        raise UserError(mistakes[0].split(": ", 1)[1])
+    raise PeerFailure("; ".join(text for _, text in messages))
+
+
+def _last_words(process: subprocess.Popen[str]) -> str:
+    text = process.stderr.read() if process.stderr else ""
+    marked = [line.split("error: ", 1)[1] for line in text.splitlines() if "error: " in line]
+    return marked[-1] if marked else text.strip() or f"ended with status {process.returncode}"
+
+
+def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def export_run(run: Path, out: Path, *, model: Path | None = None) -> None:
+    """Write `out`: the model of a finished run with its trained weights. `run` is the run's folder or its bundle."""
+    folders = [folder for folder in (run, run / "run") if (folder / RESULT).is_file()]
+    if not folders:
+        raise UserError(f"{run}: no {RESULT} in it or in its folder 'run'; has the run finished on the first node?")
+    models = [
+        path for path in (model, folders[0] / "model.onnx", folders[0].parent / "model.onnx") if path and path.is_file()
+    ]
+    if not models:
+        raise UserError(f"{folders[0]}: no model.onnx beside it; copy the one from the build's first node there")
+    try:
+        weights = load_file(folders[0] / RESULT)
+    except (SafetensorError, OSError) as error:
+        raise FusetileError(f"{folders[0] / RESULT} can't be read: {error}") from None
+    export_onnx(models[0], weights, out)
