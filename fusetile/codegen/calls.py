@@ -110,6 +110,16 @@ def make_kernel(
     return Kernel(symbol, source, len(pointers), len(ints), len(floats))
 
 
+def indented(text: str, levels: int) -> str:
+    """Statements for use in a body, `levels` loops deep."""
+    return textwrap.indent(textwrap.dedent(text).strip("\n"), "    " * levels)
+
+
+def vectors(statements: Sequence[str], lanes: int) -> str:
+    """One vectorized loop over v per statement."""
+    return "".join(f"for v in T.vectorized({lanes}):\n    {statement}\n" for statement in statements)
+
+
 def ref(buffer: Buffer, box: Box | None = None) -> Ref:
     """The first element of `box` (a box of the tensor, at a multiple of the block) in its buffer."""
     elements = 0 if box is None else buffer.element(box)

@@ -6,12 +6,11 @@ w (column), counted from the start of the box, and v (lane); {X} is the current 
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fusetile.box import Box, extents, view4
-from fusetile.codegen.calls import Kernel, KernelCall, Ref, make_kernel, ref
+from fusetile.codegen.calls import Kernel, KernelCall, Ref, indented, make_kernel, ref
 from fusetile.codegen.strided import UNIT_elements
 from fusetile.program import Buffer
 
@@ -51,11 +50,6 @@ def loops_over(box: Box, block: int) -> Loops:
     return Loops(images, -(-channels // block), rows, columns, band)
 
 
-def vectors(statements: Sequence[str], lanes: int) -> str:
-    """One vectorized loop per statement."""
-    return "".join(f"for v in T.vectorized({lanes}):\n    {statement}\n" for statement in statements)
-
-
 def mapped_kernel(
     symbol: str,
     *,
@@ -82,13 +76,13 @@ for u in T.serial(lo, hi):
     bands: T.int32 = (rows + band - 1) // band
     n: T.int32 = u // bands // blocks
     k: T.int32 = u // bands % blocks
-{_indented(before_unit, 1)}
+{indented(before_unit, 1)}
     for r in T.serial(T.min(band, rows - u % bands * band)):
         h: T.int32 = u % bands * band + r
-{_indented(before_row, 2)}
+{indented(before_row, 2)}
         for w in T.serial(columns):
-{_indented(pixel.format_map(at), 3)}
-{_indented(after_unit, 1)}
+{indented(pixel.format_map(at), 3)}
+{indented(after_unit, 1)}
 """
     return make_kernel(
         f"{symbol}_{block}",
@@ -113,7 +107,3 @@ def mapped_call(
     strides = [stride for buffer, _ in maps for stride in buffer.strides[:3]]
     refs = (*(ref(buffer, box) for buffer, box in maps), *pointers)
     return KernelCall(kernel, loops.units, refs, (*loops.ints, *strides, *ints), tuple(floats))
-
-
-def _indented(text: str, levels: int) -> str:
-    return textwrap.indent(textwrap.dedent(text).strip("\n"), "    " * levels)

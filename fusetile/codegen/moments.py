@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusetile.box import Box
-from fusetile.codegen.calls import KernelCall, Lowered, Ref, make_kernel, ref
-from fusetile.codegen.mapped import Loops, loops_over, mapped_call, mapped_kernel, vectors
+from fusetile.codegen.calls import KernelCall, Lowered, Ref, make_kernel, ref, vectors
+from fusetile.codegen.mapped import Loops, loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.targets import Target
 from fusetile.graph import Op

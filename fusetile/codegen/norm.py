@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fusetile.box import Box, extents, view4
-from fusetile.codegen.calls import KernelCall, Lowered, make_kernel, ref
-from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel, vectors
+from fusetile.codegen.calls import KernelCall, Lowered, make_kernel, ref, vectors
+from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.targets import Target
 from fusetile.graph import Op

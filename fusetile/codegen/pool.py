@@ -11,8 +11,8 @@ import textwrap
 from collections.abc import Sequence
 
 from fusetile.box import Box, view4
-from fusetile.codegen.calls import Lowered, ref
-from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel, vectors
+from fusetile.codegen.calls import Lowered, ref, vectors
+from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.targets import Target
 from fusetile.graph import Op

@@ -6,13 +6,12 @@ whole buffer becomes one run; a long run is cut into rows again, so that threads
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from fusetile.box import Box, extents, view4
-from fusetile.codegen.calls import Kernel, KernelCall, Ref, make_kernel, ref
+from fusetile.codegen.calls import Kernel, KernelCall, Ref, indented, make_kernel, ref, vectors
 from fusetile.errors import PlanError
 from fusetile.program import Buffer
 
@@ -88,12 +87,15 @@ def strided_kernel(
     more_ints: Sequence[str] = (),
     floats: Sequence[str] = (),
     scratch: Mapping[str, str] | None = None,
+    before_unit: str = "",
+    after_unit: str = "",
     aliased: bool = False,
 ) -> Kernel:
     """A kernel that executes `statements` on every element of a nest.
 
     `operands` maps names to dtypes; a statement says {X} for the current element of operand X, and v for the lane of
-    `scratch` arrays. `constants` are further pointers, indexed by the statements themselves.
+    `scratch` arrays. `constants` are further pointers, indexed by the statements themselves. `before_unit` and
+    `after_unit` are statements around every work unit u.
     """
     ints = [*_NEST, *(f"{name}_{level}" for name in operands for level in ("outer", "middle", "row"))]
     ints += more_ints
@@ -102,22 +104,23 @@ def strided_kernel(
         for name in operands
     }
     lines = [statement.format_map(at) for statement in statements]
-    vector = "".join(f"for v in T.vectorized({LANES}):\n    {line}\n" for line in lines)
     scalar = "".join(f"for v in T.serial(1):\n    {line}\n" for line in lines)
     body = f"""
 for u in T.serial(lo, hi):
     bands: T.int32 = (rows + band - 1) // band
     outer: T.int32 = u // bands // middles
     middle: T.int32 = u // bands % middles
+{indented(before_unit, 1)}
     for r in T.serial(T.min(band, rows - u % bands * band)):
         row: T.int32 = u % bands * band + r
         length: T.int32 = T.if_then_else(row == rows - 1, tail, run)
         for i in T.serial(length // {LANES}):
             element: T.int32 = i * {LANES}
-{textwrap.indent(vector, " " * 12)}
+{indented(vectors(lines, LANES), 3)}
         for i in T.serial(length % {LANES}):
             element: T.int32 = length // {LANES} * {LANES} + i
-{textwrap.indent(scalar, " " * 12)}
+{indented(scalar, 3)}
+{indented(after_unit, 1)}
 """
     return make_kernel(
         symbol,

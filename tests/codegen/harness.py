@@ -173,6 +173,10 @@ class Case:
         for i, name in enumerate(self.op.inputs):
             need = self.domain.need(box, i)
             if volume(need):
+                if len(need) > 1:  # a slice may start within a block
+                    origin, lanes = at[name].box[1][0], at[name].block[1]
+                    start = origin + (need[1][0] - origin) // lanes * lanes
+                    need = (need[0], (start, need[1][1]), *need[2:])
                 pack(before, at[name], need, self.inputs[i][tuple(slice(*interval) for interval in need)])
         results = []
         for count in threads:
