@@ -83,6 +83,7 @@ class Importer:
         self.constant = folding.constant_outputs(self.nodes, self.initializers)
         self.values = {name: array for name, array in self.initializers.items() if name in self.constant}
         self.alias: dict[str, str] = {}
+        self.transposes: dict[str, str] = {}
         self.uses = Counter(name for node in self.nodes for name in node.input)
         self.uses.update(output.name for output in model.graph.output)
         self.reserved = {name for node in model.graph.node for name in (*node.input, *node.output)}
@@ -189,6 +190,8 @@ class Importer:
         """Operand `i` as a parameter: of this shape if it only differs by dimensions of one, transposed on demand.
         Constants become parameters that are not trained."""
         name = self._resolve(node.inputs[i])
+        if name in self.transposes:
+            name, transposed = self.transposes[name], not transposed
         array = self.weight(name)
         if array is None:
             raise self.refuse(node, f"its operand {node.inputs[i]!r} must be an initializer, not computed")
@@ -229,6 +232,10 @@ class Importer:
     def same(self, node: Node, name: str) -> None:
         """The node's output is `name` under another name."""
         self.alias[node.outputs[0]] = name
+
+    def transpose(self, node: Node) -> None:
+        """The node's output is the transpose of an initializer, for `parameter` to see through."""
+        self.transposes[node.outputs[0]] = self._resolve(node.inputs[0])
 
     def fresh(self, stem: str) -> str:
         """A tensor name that neither the graph nor the model has, now or later."""

@@ -73,9 +73,7 @@ def _pool(importer: Importer, node: Node) -> tuple[str, dict[str, Any]]:
     reach = [dilation * (taps - 1) + 1 for taps, dilation in zip(kernel, attrs["dilations"], strict=True)]
     if any(pad >= span for pad, span in zip(attrs["pads"], reach * 2, strict=True)):
         raise importer.refuse(node, f"pads {attrs['pads']} leave windows of {kernel} that hold nothing but padding")
-    # with auto_pad, rounding up changes nothing
-    explicit = node.attrs.get("auto_pad", "NOTSET") == "NOTSET"
-    return x, attrs | {"ceil_mode": bool(node.attrs.get("ceil_mode", 0)) and explicit}
+    return x, attrs | {"ceil_mode": bool(node.attrs.get("ceil_mode", 0))}
 
 
 def _max_pool(importer: Importer, node: Node) -> None:
@@ -246,6 +244,14 @@ def _mat_mul(importer: Importer, node: Node) -> None:
     importer.emit(node, "Gemm", [x, importer.parameter(node, 1, rank=2, transposed=True)])
 
 
+def _transpose(importer: Importer, node: Node) -> None:
+    """Of weights only: exporters write a fully connected layer without bias as MatMul(x, Transpose(w))."""
+    w = importer.weight(node.inputs[0])
+    if w is None or w.ndim != 2 or list(node.attrs.get("perm", [1, 0])) != [1, 0]:
+        raise importer.refuse(node, "only the transpose of a weight matrix is supported, not of feature maps")
+    importer.transpose(node)
+
+
 # -- shape -----------------------------------------------------------------------------------------------------------
 
 
@@ -331,4 +337,5 @@ RULES: dict[str, Rule] = {
     "Relu": _relu,
     "Reshape": _reshape,
     "Squeeze": _squeeze,
+    "Transpose": _transpose,
 }

@@ -1,0 +1,77 @@
+"""BatchNormalization vectors that exporters merge by value, and those that are meant to be shared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from fusetile.onnx_export import export_onnx
+from fusetile.onnx_import import import_onnx
+from fusetile.onnx_import.unshare import unshare_norms
+from tests.onnx_tools import model, node, normal, run_ort, save
+
+ONE, ZERO = np.ones(3, np.float32), np.zeros(3, np.float32)
+
+
+def merged_by_name() -> onnx.ModelProto:
+    """As PyTorch's newer exporter writes a fresh network."""
+    nodes = [
+        node("Conv", "x w zero", "c"),
+        node("BatchNormalization", "c one zero zero one", "d", "bn1"),
+        node("BatchNormalization", "d one zero zero one", "y", "bn2"),
+    ]
+    return model(nodes, {"x": ("N", 3, 4, 4)}, ["y"], {"w": normal(3, 3, 1, 1), "one": ONE, "zero": ZERO})
+
+
+def merged_by_identity() -> onnx.ModelProto:
+    """As PyTorch's older exporter writes it, outside training mode."""
+    weights = {"w": normal(3, 3, 1, 1), "bn1.weight": ONE, "bn1.bias": ZERO}
+    sources = {"bn1.running_mean": "bn1.bias", "bn1.running_var": "bn1.weight", "bn2.weight": "bn1.weight"}
+    sources |= {"bn2.bias": "bn1.bias", "bn2.running_mean": "bn1.running_mean", "bn2.running_var": "bn1.weight"}
+    nodes = [node("Identity", old, new) for new, old in sources.items()]
+    for x, bn, y in (("c", "bn1", "d"), ("d", "bn2", "y")):
+        vectors = " ".join(f"{bn}.{name}" for name in ("weight", "bias", "running_mean", "running_var"))
+        nodes.append(node("BatchNormalization", f"{x} {vectors}", y, bn))
+    nodes.insert(6, node("Conv", "x w", "c"))
+    return model(nodes, {"x": ("N", 3, 4, 4)}, ["y"], weights)
+
+
+@pytest.mark.parametrize("merged", [merged_by_name, merged_by_identity])
+def test_every_norm_gets_its_own_vectors_and_the_same_result(merged: object, tmp_path: Path) -> None:
+    proto = merged()  # type: ignore[operator]
+    before = proto.SerializeToString()
+    apart = unshare_norms(proto)
+    onnx.checker.check_model(apart, full_check=True)
+    x = {"x": normal(2, 3, 4, 4)}
+    np.testing.assert_array_equal(run_ort(apart, x)["y"], run_ort(proto, x)["y"])
+    norms = [list(n.input)[1:] for n in apart.graph.node if n.op_type == "BatchNormalization"]
+    assert len({name for names in norms for name in names}) == 8
+    assert proto.SerializeToString() == before
+    graph = import_onnx(save(proto, tmp_path))
+    assert sum(p.trainable for p in graph.parameters.values()) == (6 if merged is merged_by_name else 5)
+    assert len(graph.next_value) == 4
+
+
+def test_names_that_identities_kept_come_back() -> None:
+    names = {tensor.name for tensor in unshare_norms(merged_by_identity()).graph.initializer}
+    assert {"bn1.running_mean", "bn2.weight", "bn2.running_var"} <= names
+
+
+def test_trained_values_of_merged_vectors_are_stored(tmp_path: Path) -> None:
+    path = save(merged_by_name(), tmp_path)
+    graph = import_onnx(path)
+    trained = {p.onnx_name: normal(*p.value.shape, seed=i) for i, p in enumerate(graph.parameters.values())}
+    out = export_onnx(path, trained, tmp_path / "trained.onnx")
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in out.graph.initializer}
+    for name, array in trained.items():
+        np.testing.assert_array_equal(stored[name], array)
+
+
+def test_what_is_meant_to_be_shared_stays() -> None:
+    vectors = {"g": normal(3), "b": normal(3), "m": normal(3), "v": ONE}
+    nodes = [node("BatchNormalization", "x g b m v", "z"), node("BatchNormalization", "z g b m v", "y")]
+    proto = model(nodes, {"x": ("N", 3, 4, 4)}, ["y"], vectors)
+    assert unshare_norms(proto) is proto

@@ -1,0 +1,92 @@
+"""The builders: valid ONNX, right shapes, seeded weights, and the command line as the README types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from fusetile.onnx_import import import_onnx
+from fusetile.reference import evaluate
+from models import lenet, resnet18, vgg_small, yolov2
+from tests.onnx_tools import normal, run_ort, save
+
+Build = Callable[..., onnx.ModelProto]
+
+TINY = [
+    (lenet.build, {"size": 14, "width": 0.5}, (10,)),
+    (vgg_small.build, {"size": 17, "width": 0.25, "classes": 3}, (3,)),
+    (resnet18.build, {"size": 33, "width": 0.1, "classes": 4}, (4,)),
+    (yolov2.build, {"size": 48, "width": 1 / 16}, (16, 3, 3)),
+    (yolov2.build, {"size": 50, "width": 1 / 64, "layers": 25, "classes": 7}, (7, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("build", "options", "shape"), TINY)
+def test_forward_equals_onnx_runtime(
+    build: Build, options: dict[str, float], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    proto = build(**options)
+    x = normal(2, *(dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim[1:]))
+    expected = run_ort(proto, {"x": x})["y"]
+    assert expected.shape == (2, *shape)
+    values = evaluate(import_onnx(save(proto, tmp_path), batch=2, bn="frozen"), {"x": x})
+    np.testing.assert_allclose(values["y"], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def trainable(proto: onnx.ModelProto) -> int:
+    return sum(prod(tensor.dims) for tensor in proto.graph.initializer if ".running_" not in tensor.name)
+
+
+def test_sizes_are_those_of_the_papers() -> None:
+    assert trainable(lenet.build()) == 61_706
+    assert trainable(resnet18.build(size=64)) == 11_689_512  # torchvision's count
+    assert trainable(yolov2.build(size=32)) == 3_424_160 and len(yolov2.LAYERS) == 25
+
+
+def test_seeds_and_batches() -> None:
+    assert lenet.build(seed=3) == lenet.build(seed=3) != lenet.build(seed=4)
+    assert lenet.build().graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert lenet.build(batch=4).graph.output[0].type.tensor_type.shape.dim[0].dim_value == 4
+
+
+def test_weights_have_the_scale_of_he_initialization() -> None:
+    weights = {t.name: numpy_helper.to_array(t) for t in resnet18.build(size=32).graph.initializer}
+    w = weights["layer3.1.conv2.weight"]
+    assert w.std() == pytest.approx(np.sqrt(2 / prod(w.shape[1:])), rel=0.01) and abs(w.mean()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["lenet", "vgg_small", "resnet18", "yolov2"])
+def test_command_line(name: str, tmp_path: Path) -> None:
+    out = tmp_path / f"{name}.onnx"
+    command = f"-m models.{name} --size 64 --width 0.1 --classes 3 --batch 2 --seed 1 -o {out}"
+    subprocess.run([sys.executable, *command.split()], check=True, timeout=60)
+    onnx.checker.check_model(str(out), full_check=True)
+    assert import_onnx(out).tensors["y"].shape[:2] == (2, 3)
+
+
+def test_yolov2_as_typed(tmp_path: Path) -> None:
+    command = "-m models.yolov2 --layers 16 --size 416 -o"
+    subprocess.run([sys.executable, *command.split(), str(tmp_path / "yolov2.onnx")], check=True, timeout=60)
+    assert import_onnx(tmp_path / "yolov2.onnx").tensors["y"].shape == (1, 256, 26, 26)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--size 8 -o x.onnx", "too small for conv2"),
+        ("--size none -o x.onnx", "'none' is not a whole number"),
+        ("--batch 0 -o x.onnx", "not a whole number >= 1"),
+        ("-o no/such/folder.onnx", "No such file"),
+    ],
+)
+def test_command_line_errors(options: str, message: str) -> None:
+    result = subprocess.run([sys.executable, "-m", "models.lenet", *options.split()], capture_output=True, text=True)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
