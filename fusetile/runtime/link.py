@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
+import selectors
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fusetile.errors import ProtocolError
@@ -123,6 +123,7 @@ class Link:
                 return
             if count == 0:
                 raise EOFError
+            self.heard_at = time.monotonic()
             yield from self._decoder.advance(count)
             if count < sum(map(len, views)):
                 return
@@ -142,18 +143,36 @@ def _after(views: list[memoryview], count: int) -> list[memoryview]:
     return [views[0][count:], *views[1:]] if views and count else views
 
 
-def part(links: Iterable[Link], *, seconds: float, read: Callable[[Link], bool] = lambda link: True) -> None:
-    """Close connections so that what was sent last arrives: say that no more comes, then let the peer finish.
+def part(links: Iterable[Link], *, seconds: float) -> None:
+    """Send what is queued and close, but so that it arrives: say that no more comes, then read until the peer ends.
 
     Closing with unread bytes would make the kernel throw away what the peer has not read yet."""
     end = time.monotonic() + seconds
     links = list(links)
+    with selectors.DefaultSelector() as selector:
+        for link in links:
+            link.socket.setblocking(False)
+            selector.register(link.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
+        while selector.get_map() and (left := end - time.monotonic()) > 0:
+            for key, ready in selector.select(left):
+                if to_do := _part_turn(key.data, key.events, ready):
+                    selector.modify(key.fileobj, to_do, key.data)
+                else:
+                    selector.unregister(key.fileobj)
     for link in links:
-        with contextlib.suppress(OSError):
+        link.socket.close()
+
+
+def _part_turn(link: Link, to_do: int, ready: int) -> int:
+    """Send or read once; what is still to do, as events."""
+    try:
+        if ready & selectors.EVENT_WRITE and not link.send()[0]:
             link.socket.shutdown(socket.SHUT_WR)
-    for link in links:
-        with contextlib.suppress(OSError), link.socket:
-            while read(link) and (left := end - time.monotonic()) > 0:
-                link.socket.settimeout(left)
-                if not link.socket.recv(CHUNK_bytes):
-                    break
+            to_do &= ~selectors.EVENT_WRITE
+        if ready & selectors.EVENT_READ and not link.socket.recv(CHUNK_bytes):
+            to_do &= ~selectors.EVENT_READ
+    except BlockingIOError:
+        return to_do
+    except OSError:
+        return 0
+    return to_do

@@ -1,0 +1,178 @@
+"""Training data: named arrays in an .npz file or a folder of .npy files, checked once, read batch by batch.
+
+The first dimension of every array counts the samples. A node reads only the boxes that its feeds want. Files are mapped
+into memory where they can be: .npy files, and the members of an .npz that `numpy.savez` wrote (uncompressed).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from fusetile.box import slices, volume
+from fusetile.errors import UserError
+from fusetile.philox import permutation
+from fusetile.program import Feed, Program
+from fusetile.runtime.storage import pack
+
+_LOCAL_HEADER_bytes = 30
+_CHECKED_at_once = 1 << 22  # elements
+
+
+class Data:
+    """The samples of a program's feeds. Raises UserError if anything about them is wrong."""
+
+    def __init__(self, path: Path, program: Program, *, shuffle: bool) -> None:
+        self._program, self._shuffle = program, shuffle
+        self._feeds = [feed for feed in program.feeds if feed.role in ("input", "target")]
+        arrays = _open(path)
+        self._arrays = {feed.key: _find(arrays, feed, self._feeds, path) for feed in self._feeds}
+        counts = {key: len(array) for key, array in self._arrays.items()} or _counts(arrays)
+        if len(set(counts.values())) != 1:
+            listed = ", ".join(f"{key}: {count}" for key, count in counts.items())
+            raise UserError(f"{path}: the arrays have different numbers of samples ({listed or 'there are none'})")
+        self.count = next(iter(counts.values()))
+        if self.count < program.batch:
+            raise UserError(f"{path} has {self.count} samples, fewer than one batch of {program.batch}")
+        for feed in {feed.key: feed for feed in self._feeds if feed.classes}.values():
+            _check_classes(self._arrays[feed.key], feed, path)
+        self._epoch, self._order = -1, np.arange(self.count)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches; the rest of an epoch is dropped."""
+        return self.count // self._program.batch
+
+    def rows(self, step: int) -> np.ndarray:
+        """Indices of the samples of training step `step` (from 1)."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        if self._shuffle and epoch != self._epoch:
+            self._epoch = epoch
+            self._order = permutation(seed=self._program.seed, epoch=epoch, count=self.count)
+        return self._order[position * self._program.batch : (position + 1) * self._program.batch]
+
+    def fill(self, arena: np.ndarray, step: int) -> None:
+        """Write the feeds of a training step."""
+        rows = self.rows(step)
+        for feed in self._program.feeds:
+            box = feed.buffer.box
+            if feed.role == "learning_rate":
+                pack(arena, feed.buffer, box, np.array(self._program.learning_rate, np.float32))
+            elif feed.role == "step":
+                pack(arena, feed.buffer, box, np.array(step, np.int32))
+            elif volume(box):
+                batch, *rest = slices(box)
+                index: Any = (rows[batch], *rest)
+                pack(arena, feed.buffer, box, self._arrays[feed.key][index])
+
+
+def _open(path: Path) -> Mapping[str, np.ndarray]:
+    if path.is_dir():
+        files = {file.stem: file for file in sorted(path.glob("*.npy"))}
+        if not files:
+            raise UserError(f"there are no .npy files in the folder {path}")
+        return {name: _load(file) for name, file in files.items()}
+    if not path.exists():
+        raise UserError(f"there is no data file {path}")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is neither an .npz file nor a folder of .npy files: write one with numpy.savez")
+    return _Archive(path)
+
+
+def _load(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"can't read {file} as an array: {error}") from error
+
+
+class _Archive(Mapping[str, np.ndarray]):
+    """An .npz file: members are opened when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with zipfile.ZipFile(path) as archive:
+            self._members = {
+                info.filename.removesuffix(".npy"): info
+                for info in archive.infolist()
+                if info.filename.endswith(".npy")
+            }
+
+    def __iter__(self) -> Iterable[str]:  # type: ignore[override]
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        info = self._members[name]
+        try:
+            if info.compress_type == zipfile.ZIP_STORED:
+                with open(self._path, "rb") as file:
+                    mapped = _map_member(file, info)
+                if mapped is not None:
+                    return mapped
+            with np.load(self._path, allow_pickle=False) as archive:
+                return archive[name]  # type: ignore[no-any-return]
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"can't read the array {name!r} of {self._path}: {error}") from error
+
+
+def _map_member(file: BinaryIO, info: zipfile.ZipInfo) -> np.ndarray | None:
+    """An uncompressed member as a mapped array; None if its .npy header is of a rare kind that only np.load reads."""
+    file.seek(info.header_offset)
+    local = file.read(_LOCAL_HEADER_bytes)
+    file.seek(int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little"), 1)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        return None
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject or 0 in shape or not shape:
+        return None
+    return np.memmap(file, dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")
+
+
+def _find(arrays: Mapping[str, np.ndarray], feed: Feed, feeds: list[Feed], path: Path) -> np.ndarray:
+    """The array of a feed, checked against what the feed wants."""
+    inputs = {other.key for other in feeds if other.role == "input"}
+    names = [feed.key, "x"] if feed.role == "input" and len(inputs) == 1 else [feed.key]
+    name = next((name for name in names if name in arrays), None)
+    if name is None:
+        there = ", ".join(repr(name) for name in arrays) or "nothing"
+        wanted = " or ".join(repr(name) for name in dict.fromkeys(names))
+        raise UserError(f"{path} has no array {wanted} (the {feed.role} of the model); it has {there}")
+    array = arrays[name]
+    sample = feed.shape[1:]
+    if array.ndim == 0 or array.shape[1:] != sample:
+        expected = ", ".join(map(str, ("samples", *sample)))
+        raise UserError(f"{path}: {name!r} has shape {array.shape} where the model wants ({expected})")
+    wanted = "iu" if feed.classes else "f"
+    if array.dtype.kind not in wanted:
+        what = "integer class indices" if feed.classes else "floating-point numbers (convert with .astype('float32'))"
+        raise UserError(f"{path}: {name!r} has dtype {array.dtype} where the model wants {what}")
+    return array
+
+
+def _counts(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Samples per array, for a node that reads none of them and yet must know how long an epoch is."""
+    return {name: len(arrays[name]) for name in arrays if arrays[name].ndim}
+
+
+def _check_classes(array: np.ndarray, feed: Feed, path: Path) -> None:
+    rows = max(1, _CHECKED_at_once * len(array) // max(1, array.size))
+    for start in range(0, len(array), rows):
+        part = np.asarray(array[start : start + rows])
+        wrong = np.argwhere((part < 0) | (part >= feed.classes))
+        if len(wrong):
+            row, *pixel = (int(i) for i in wrong[0])
+            where = f"sample {start + row}" + (f", pixel {tuple(pixel)}" if pixel else "")
+            value = part[tuple(wrong[0])]
+            raise UserError(
+                f"{path}: {feed.key!r} has class {value} at {where}; the model has {feed.classes} classes, "
+                f"0 to {feed.classes - 1}"
+            )

@@ -1,0 +1,79 @@
+"""Runs a program: its steps, once per training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from fusetile.errors import PlanError
+from fusetile.program import Gradient, Program, Recv, Run, Send, Step, Wait
+from fusetile.runtime.native import Library, Segment
+from fusetile.runtime.storage import unpack
+from fusetile.runtime.transport import Transport
+
+Snapshot = list[tuple[Gradient, np.ndarray]]
+
+
+class Executor:
+    """A program made ready to run: `transport` is None on a single device."""
+
+    def __init__(self, program: Program, *, library: Library, arena: np.ndarray, transport: Transport | None) -> None:
+        self._program, self._arena, self._transport = program, arena, transport
+        self._library = library
+        self._actions = [self._action(step) for step in program.steps]
+
+    def run(self, number: int, *, snapshot: Snapshot | None = None) -> float | None:
+        """Training step `number` (from 1); its loss, if this device has it. The feeds must be in place. With
+        `snapshot`, the gradients that this device holds are appended to it as canonical arrays."""
+        transport = self._transport
+        if transport is not None:
+            transport.step = number
+        pieces = self._gradients() if snapshot is not None else {}
+        for index, action in enumerate(self._actions):
+            if index in pieces and snapshot is not None:
+                self._run_in_parts(action, pieces[index], snapshot)
+            else:
+                action()
+            if transport is not None:
+                transport.progress += 1
+                transport.check()
+        if transport is not None:
+            transport.end_step()
+        loss = self._program.loss
+        return None if loss is None else float(unpack(self._arena, loss, loss.box))
+
+    def _action(self, step: Step) -> Callable[[], None]:
+        if isinstance(step, Run):
+            return self._library.segment(step.calls, self._arena)
+        if self._transport is None:
+            raise PlanError(f"a program for one device has the step {step}")
+        if isinstance(step, Wait):
+            return partial(self._transport.wait, frozenset(step.tags))
+        if not 0 <= step.offset_bytes < step.offset_bytes + step.size_bytes <= self._arena.size:
+            raise PlanError(f"transfer {step.tag} is outside the arena of {self._arena.size} bytes, or empty")
+        view = self._arena.data[step.offset_bytes : step.offset_bytes + step.size_bytes]
+        if isinstance(step, Send):
+            return partial(self._transport.send, step.peer, step.tag, view, step.priority)
+        assert isinstance(step, Recv)
+        return partial(self._transport.recv, step.peer, step.tag, view)
+
+    def _gradients(self) -> dict[int, list[Gradient]]:
+        pieces: dict[int, list[Gradient]] = {}
+        for gradient in sorted(self._program.gradients, key=lambda gradient: gradient.call):
+            pieces.setdefault(gradient.step, []).append(gradient)
+        return pieces
+
+    def _run_in_parts(self, action: Callable[[], None], gradients: list[Gradient], snapshot: Snapshot) -> None:
+        """Run a step and stop before the calls that will overwrite a gradient, to copy it."""
+        done = 0
+        for gradient in gradients:
+            if isinstance(action, Segment):
+                action(done, gradient.call)
+                done = gradient.call
+            snapshot.append((gradient, unpack(self._arena, gradient.buffer, gradient.box)))
+        if isinstance(action, Segment):
+            action(done)
+        else:
+            action()

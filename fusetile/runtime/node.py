@@ -1,0 +1,247 @@
+"""fusetile-runtime: one device's part of a training run.
+
+main -> run: bundle, data, kernels, weights -> meet the other nodes -> steps -> result to the lowest rank
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from fusetile.errors import FusetileError, UserError
+from fusetile.program import Program, from_json
+from fusetile.runtime.data import Data
+from fusetile.runtime.executor import Executor, Snapshot
+from fusetile.runtime.faults import Stopped
+from fusetile.runtime.native import Library
+from fusetile.runtime.progress import Progress, StepRecord
+from fusetile.runtime.rendezvous import LOWEST, Meeting, meet, partners
+from fusetile.runtime.result import (
+    GRADIENTS,
+    PARAMETERS,
+    gather,
+    give,
+    load_weights,
+    pieces_of,
+    write_gradients,
+    write_parameters,
+)
+from fusetile.runtime.storage import make_arena
+from fusetile.runtime.transport import Transport
+
+_SWITCH_seconds = 0.0005  # of Python's threads: the I/O thread must not wait 5 ms for the executor's Python
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says; see `parser`."""
+
+    bundle: Path
+    data: Path
+    steps: int | None
+    epochs: int
+    shuffle: bool
+    threads: int
+    log: Path | None
+    save_gradients: Path | None
+    out: Path
+    deadline: float
+    connect_timeout: float
+    quiet: bool
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status: 0 when all is done, 2 for a user's mistake, 128 + n when stopped by signal n."""
+    sys.setswitchinterval(_SWITCH_seconds)
+    signals = Signals()
+    try:
+        with signals.installed():
+            run(_options(parser().parse_args(arguments)), signals)
+    except FusetileError as error:
+        print(f"fusetile-runtime: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
+    except OSError as error:
+        print(f"fusetile-runtime: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def run(options: Options, signals: Signals) -> None:
+    """Everything between the command line and the exit status."""
+    program = load_program(options.bundle)
+    lowest = program.rank == LOWEST
+    _check_outputs(options, lowest)
+    data = Data(options.data, program, shuffle=options.shuffle)
+    total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(total, show=lowest and not options.quiet, log=options.log))
+        library = stack.enter_context(Library(options.bundle / program.library, threads=options.threads))
+        arena = make_arena(program.arena_bytes)
+        load_weights(options.bundle / "weights.safetensors", program, arena)
+        meeting = Meeting(wants={"gradients": options.save_gradients is not None})
+        transport = None
+        if program.nodes > 1:
+            meeting = _meet(program, options, {"steps": total, "samples": data.count, "shuffle": options.shuffle})
+            transport = Transport(program, meeting.links, deadline=options.deadline)
+            stack.enter_context(_running(transport, signals))
+        executor = Executor(program, library=library, arena=arena, transport=transport)
+        snapshot: Snapshot = []
+        for step in range(1, total + 1):
+            start = time.monotonic()
+            data.fill(arena, step)
+            loss = executor.run(step, snapshot=snapshot if step == total and meeting.wants["gradients"] else None)
+            progress.step(StepRecord(step, loss, time.monotonic() - start, program.batch))
+        pieces = pieces_of(program, arena, snapshot)
+        if lowest:
+            _write(options, program, gather(pieces, transport), total)
+        elif transport is not None:
+            give(pieces, transport)
+        if transport is not None:
+            transport.check()  # a signal may have come while the result was written
+
+
+def _meet(program: Program, options: Options, terms: Mapping[str, Any]) -> Meeting:
+    """Wait for the other nodes. `terms` must be the same on all."""
+    if not options.quiet:
+        others = ", ".join(program.addresses[rank] for rank in partners(program))
+        print(f"node {program.name!r} is ready and waits for {others}", flush=True)
+    wants = {"gradients": options.save_gradients is not None}
+    return meet(program, run=terms, wants=wants, timeout=options.connect_timeout)
+
+
+@contextmanager
+def _running(transport: Transport, signals: Signals) -> Iterator[None]:
+    """A running transport: an error of this node is told to the others, and the thread ends in any case."""
+    transport.start(catch_signals=True)
+    signals.raising = False
+    try:
+        yield
+    except BaseException as error:
+        transport.abort(error)
+        raise
+    finally:
+        transport.close()
+
+
+def _write(options: Options, program: Program, result: dict[str, dict[str, np.ndarray]], steps: int) -> None:
+    if options.save_gradients is not None:
+        write_gradients(options.save_gradients, result[GRADIENTS])
+    path = write_parameters(options.out, result[PARAMETERS], program, steps)
+    if not options.quiet:
+        print(f"{len(result[PARAMETERS])} trained parameters: {path}", flush=True)
+
+
+def load_program(bundle: Path) -> Program:
+    """The program of a bundle. Raises UserError."""
+    path = bundle / "program.json"
+    if not path.exists():
+        raise UserError(f"{bundle} is not a bundle: there is no {path.name} in it; give the folder BUILD/nodes/NAME")
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"can't read {path} ({error}): copy the bundle again, or compile again") from error
+
+
+def _check_outputs(options: Options, lowest: bool) -> None:
+    """Find out before the training, not after it, whether the result can be written."""
+    try:
+        if lowest:
+            options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't make the folder {options.out}: {error.strerror}") from error
+    folders = [options.out] * lowest + [
+        path.parent for path in (options.save_gradients, options.log) if path is not None
+    ]
+    for folder in folders:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"can't write to the folder {folder}")
+
+
+class Signals:
+    """SIGINT and SIGTERM. They raise Stopped, unless a transport runs: its thread hears of them at once, tells the other
+    nodes, and lets the executor stop at its next step."""
+
+    _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.raising = True
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals inside; afterwards as before."""
+        before = {number: signal.signal(number, self._handle) for number in self._NUMBERS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.raising:
+            raise Stopped(number)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    lines = argparse.ArgumentParser(
+        prog="fusetile-runtime",
+        description="Train on this device, together with the other devices of the plan. Start it on every device, "
+        "in any order, each with its own bundle and the same options; they find each other and begin together.",
+        epilog="Exit status: 0 when all is done, 2 for a mistake in files or options, 1 for a fault here or on another "
+        "device, 130 or 143 when stopped with Ctrl-C or SIGTERM.",
+    )
+    add = lines.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="this device's folder, BUILD/nodes/NAME")
+    add("--data", type=Path, required=True, help="an .npz file or a folder of .npy files: inputs under the model's "
+        "input names (or x), targets under y, or y0, y1, ...; the first dimension counts the samples")  # fmt: skip
+    length = lines.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=_count, metavar="N", help="train N batches")
+    length.add_argument("--epochs", type=_count, metavar="E", default=1, help="go E times through the data (default 1)")
+    add("--no-shuffle", dest="shuffle", action="store_false", help="take the samples in their order")
+    add("--threads", type=_count, metavar="T", default=len(os.sched_getaffinity(0)), help="default: all cores")
+    add("--log", type=Path, metavar="FILE.jsonl", help="write one JSON object per step")
+    add("--save-gradients", type=Path, metavar="FILE.npz", help="on the lowest rank: write the last step's gradients")
+    add("--out", type=Path, metavar="DIR", help="on the lowest rank: where the result goes (default BUNDLE/run)")
+    add("--deadline", type=_seconds, metavar="S", default=30.0,
+        help="give up when another device is silent for S seconds (default 30)")  # fmt: skip
+    add("--connect-timeout", type=_seconds, metavar="S", default=60.0,
+        help="give up when not all devices are there after S seconds (default 60)")  # fmt: skip
+    add("--quiet", action="store_true", help="print nothing but errors")
+    return lines
+
+
+def _options(parsed: argparse.Namespace) -> Options:
+    fields = vars(parsed)
+    fields["out"] = fields["out"] or fields["bundle"] / "run"
+    return Options(**fields)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

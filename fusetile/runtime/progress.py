@@ -1,0 +1,88 @@
+"""What a run shows and logs: a progress bar or lines on the lowest rank, and one JSON object per step."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fusetile.errors import UserError
+
+_LINE_every_seconds = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One training step; `loss` is None on a device that does not have it."""
+
+    step: int
+    loss: float | None
+    seconds: float
+    samples: int
+
+    def json(self) -> str:
+        """One line of the log. A loss that is no number is null."""
+        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
+        return json.dumps({"step": self.step, "loss": loss, "seconds": round(self.seconds, 6), "samples": self.samples})
+
+    def text(self, total: int) -> str:
+        """One line for people."""
+        loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
+        rate = self.samples / max(self.seconds, 1e-9)
+        return f"step {self.step}/{total}  {loss}{self.seconds:.3g} s/step  {rate:.4g} samples/s"
+
+
+class Progress:
+    """Shows the steps of a run. A context manager; `show=False` prints nothing, `log` is the file for every step."""
+
+    def __init__(self, total: int, *, show: bool, log: Path | None) -> None:
+        self._total, self._show = total, show
+        self._stack = ExitStack()
+        self._file = None
+        self._bar = _bar(total) if show and sys.stdout.isatty() else None
+        self._printed_at = -math.inf
+        if log is not None:
+            try:
+                self._file = self._stack.enter_context(log.open("w", encoding="utf-8"))
+            except OSError as error:
+                raise UserError(f"can't write the log {log}: {error.strerror}") from error
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def step(self, record: StepRecord) -> None:
+        """A step is done."""
+        if self._file is not None:
+            self._file.write(record.json() + "\n")
+            self._file.flush()
+        if self._bar is not None:
+            if record.step == 1:
+                self._stack.enter_context(self._bar)
+            self._bar.update(self._bar.task_ids[0], completed=record.step, text=record.text(self._total))
+        elif self._show:
+            now = time.monotonic()
+            if record.step in (1, self._total) or now - self._printed_at >= _LINE_every_seconds:
+                self._printed_at = now
+                print(record.text(self._total), flush=True)
+
+
+def _bar(total: int) -> Any:
+    """A rich progress bar, or None where rich is not installed."""
+    try:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    bar = Progress(BarColumn(), TextColumn("{task.fields[text]}"), TextColumn("left:"), TimeRemainingColumn())
+    bar.add_task("training", total=total, text=f"step 0/{total}")
+    return bar

@@ -1,0 +1,393 @@
+"""Transfers between devices: one thread that owns all connections, and the calls by which the executor uses it.
+
+The executor's thread posts commands and waits; all state of the links belongs to the I/O thread. A Send goes out when
+the peer's CREDIT for its step and tag has come, in chunks, the most urgent transfer first. The thread never waits for
+anything but the selector, so heartbeats go out and failures are seen whatever the executor does.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+from fusetile.errors import PeerFailure, ProtocolError
+from fusetile.program import Program, Recv, Send
+from fusetile.runtime.faults import Stopped, abort_frame, node, reason_in, reason_of, this_node
+from fusetile.runtime.link import Incoming, Link, Outgoing, part
+from fusetile.runtime.rendezvous import LOWEST
+from fusetile.runtime.watch import Activity, Watch
+from fusetile.runtime.wire import Frame, Kind, encode, encode_credit, encode_heartbeat, encode_json
+
+_PARTING_seconds = 1.0
+Shard = tuple[dict[str, Any], memoryview]  # a description, and the bytes of an array
+
+
+class Transport:
+    """Transfers with all peers of a program.
+
+    All methods are for the executor's thread; they raise PeerFailure, ProtocolError or Stopped as soon as the run is
+    over. `deadline` is the silence, in seconds, after which a peer counts as lost.
+    """
+
+    def __init__(self, program: Program, links: Mapping[int, Link], *, deadline: float) -> None:
+        self.step = 0
+        self.progress = 0  # counted by the executor; the thread counts chunks
+        self.activity = Activity.COMPUTING
+        self._program, self._links = program, dict(links)
+        self._active = list(links.values())  # without those that are gone
+        self._watch = Watch(program, deadline)
+        self._transfers: dict[Hashable, tuple[int, int]] = {
+            tag: (rank, size) for rank, tag, size in _transfers(program, Send | Recv)
+        }
+        self._sent_tags = {(rank, tag) for rank, tag, _ in _transfers(program, Send)}
+        self._condition = threading.Condition()
+        self._done: set[Hashable] = set()
+        self._wanted: set[Hashable] = set()
+        self._failure: BaseException | None = None
+        self._commands: deque[tuple[Callable[..., Link | None], tuple[Any, ...]]] = deque()
+        self._awake = False
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        for end in (self._wake_reader, self._wake_writer):
+            end.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._writing: set[Link] = set()
+        self._chunks = 0
+        self._shards: dict[int, list[Shard]] = {rank: [] for rank in self._links}
+        self._shards_done: dict[int, int] = dict.fromkeys(self._links, 0)
+        self._shards_total: dict[int, int] = {}
+        self._gathered: set[int] = set()
+        self._over = False  # the result is complete: nobody is needed any more
+        self._leaving = self._catch_signals = False
+        self._main_left = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="fusetile-io", daemon=True)
+
+    def start(self, *, catch_signals: bool = False) -> None:
+        """Begin: all nodes are ready. With `catch_signals` (in the main thread only) a signal that has a handler ends the
+        run at once, whatever the executor is doing; `close` gives the signals back."""
+        now = time.monotonic()
+        for link in self._active:
+            link.heard_at = link.moved_at = now
+        self._catch_signals = catch_signals
+        if catch_signals:
+            signal.set_wakeup_fd(self._wake_writer.fileno(), warn_on_full_buffer=False)
+        self._thread.start()
+
+    # -- for the executor -------------------------------------------------------------------------------------------
+
+    def recv(self, peer: int, tag: int, view: memoryview) -> None:
+        """Let the peer send this step's transfer `tag` into `view`."""
+        self._post(self._do_recv, self._links[peer], self.step, tag, view)
+
+    def send(self, peer: int, tag: int, view: memoryview, priority: int) -> None:
+        """Send `view` as this step's transfer `tag`, once the peer is ready for it."""
+        self._post(self._do_send, self._links[peer], Outgoing(Kind.DATA, self.step, tag, view, priority))
+
+    def wait(self, keys: Iterable[Hashable]) -> None:
+        """Block until these transfers of the step are complete."""
+        with self._condition:
+            self._wanted = {key for key in keys if key not in self._done}
+            self.activity = Activity.WAITING
+            while self._wanted and self._failure is None:
+                self._condition.wait()
+            self.activity = Activity.COMPUTING
+        self.check()
+
+    def check(self) -> None:
+        """Raise what has ended the run, if something has."""
+        if self._failure is not None:
+            raise self._failure
+
+    def end_step(self) -> None:
+        """Wait for all transfers of the step and forget them."""
+        self.wait(self._transfers)
+        with self._condition:
+            self._done.difference_update(self._transfers)
+
+    def give_shards(self, shards: list[Shard]) -> None:
+        """Send these arrays to the lowest rank and wait until it has finished its work. (Not on the lowest rank.)"""
+        self._post(self._do_give_shards, self._links[LOWEST], shards)
+        self.wait([("bye", LOWEST)])
+
+    def gather_shards(self) -> list[Shard]:
+        """The arrays of all other ranks, by rank, then in the order they were given. (On the lowest rank.) Afterwards
+        the others wait until `close`, however long that takes."""
+        self.wait([("gathered", rank) for rank in self._links])
+        self.activity = Activity.FINISHING
+        return [shard for rank in sorted(self._links) for shard in self._shards[rank]]
+
+    def close(self) -> None:
+        """The end: say goodbye if all is well, wait for the others to do so, and end the thread."""
+        self._main_left.set()
+        self._post(self._do_bye)
+        self._thread.join()
+        if self._catch_signals:
+            signal.set_wakeup_fd(-1)
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def abort(self, error: BaseException) -> None:
+        """End the run for everybody because of an error of this node. Then `close`."""
+        self._post(self._fail, error)
+
+    def _post(self, command: Callable[..., Link | None], *arguments: Any) -> None:
+        self._commands.append((command, arguments))
+        if not self._awake:
+            self._awake = True
+            self._wake_writer.send(b"\0")
+
+    # -- commands, run by the thread --------------------------------------------------------------------------------
+
+    def _do_recv(self, link: Link, step: int, tag: int, view: memoryview) -> Link:
+        link.incoming[Kind.DATA, step, tag] = Incoming(view)
+        link.control(encode_credit(step=step, tag=tag, size_bytes=len(view)))
+        return link
+
+    def _do_send(self, link: Link, outgoing: Outgoing) -> Link:
+        key = (outgoing.step, outgoing.tag)
+        if key in link.credits:
+            self._match(link, outgoing, link.credits.pop(key))
+        else:
+            link.uncredited[key] = outgoing
+        return link
+
+    def _match(self, link: Link, outgoing: Outgoing, credit: int) -> None:
+        if credit != len(outgoing.view):
+            raise ProtocolError(
+                f"{link.name!r} is ready for {credit} bytes of transfer {outgoing.tag}, which has {len(outgoing.view)}"
+            )
+        link.data(outgoing)
+
+    def _do_give_shards(self, link: Link, shards: list[Shard]) -> Link:
+        link.control(encode(Kind.GATHERED, tag=len(shards)))
+        for number, (description, view) in enumerate(shards):
+            link.control(encode_json(Kind.SHARD, description | {"bytes": len(view)}, tag=number))
+            link.data(Outgoing(Kind.SHARD_DATA, 0, number, view))
+        return link
+
+    def _do_bye(self) -> None:
+        self._leaving = True
+        for link in self._active:
+            link.control(encode(Kind.BYE))
+            self._flush(link)
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            self._selector.register(self._wake_reader, selectors.EVENT_READ)
+            for link in self._active:
+                self._selector.register(link.socket, selectors.EVENT_READ, link)
+            while self._failure is None and not (self._leaving and self._is_quiet()):
+                self._turn()
+        except BaseException as error:  # a fault of this file: the executor must hear of it, or it would wait forever
+            self._fail(error)
+        self._part()
+
+    def _is_quiet(self) -> bool:
+        """All is sent, and all the others have said goodbye."""
+        return not self._writing and not self._open()
+
+    def _open(self) -> list[Link]:
+        return [link for link in self._active if not link.closed]
+
+    def _turn(self) -> None:
+        for key, events in self._selector.select(self._watch.interval):
+            if key.data is None:
+                self._wake()
+                continue
+            if events & selectors.EVENT_READ:
+                self._read(key.data)
+            if key.data in self._writing:
+                self._flush(key.data)
+        dirty: dict[Link, None] = {}
+        while self._commands and self._failure is None:
+            command, arguments = self._commands.popleft()
+            if (link := command(*arguments)) is not None:
+                dirty[link] = None
+        for link in dirty:
+            self._flush(link)
+        if self._watch.tick(self._open()) and self._failure is None:
+            self._beat()
+
+    def _wake(self) -> None:
+        signals = [number for number in self._wake_reader.recv(4096) if number]
+        self._awake = False  # before the commands are looked at: a later one wakes again
+        if signals:
+            self._fail(Stopped(signals[0], self.step))
+
+    def _beat(self) -> None:
+        """The regular turn: say that this node lives, see who does not."""
+        progress = self.progress + self._chunks
+        beat = encode_heartbeat(progress=progress, activity=self.activity)
+        for link in self._open():
+            if not link.pending_controls:
+                link.control(beat)
+                self._flush(link)
+        if (complaint := self._watch.complaint(self._open(), progress, self.activity)) is not None:
+            self._lose(*complaint)
+
+    def _read(self, link: Link) -> None:
+        try:
+            for frame in link.receive():
+                self._handle(link, frame)
+                if self._failure is not None:
+                    return
+        except EOFError:
+            self._lose(link, f"{self._who(link)} closed its connection (was it killed?)")
+        except ProtocolError as error:
+            self._lose(link, f"{self._who(link)} broke the protocol: {error}")
+        except OSError as error:
+            self._lose(link, f"the connection with {self._who(link)} broke: {error.strerror}")
+
+    def _flush(self, link: Link) -> None:
+        try:
+            more, finished = link.send()
+        except OSError:
+            more, finished = False, []  # reading tells why
+        for outgoing in finished:
+            self._chunks += 1
+            if outgoing.kind == Kind.DATA:
+                self._complete(outgoing.tag)
+        if more != (link in self._writing):
+            (self._writing.add if more else self._writing.discard)(link)
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if more else 0)
+            self._selector.modify(link.socket, events, link)
+
+    def _complete(self, key: Hashable) -> None:
+        with self._condition:
+            self._done.add(key)
+            self._wanted.discard(key)
+            if not self._wanted:
+                self._condition.notify()
+
+    # -- frames -----------------------------------------------------------------------------------------------------
+
+    def _handle(self, link: Link, frame: Frame) -> None:
+        match frame.kind:
+            case Kind.DATA:
+                self._chunks += 1
+                if self._receive_chunk(link, frame):
+                    self._complete(frame.tag)
+            case Kind.CREDIT:
+                self._receive_credit(link, frame)
+            case Kind.HEARTBEAT:
+                self._watch.hear(link, *frame.heartbeat())
+            case Kind.SHARD if self._program.rank == LOWEST:
+                self._receive_shard(link, frame)
+            case Kind.SHARD_DATA:
+                self._chunks += 1
+                if self._receive_chunk(link, frame):
+                    self._shards_done[link.rank] += 1
+                    self._complete_gather(link.rank)
+            case Kind.GATHERED if self._program.rank == LOWEST:
+                self._shards_total[link.rank] = frame.tag
+                self._complete_gather(link.rank)
+            case Kind.BYE:
+                link.closed = True
+                self._over |= link.rank == LOWEST
+                self._complete(("bye", link.rank))
+            case Kind.ABORT:
+                self._lose(link, reason_in(frame))
+            case _:
+                raise ProtocolError(f"a {frame.kind.name} frame during the training")
+
+    def _receive_chunk(self, link: Link, frame: Frame) -> bool:
+        key = (frame.kind, frame.step, frame.tag)
+        incoming = link.incoming[key]
+        incoming.done += len(frame.payload)
+        if incoming.done < len(incoming.view):
+            return False
+        del link.incoming[key]
+        return True
+
+    def _receive_credit(self, link: Link, frame: Frame) -> None:
+        key = (frame.step, frame.tag)
+        # A peer can be one step ahead and no more: its receives of a step end only after this node's sends of it.
+        if (link.rank, frame.tag) not in self._sent_tags or not self.step <= frame.step <= self.step + 1:
+            raise ProtocolError(f"a credit for transfer {frame.tag} of step {frame.step} in step {self.step}")
+        if key in link.uncredited:
+            self._match(link, link.uncredited.pop(key), frame.credit())
+            self._flush(link)
+        else:
+            link.credits[key] = frame.credit()
+
+    def _receive_shard(self, link: Link, frame: Frame) -> None:
+        description = frame.json()
+        size = description.pop("bytes", None)
+        if not isinstance(size, int) or not 0 < size < 1 << 40 or frame.tag != len(self._shards[link.rank]):
+            raise ProtocolError(f"a SHARD frame that makes no sense: {frame.tag}, {size} bytes")
+        view = memoryview(bytearray(size))
+        self._shards[link.rank].append((description, view))
+        link.incoming[Kind.SHARD_DATA, 0, frame.tag] = Incoming(view)
+
+    def _complete_gather(self, rank: int) -> None:
+        if self._shards_total.get(rank) == self._shards_done[rank]:
+            self._gathered.add(rank)
+            self._over |= len(self._gathered) == len(self._links)
+            self._complete(("gathered", rank))
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def _who(self, link: Link) -> str:
+        return node(self._program, link.rank, link.name)
+
+    def _lose(self, link: Link | None, what: str) -> None:
+        """A peer is lost, or has said that the run is over; unless the result is complete, this ends the run."""
+        if link is not None and (self._over or link.closed):
+            self._active.remove(link)
+            self._writing.discard(link)
+            self._selector.unregister(link.socket)
+            link.socket.close()
+        else:
+            self._fail(PeerFailure(f"{what}; {self._doing()}"), reason=what)
+
+    def _doing(self) -> str:
+        """What this node is at: `at step 5, waiting for transfer 7 (512 bytes) with 'b'`."""
+        with self._condition:
+            wanted = sorted(self._wanted, key=str) if self.activity == Activity.WAITING else []
+        names = {rank: link.name for rank, link in self._links.items()}
+        texts = []
+        for key in wanted[:3]:
+            if isinstance(key, tuple):
+                texts.append(f"the end of {names[key[1]]!r}")
+            else:
+                rank, size = self._transfers[key]
+                texts.append(f"transfer {key} ({size} bytes) with {names[rank]!r}")
+        more = f" and {len(wanted) - 3} more" if len(wanted) > 3 else ""
+        return f"{this_node(self._program)} was at step {self.step}, " + (
+            f"waiting for {', '.join(texts)}{more}" if texts else "computing"
+        )
+
+    def _fail(self, error: BaseException, reason: str = "") -> None:
+        """End the run: tell the others and wake the executor. The first error counts."""
+        if self._failure is not None:
+            return
+        frame = abort_frame(reason or reason_of(self._program, error, self.step))
+        for link in self._open():
+            link.drop_data()
+            link.control(frame)
+        with self._condition:
+            self._failure = error
+            self._condition.notify()
+
+    def _part(self) -> None:
+        """End the connections, and see that the executor ends as well."""
+        self._selector.close()
+        part(self._active, seconds=_PARTING_seconds)
+        if self._failure is not None and not self._main_left.wait(self._watch.limit):
+            # The executor is stuck in a kernel: nothing but the end of the process can stop it.
+            print(f"fusetile-runtime: error: {self._failure}", file=sys.stderr, flush=True)
+            os._exit(getattr(self._failure, "exit_status", 1))
+
+
+def _transfers(program: Program, kind: Any) -> list[tuple[int, int, int]]:
+    """(peer, tag, bytes) of the program's steps of this kind."""
+    return [(step.peer, step.tag, step.size_bytes) for step in program.steps if isinstance(step, kind)]
