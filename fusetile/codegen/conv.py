@@ -301,7 +301,7 @@ def _transposed(op: Op, m: Machine, w: Filter, k_blocks: int, c_blocks: int) -> 
     scratch = _scratch(f"{op.name}.transposed", c_blocks * k_blocks * w.taps * size)
     ints = {"k_blocks": k_blocks, "window": w.taps, "lines": w.lines, "w_k": w.k, "w_block": w.block}
     call = KernelCall(
-        transpose_filter(vectors=m.vectors), c_blocks, (w.start, ref(scratch)), _order(TRANSPOSE_INTS, ints)
+        transpose_filter(block=m.vectors.block), c_blocks, (w.start, ref(scratch)), _order(TRANSPOSE_INTS, ints)
     )
     result = Filter(
         ref(scratch), k_blocks * w.taps * size, w.taps * size, w.window[1] * size, size, m.vectors.block, w.window

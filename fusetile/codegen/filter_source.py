@@ -14,7 +14,7 @@ from __future__ import annotations
 from functools import cache
 
 from fusetile.codegen.calls import Kernel, make_kernel
-from fusetile.codegen.conv_source import Vectors
+from fusetile.codegen.conv_source import Vectors, indent
 
 TRANSPOSE_INTS = ("k_blocks", "window", "lines", "w_k", "w_block")
 SUM_INTS = ("parts", "vectors", "part", "source_k", "target_k")
@@ -23,29 +23,52 @@ DOT_INTS = ("images", "k_blocks", "lines", "y_image", "y_block", "w_k", "w_block
 
 
 @cache
-def transpose_filter(*, vectors: Vectors) -> Kernel:
+def transpose_filter(*, block: int) -> Kernel:
     """t[c][k][flipped tap][k lane][c lane] = w[k][c][tap][c lane][k lane]; c lanes beyond `lines` are zero.
 
-    A work unit is one block of input channels. Pointers w, t.
+    Squares of 4 x 4 floats are transposed in registers; left to itself, LLVM stores float by float. A work unit is one
+    block of input channels. Pointers w, t.
     """
-    size = vectors.block
+    quad = "T.Ramp({}, 1, 4)"
+    low, high = [0, 4, 1, 5], [2, 6, 3, 7]
+    # interleaving rows i and i + 2 into rows 2i and 2i + 1, twice, transposes
+    shuffles = [
+        f"square[{target + 2 * i + half}, {quad.format(0)}] = T.Shuffle("
+        f"[square[{source + i}, {quad.format(0)}], square[{source + i + 2}, {quad.format(0)}]], {order})"
+        for source, target in ((0, 4), (4, 8))
+        for i in (0, 1)
+        for half, order in enumerate((low, high))
+    ]
+    load = "\n".join(
+        f"square[{i}, {quad.format(0)}] = w[{quad.format(f'w0 + (q * 4 + {i}) * {block} + g * 4')}]" for i in range(4)
+    )
+    store = "\n".join(
+        f"t[{quad.format(f't0 + (g * 4 + {i}) * {block} + q * 4')}] = square[{8 + i}, {quad.format(0)}]"
+        for i in range(4)
+    )
     body = f"""
 for c in T.serial(lo, hi):
     for k, tap in T.grid(k_blocks, window):
-        w0: T.int32 = k * w_k + c * w_block + (window - 1 - tap) * lines * {size}
-        t0: T.int32 = ((c * k_blocks + k) * window + tap) * {size * size}
-        if lines < {size}:
-            for i in T.serial({size * size}):
-                t[t0 + i] = T.float32(0)
-        for line in T.serial(lines):
-            for e in T.unroll({size}):
-                t[t0 + e * {size} + line] = w[w0 + line * {size} + e]
+        w0: T.int32 = k * w_k + c * w_block + (window - 1 - tap) * lines * {block}
+        t0: T.int32 = ((c * k_blocks + k) * window + tap) * {block * block}
+        for q in T.serial(T.truncdiv(lines, 4)):
+            for g in T.serial({block // 4}):
+                {indent(load, 16)}
+                {indent(chr(10).join(shuffles), 16)}
+                {indent(store, 16)}
+        for line in T.serial(T.truncdiv(lines, 4) * 4, lines):
+            for e in T.serial({block}):
+                t[t0 + e * {block} + line] = w[w0 + line * {block} + e]
+        for line in T.serial(lines, {block}):
+            for e in T.serial({block}):
+                t[t0 + e * {block} + line] = T.float32(0)
 """
     return make_kernel(
-        f"transpose_filter_b{size}",
+        f"transpose_filter_b{block}",
         pointers=dict.fromkeys(("w", "t"), "float32"),
         body=body,
         ints=TRANSPOSE_INTS,
+        scratch={"square": ((12, 4), "float32")},
     )
 
 
