@@ -11,6 +11,7 @@ from fusetile.cluster import Cluster
 from fusetile.codegen.assemble import memory_of
 from fusetile.codegen.emit import emit
 from fusetile.codegen.targets import target_named
+from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.passes.add_optimizer import add_optimizer
 from fusetile.passes.assign import assign
@@ -67,12 +68,19 @@ def compile_model(
     Raises UserError for a model, cluster or option that can't be trained, DoesNotFit if a device has too little memory.
     """
     trace = trace or Trace()
-    targets = [target_named(node.device.target) for node in cluster.nodes]
-    block = min(target.block for target in targets)
     with trace.stage("import_onnx") as seen:
         graph = seen(
             import_onnx(model, batch=training.batch, bn=training.bn, dropout=training.dropout, seed=training.seed)
         )
+    return compile_graph(graph, model=model, cluster=cluster, training=training, build=build, trace=trace)
+
+
+def compile_graph(
+    graph: Graph, *, model: Path, cluster: Cluster, training: Training, build: Path, trace: Trace
+) -> Path:
+    """All that comes after the import; `model` is the file that the graph came from."""
+    targets = [target_named(node.device.target) for node in cluster.nodes]
+    block = min(target.block for target in targets)
     with trace.stage("differentiate") as seen:
         graph = seen(differentiate(graph, loss=training.loss))
     with trace.stage("add_optimizer") as seen:

@@ -42,6 +42,8 @@ def lifetimes(draft: Draft) -> dict[str, tuple[int, int]]:
         live[name] = (-1, end)
     for name in draft.fed:
         touch(name, -1)
+    for name in draft.logged:
+        touch(name, end)
     for at, step in enumerate(draft.steps):
         match step:
             case KernelCall():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from fusetile.box import Box, volume
 from fusetile.codegen.calls import KernelCall, Ref, ref
@@ -48,12 +49,14 @@ DraftStep = KernelCall | DraftSend | DraftRecv | Wait
 
 @dataclass(slots=True)
 class Draft:
-    """One device's program on named buffers. `first_call[op]` is the index in `steps` of an op's first call."""
+    """One device's program on named buffers. `persistent` ones keep their content for ever, `fed` ones are filled
+    before each step, `logged` ones read after it. `first_call[op]` is the index in `steps` of an op's first call."""
 
     steps: list[DraftStep] = field(default_factory=list)
     buffers: dict[str, Buffer] = field(default_factory=dict)
     persistent: set[str] = field(default_factory=set)
     fed: set[str] = field(default_factory=set)
+    logged: set[str] = field(default_factory=set)
     first_call: dict[str, int] = field(default_factory=dict)
 
 
@@ -90,26 +93,32 @@ class _Emitter:
         self.schedule, self.storage, self.device = schedule, storage, device
         self.target, self.block = target, block
         self.draft = Draft()
-        self.bordered: set[str] = set()
 
     def run(self) -> Draft:
         for name in self.graph.parameters:
-            self._adopt(name, self.draft.persistent)
-        for name in self.graph.fed():
-            self._adopt(name, self.draft.fed)
+            self._adopt(name, parameter=True)
+        for name in sorted(self.graph.fed()):
+            self._adopt(name, parameter=False)
         for action in self.schedule.actions[self.device]:
             self._act(action)
+        deliveries = self.communication.deliveries
+        self.draft.logged = {
+            buffer.name for i, buffer in self.storage.delivered.items() if deliveries[i].tensor == self.graph.loss
+        }
         return self.draft
 
-    def _adopt(self, name: str, kept: set[str]) -> None:
-        """Buffers that hold something when the step begins: only their border is still to be cleared."""
+    def _adopt(self, name: str, *, parameter: bool) -> None:
+        """Buffers that hold something when the step begins. What pads them is zero from the first step on."""
         held = [self.storage.home[name]] if name in self.storage.home else []
         if name not in self.communication.layouts:
             deliveries = self.communication.deliveries
             held = [b for i, b in self.storage.delivered.items() if deliveries[i].tensor == name]
         for buffer in held:
-            self._use(buffer)
-            kept.add(buffer.name)
+            self.draft.buffers[buffer.name] = buffer
+            if parameter or is_padded(buffer):
+                self.draft.persistent.add(buffer.name)
+            else:
+                self.draft.fed.add(buffer.name)
 
     def _use(self, buffer: Buffer) -> Buffer:
         """Make a buffer known; before it is used for the first time its border is cleared."""
@@ -203,15 +212,18 @@ class _Emitter:
         by_move = {t.move: t for t in self.schedule.transfers if t.delivery == index}
         moves = [move for move in delivery.moves if move.target == self.device]
         for i, move in enumerate(moves):
-            source = self.storage.home[delivery.tensor]
-            if move in by_move:
-                if not adding and self._direct(by_move[move]):
-                    continue
-                source = self._stage(by_move[move])
+            if move in by_move and self._direct(by_move[move]):
+                continue
+            source = self._stage(by_move[move]) if move in by_move else self.storage.home[delivery.tensor]
             if adding and i == 0 and move.box != delivery.need[self.device]:
                 self.draft.steps.append(zero(target))
             first = i == 0 and move.box == delivery.need[self.device]
             self.draft.steps.append((accumulate if adding and not first else copy)(source, target, move.box))
+
+
+def is_padded(buffer: Buffer) -> bool:
+    """Whether a buffer has more elements than its box: a border, or channels that do not fill their block."""
+    return prod(buffer.storage_shape) > volume(buffer.box)
 
 
 def is_contiguous(buffer: Buffer, box: Box) -> bool:

@@ -17,6 +17,9 @@ from fusetile.graph import Graph, Op, Tensor
 from fusetile.ops import domain_of
 from fusetile.plan import Layout, Move, Plan, redistribute
 
+LOGGED = "(the log)"
+"""Stands among the readers of the loss: every device may log it at the end of the step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
@@ -56,7 +59,7 @@ def communicate(graph: Graph, plan: Plan, *, block: int) -> Communication:
     for name in [*graph.parameters, *sorted(graph.fed()), *written]:
         needs = {op.name: _needs(graph, plan, op, name, block) for op in readers[name]}
         if name == graph.loss:
-            needs["loss"] = (whole(graph.tensors[name].shape),) * plan.nodes
+            needs[LOGGED] = (whole(graph.tensors[name].shape),) * plan.nodes
         constant = name in graph.parameters and name not in layouts
         for need, served in _merge(needs, force=constant):
             for op_name in served:
