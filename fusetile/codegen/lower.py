@@ -57,6 +57,9 @@ def lower(
     if volume(box) == 0:
         return Lowered()
     family = row(op.kind).kernel
+    for output, i in row(op.kind).in_place:
+        if output < len(outputs) and outputs[output] != inputs[i]:
+            raise PlanError(f"{op.name}: output {outputs[output].name} must lie in input {inputs[i].name}")
     if family not in _MODULES:
         raise PlanError(f"{op.kind}: no kernel family {family!r}")
     module = import_module(f"fusetile.codegen.{_MODULES[family]}")

@@ -12,7 +12,6 @@ from fusetile.codegen.calls import Lowered, ref
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.strided import strided_call, strided_kernel
 from fusetile.codegen.targets import Target
-from fusetile.errors import PlanError
 from fusetile.graph import Op
 from fusetile.ops import Domain
 from fusetile.program import Buffer
@@ -43,9 +42,6 @@ def lower_sgd(
         floats=("decay", "momentum"),
         scratch={"p": "float32", "g": "float32"},
     )
-    for output, old in zip(outputs, (inputs[0], *inputs[3:]), strict=True):
-        if output.offset_bytes != old.offset_bytes or output.box != old.box:
-            raise PlanError(f"{op.name}: {output.name} must be {old.name} itself: the update is in place")
     floats = (op.attrs["weight_decay"], op.attrs["momentum"])
     call = strided_call(kernel, operands, constants=[ref(rate, domain.need(box, 2))], more_ints=(0,), floats=floats)
     return Lowered((*before.calls, call), before.scratch)
