@@ -42,7 +42,7 @@ class Executor:
         if transport is not None:
             transport.end_step()
         loss = self._program.loss
-        return None if loss is None else float(unpack(self._arena, loss, loss.box))
+        return None if loss is None else float(unpack(self._arena, loss, loss.box).item())
 
     def _action(self, step: Step) -> Callable[[], None]:
         if isinstance(step, Run):
