@@ -123,9 +123,11 @@ def _meet(program: Program, options: Options, terms: Mapping[str, Any]) -> Meeti
 @contextmanager
 def _running(transport: Transport, signals: Signals) -> Iterator[None]:
     """A running transport: an error of this node is told to the others, and the thread ends in any case."""
-    transport.start(catch_signals=True)
     signals.raising = False
+    transport.start(catch_signals=True)
     try:
+        if signals.received:  # just before the transport listened
+            raise Stopped(signals.received)
         yield
     except BaseException as error:
         transport.abort(error)
@@ -169,13 +171,14 @@ def _check_outputs(options: Options, lowest: bool) -> None:
 
 
 class Signals:
-    """SIGINT and SIGTERM. They raise Stopped, unless a transport runs: its thread hears of them at once, tells the other
-    nodes, and lets the executor stop at its next step."""
+    """SIGINT and SIGTERM. They raise Stopped, unless a transport runs: its thread hears of them at once, tells the
+    other nodes, and lets the executor stop at its next step."""
 
     _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.raising = True
+        self.received = 0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -188,6 +191,7 @@ class Signals:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
         if self.raising:
             raise Stopped(number)
 

@@ -70,8 +70,8 @@ class Transport:
         self._thread = threading.Thread(target=self._main, name="fusetile-io", daemon=True)
 
     def start(self, *, catch_signals: bool = False) -> None:
-        """Begin: all nodes are ready. With `catch_signals` (in the main thread only) a signal that has a handler ends the
-        run at once, whatever the executor is doing; `close` gives the signals back."""
+        """Begin: all nodes are ready. With `catch_signals` (in the main thread only) a signal that has a handler ends
+        the run at once, whatever the executor is doing; `close` gives the signals back."""
         now = time.monotonic()
         for link in self._active:
             link.heard_at = link.moved_at = now
