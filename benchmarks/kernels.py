@@ -1,8 +1,8 @@
 """Convolution kernels against PyTorch (oneDNN), one thread: `python -m benchmarks.kernels [--target avx2] [PATTERN]`.
 
-Prints, per layer and phase, GFLOP/s and the ratio of our time to PyTorch's: medians of runs that alternate. PyTorch gets
-the better of its two memory layouts and, for avx2, no wider registers; its own layout conversions inside an operator count, as ours do (the transposed
-weights of the input gradient). Needs torch.
+Prints, per layer and phase, GFLOP/s and the ratio of our time to PyTorch's: medians of runs that alternate. PyTorch
+gets the better of its two memory layouts and, for avx2, no wider registers; its own layout conversions inside an
+operator count, as ours do (the transposed weights of the input gradient). Needs torch.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from fusetile.box import volume, whole
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import Lowered
 from fusetile.codegen.lower import lower
-from fusetile.codegen.targets import target_named
+from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph
 from fusetile.ops import domain_of
 from fusetile.program import Buffer, Call
@@ -36,13 +34,14 @@ from fusetile.runtime.storage import make_arena, pack, unpack
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A convolution: images, channels in and out, size of the map, of the window, stride, padding."""
+    """A convolution: images, channels in and out, size of the map and of the window, stride, dilation. With size 0, a
+    fully connected layer."""
 
     n: int
     c: int
     k: int
-    size: int
-    window: int
+    size: int = 0
+    window: int = 1
     stride: int = 1
     dilation: int = 1
 
@@ -51,6 +50,8 @@ class Layer:
         return self.dilation * (self.window // 2)
 
     def __str__(self) -> str:
+        if not self.size:
+            return f"{self.n}x{self.c}->{self.k}"
         extra = f" s{self.stride}" * (self.stride > 1) + f" d{self.dilation}" * (self.dilation > 1)
         return f"{self.n}x{self.c}->{self.k} @{self.size} {self.window}x{self.window}{extra}"
 
@@ -76,9 +77,11 @@ LAYERS = (
     Layer(1, 64, 64, 27, 5),
     Layer(1, 64, 64, 52, 3, 1, 2),
     Layer(4, 1, 6, 28, 5),
-    Layer(16, 256, 1000, 1, 1),
+    Layer(1, 4096, 4096),
+    Layer(16, 512, 1000),
+    Layer(64, 4096, 1024),
 )
-PHASES = ("Conv", "ConvInputGrad", "ConvWeightGrad")
+PHASES = ("", "InputGrad", "WeightGrad")
 
 
 @dataclass
@@ -94,55 +97,69 @@ class Task:
     torch_runs: list[Callable[[], torch.Tensor]]
 
 
-def tasks(layer: Layer, target: Any, block: int) -> list[Task]:
-    """The three phases of a layer on random data."""
+def operands(layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random x, w and dy."""
     torch.manual_seed(0)
+    if not layer.size:
+        return torch.randn(layer.n, layer.c), torch.randn(layer.k, layer.c), torch.randn(layer.n, layer.k)
     x = torch.randn(layer.n, layer.c, layer.size, layer.size)
     w = torch.randn(layer.k, layer.c, layer.window, layer.window) * 0.1
-    strides, dilations, pads = ((v, v) for v in (layer.stride, layer.dilation, layer.pad))
-    y = torch.nn.functional.conv2d(x, w, None, strides, pads, dilations)
-    dy = torch.randn_like(y)
-    flops = 2.0 * layer.c * layer.window**2 * y.numel()
+    return x, w, torch.randn_like(torch.nn.functional.conv2d(x, w, None, layer.stride, layer.pad, layer.dilation))
 
-    def torch_run(phase: str, layout: torch.memory_format) -> Callable[[], torch.Tensor]:
+
+def torch_runs(layer: Layer, phase: str) -> list[Callable[[], torch.Tensor]]:
+    """The phase in PyTorch, for each memory layout."""
+    x, w, dy = operands(layer)
+    if not layer.size:
+        runs = {
+            "": lambda: torch.nn.functional.linear(x, w),
+            "InputGrad": lambda: dy @ w,
+            "WeightGrad": lambda: dy.T @ x,
+        }
+        return [runs[phase]]
+    window = ((layer.stride,) * 2, (layer.pad,) * 2, (layer.dilation,) * 2)
+
+    def run(layout: torch.memory_format) -> Callable[[], torch.Tensor]:
         a, b, g = (value.contiguous(memory_format=layout) for value in (x, w, dy))
-        if phase == "Conv":
-            return lambda: torch.nn.functional.conv2d(a, b, None, strides, pads, dilations)
-        which = int(phase == "ConvWeightGrad")
+        if not phase:
+            return lambda: torch.nn.functional.conv2d(a, b, None, *window)
+        which = int(phase == "WeightGrad")
         mask = [which == 0, which == 1, False]
-        backward = torch.ops.aten.convolution_backward
-        return lambda: backward(g, a, b, None, strides, pads, dilations, False, (0, 0), 1, mask)[which]
+        return lambda: torch.ops.aten.convolution_backward(g, a, b, None, *window, False, (0, 0), 1, mask)[which]
 
-    found = []
-    operands = {"Conv": (x, w), "ConvInputGrad": (dy, w), "ConvWeightGrad": (x, dy)}
-    for phase in PHASES:
-        graph, names, filters = Graph(), [], (1,) if phase != "ConvWeightGrad" else ()
-        for i, value in enumerate(operands[phase]):
-            kind: Any = "filter" if i in filters else "map"
-            names.append(graph.add_tensor(f"x{i}", tuple(value.shape), "float32", kind))
-        attrs = {"strides": strides, "dilations": dilations, "pads": (*pads, *pads)}
-        attrs |= {"ConvInputGrad": {"input_shape": x.shape}, "ConvWeightGrad": {"kernel_shape": w.shape[2:]}}.get(
-            phase, {}
-        )
-        (result,) = graph.add(phase, names, attrs=attrs, outputs=["y"])
-        op = graph.producers()[result]
-        domain = domain_of(graph, op)
-        buffers = []
-        for i, name in enumerate((*names, result)):
-            tensor = graph.tensors[name]
-            lanes = (block, min(tensor.shape[1], block)) if tensor.kind == "filter" else (1, block)
-            border = (0, 0)
-            if i < len(names) and tensor.kind == "map":
-                reach = domain.reach(domain.box, i)
-                wide = [max(0, -a, b - size) for (a, b), size in zip(reach, tensor.shape, strict=True)]
-                border = (wide[2], wide[3])
-                lanes = (1, min(block, tensor.shape[1])) if phase != "ConvInputGrad" else lanes
-            buffers.append(Buffer(name, whole(tensor.shape), block=lanes, border=border))
-        lowered = lower(op, domain, domain.box, buffers[:-1], buffers[-1:], target=target)
-        values = {name: value.numpy() for name, value in zip(names, operands[phase], strict=True)}
-        runs = [torch_run(phase, layout) for layout in (torch.contiguous_format, torch.channels_last)]
-        found.append(Task(layer, phase, flops, [*buffers, *lowered.scratch], values, lowered, runs))
-    return found
+    return [run(torch.contiguous_format), run(torch.channels_last)]
+
+
+def task(layer: Layer, phase: str, target: Target, block: int) -> Task:
+    """One phase of a layer on random data."""
+    x, w, dy = operands(layer)
+    inputs = {"": (x, w), "InputGrad": (dy, w), "WeightGrad": (x, dy)}[phase]
+    attrs: dict[str, Any] = {}
+    if layer.size:
+        attrs = {"strides": (layer.stride,) * 2, "dilations": (layer.dilation,) * 2, "pads": (layer.pad,) * 4}
+    attrs |= {"": {}, "InputGrad": {"input_shape": x.shape}, "WeightGrad": {"kernel_shape": w.shape[2:]}}[phase]
+    graph, names = Graph(), []
+    for i, value in enumerate(inputs):
+        kind: Any = "filter" if value is w else "map"
+        names.append(graph.add_tensor(f"x{i}", tuple(value.shape), "float32", kind))
+    (result,) = graph.add(f"{'Conv' if layer.size else 'Gemm'}{phase}", names, attrs=attrs, outputs=["y"])
+    op = graph.producers()[result]
+    domain = domain_of(graph, op)
+    buffers = []
+    for i, name in enumerate((*names, result)):
+        tensor = graph.tensors[name]
+        few = tensor.kind == "filter" or (name == names[0] and phase != "InputGrad")
+        lanes = (block if tensor.kind == "filter" else 1, min(block, tensor.shape[1]) if few else block)
+        border = (0, 0)
+        if name in names and tensor.kind == "map" and layer.size:
+            reach = domain.reach(domain.box, i)
+            wide = [max(0, -a, b - size) for (a, b), size in zip(reach, tensor.shape, strict=True)]
+            border = (wide[2], wide[3])
+        buffers.append(Buffer(name, whole(tensor.shape), block=lanes, border=border))
+    lowered = lower(op, domain, domain.box, buffers[:-1], buffers[-1:], target=target)
+    flops = 2.0 * w.numel() * dy.numel() / layer.k
+    values = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    return Task(layer, phase, flops, [*buffers, *lowered.scratch], values, lowered, torch_runs(layer, phase))
 
 
 def prepare(task: Task, library: Library) -> tuple[Callable[[], None], Callable[[], np.ndarray]]:
@@ -200,29 +217,29 @@ def main() -> None:
     if target.name == "avx2":  # read when oneDNN and MKL are first used
         os.environ.update(ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2")
     chosen = [layer for layer in LAYERS if options.pattern in str(layer)]
-    todo = [task for layer in chosen for task in tasks(layer, target, options.block or target.block)]
-    kernels = {call.kernel.symbol: call.kernel for task in todo for call in task.lowered.calls}
-    table = Table("layer", *(f"{phase}: GFLOP/s, PyTorch, ratio" for phase in PHASES), title=f"{len(kernels)} kernels")
+    block = options.block or target.block
+    todo = [task(layer, phase, target, block) for layer in chosen for phase in PHASES]
+    kernels = {call.kernel.symbol: call.kernel for one in todo for call in one.lowered.calls}
     ratios: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    print(f"{target.name}, channel block {block}, {len(kernels)} kernels; GFLOP/s, PyTorch's, ratio of the times")
+    print(f"{'layer':24} {'forward':>21} {'input gradient':>21} {'weight gradient':>21}")
     with tempfile.TemporaryDirectory() as directory:
         path = build_library(kernels.values(), target, Path(directory))
         with Library(path, threads=1) as library:
-            cells: dict[Layer, list[str]] = {}
-            for task in todo:
-                run, result = prepare(task, library)
-                ours, *theirs = measure([run, *task.torch_runs], options.seconds)
-                expected = task.torch_runs[0]().numpy()
+            for one in todo:
+                if one.phase == PHASES[0]:
+                    print(f"{one.layer!s:24}", end="", flush=True)
+                run, result = prepare(one, library)
+                ours, *theirs = measure([run, *one.torch_runs], options.seconds)
+                expected = one.torch_runs[0]().numpy()
                 error = float(np.abs(result() - expected).max() / np.abs(expected).max())
-                ratio = ours / min(theirs)
-                ratios[task.phase].append(ratio)
-                note = f" WRONG {error:.0e}" if error > 1e-4 else ""
-                text = f"{task.flops / ours / 1e9:6.1f} {task.flops / min(theirs) / 1e9:6.1f} {ratio:5.2f}{note}"
-                cells.setdefault(task.layer, []).append(text)
-    for layer, row in cells.items():
-        table.add_row(str(layer), *row)
-    medians = [f"median ratio {statistics.median(ratios[phase]):.2f}" for phase in PHASES]
-    table.add_row("", *medians)
-    Console(width=130).print(table)
+                if error > 1e-4:
+                    raise SystemExit(f"{one.layer} {one.phase}: wrong by {error:.0e}")
+                ratios[one.phase].append(ours / min(theirs))
+                rates = f"{one.flops / ours / 1e9:.1f} {one.flops / min(theirs) / 1e9:6.1f}"
+                last = "\n" if one.phase == PHASES[-1] else ""
+                print(f" {rates:>15} {ratios[one.phase][-1]:5.2f}", end=last, flush=True)
+    print(f"{'median':24}" + "".join(f" {statistics.median(found):21.2f}" for found in ratios.values()))
 
 
 if __name__ == "__main__":
