@@ -42,9 +42,9 @@ def assign(graph: Graph, *, plan: str, cluster: Cluster, block: int) -> Plan:
         domain = domain_of(graph, op)
         split = splits[op.layer] if rng is None else _random_split(domain, rng, nodes)
         placements[op.name] = tile(domain, split=split, speeds=cluster.speeds, block=block)
-    for op in graph.ops.values():
-        if op.phase == UPDATE:
-            placements[op.name] = _place_update(graph, op, placements, cluster.speeds, block)
+    updates = [op for op in graph.ops.values() if op.phase == UPDATE]
+    for turns, op in enumerate(updates):
+        placements[op.name] = _place_update(graph, op, placements, cluster.speeds, block, turns)
     return Plan(nodes, placements)
 
 
@@ -109,7 +109,7 @@ def _weight_heavy(graph: Graph, op: Op) -> bool:
 
 
 def _place_update(
-    graph: Graph, op: Op, placements: dict[str, Placement], speeds: Sequence[float], block: int
+    graph: Graph, op: Op, placements: dict[str, Placement], speeds: Sequence[float], block: int, turns: int
 ) -> Placement:
     """Shards of a parameter: each distinct box of it that devices need is cut among the devices that need it."""
     domain = domain_of(graph, op)
@@ -122,7 +122,8 @@ def _place_update(
     own = [empty(len(domain.axes))] * len(speeds)
     for box in sorted(held):
         holders = [device for device, need in enumerate(needs) if need == box]
-        for device, piece in shard(box, holders=holders, speeds=speeds, block=block).items():
+        turn = turns % len(holders)  # small parameters are owned by one device each: not always by the same
+        for device, piece in shard(box, holders=holders[turn:] + holders[:turn], speeds=speeds, block=block).items():
             own[device] = piece[: len(domain.axes)]
     return Placement(tuple(own), tuple(own))
 

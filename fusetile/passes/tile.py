@@ -21,6 +21,7 @@ from fusetile.ops import Domain
 from fusetile.plan import Placement
 
 CHANNEL_AXES = ("k", "c")
+SMALLEST_SHARD_elements = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,9 @@ def _intervals(
 
 
 def shard(box: Box, *, holders: Sequence[int], speeds: Sequence[float], block: int) -> dict[int, Box]:
-    """Cut one box of a parameter among the devices that hold it, along the channel axis that has most blocks."""
+    """Cut one box of a parameter among devices that hold it, along the channel axis that has most blocks. Shards are
+    not made smaller than a message is worth: only the first holders get one of a small box."""
+    holders = holders[: max(1, volume(box) // SMALLEST_SHARD_elements)]
     axis = max(range(min(2, len(box))), key=lambda i: (-(-(box[i][1] - box[i][0]) // block), -i))
     start, stop = box[axis]
     pieces = cut(stop - start, [speeds[device] for device in holders], block)
