@@ -19,6 +19,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,8 @@ def read_cluster(path: Path) -> Cluster:
 
 
 def _node(entry: Mapping[str, Any], where: str) -> Node:
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where}: {entry!r} must be a table with a name, an address and a device")
     _known(entry, {"name", "address", "device", "memory", "cores"}, where)
     for key in ("name", "address", "device"):
         if not isinstance(entry.get(key), str):
@@ -131,7 +134,7 @@ def _node(entry: Mapping[str, Any], where: str) -> Node:
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
         raise UserError(f"{where}: name {name!r} must be letters, digits, '-', '_' or '.': it names a folder")
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise UserError(f"{where} ({name}): address {address!r} must be host:port, like 192.168.1.21:{DEFAULT_PORT}")
     device = _profile(entry["device"], f"{where} ({name})")
     if "memory" in entry:
@@ -175,7 +178,7 @@ def _quantity(value: Any, units: Mapping[str, float], where: str) -> float:
         number = float(match[1]) * units[match[2]] if match else 0.0
     except (KeyError, ValueError):
         number = 0.0
-    if number <= 0:
+    if not 0 < number < inf:
         known = ", ".join(unit for unit in units if unit)
         raise UserError(f"{where} = {value!r} must be a positive number with a unit: {known}")
     return number
