@@ -1,0 +1,107 @@
+"""Imports point one way, read off the sources of all files."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fusetile
+
+ROOT = Path(fusetile.__file__).parent
+MODULES = {".".join(("fusetile", *path.relative_to(ROOT).with_suffix("").parts)): path for path in ROOT.rglob("*.py")}
+BASE = {"box", "plan", "program", "errors", "philox"}
+
+# What each part may import of fusetile besides itself; `graph` and `ops` are one layer.
+ALLOWED: dict[str, set[str]] = {
+    "box": set(),
+    "errors": set(),
+    "philox": set(),
+    "plan": {"box", "errors"},
+    "program": {"box"},
+    "graph": BASE | {"ops"},
+    "ops": BASE | {"graph"},
+    "trace": {"graph"},
+    "reference": BASE | {"graph", "ops"},
+    "cluster": {"errors"},
+    "cost": BASE | {"graph", "ops", "cluster"},
+    "onnx_import": BASE | {"graph", "ops"},
+    "passes": BASE | {"graph", "ops", "cluster", "cost"},
+    "plan_executor": BASE | {"graph", "ops", "passes", "reference"},
+    "codegen": BASE | {"graph", "ops", "cluster", "passes"},
+    "report": BASE | {"graph", "ops", "cluster", "cost", "passes"},
+    "bundle": BASE | {"graph", "ops", "cluster", "cost", "passes", "codegen", "report", "runtime"},
+    "compile": BASE
+    | {"graph", "trace", "cluster", "cost", "onnx_import", "passes", "codegen", "report", "bundle", "plan_executor"},
+    "runtime": BASE,
+}
+TOP = {"cli", "explain", "local", "onnx_export", "progress", "__init__"}  # the command line: may import all below it
+
+
+def part(module: str) -> str:
+    """The part of fusetile that a module belongs to."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def imports(path: Path, module: str) -> Iterator[str]:
+    """Every module that a file imports, wherever in the file, except for type checking only."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test).endswith("TYPE_CHECKING")
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES or f"{full}.__init__" in MODULES else str(node.module)
+
+
+def own_imports(module: str) -> set[str]:
+    return {part(name) for name in imports(MODULES[module], module) if name.split(".")[0] == "fusetile"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_one_way(module: str) -> None:
+    mine = part(module)
+    if mine in TOP:
+        return
+    assert mine in ALLOWED, f"say in this test what {mine} may import"
+    wrong = own_imports(module) - ALLOWED[mine] - {mine, "__init__"}
+    assert not wrong, f"{module} imports {sorted(wrong)}"
+
+
+def test_nothing_below_imports_the_command_line() -> None:
+    assert not {module for module in MODULES if part(module) not in TOP and own_imports(module) & (TOP - {"__init__"})}
+
+
+def test_every_rule_is_about_a_part_that_exists() -> None:
+    assert set(ALLOWED) | TOP == {part(module) for module in MODULES}
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) in BASE | {"runtime"}))
+def test_a_device_needs_only_numpy(module: str) -> None:
+    """What runs on a device; rich may be there or not."""
+    outside = {name.split(".")[0] for name in imports(MODULES[module], module)} - set(sys.stdlib_module_names)
+    assert outside <= {"fusetile", "numpy"} | ({"rich"} if part(module) == "runtime" else set())
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert not list(imports(ROOT / "__init__.py", "fusetile"))
+
+
+def test_ops_and_passes_know_no_tvm() -> None:
+    """Only code generation does."""
+    for module, path in MODULES.items():
+        if any(name.split(".")[0] in ("tvm", "tvm_ffi") for name in imports(path, module)):
+            assert part(module) == "codegen", module
