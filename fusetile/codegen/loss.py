@@ -16,15 +16,28 @@ from fusetile.graph import Op
 from fusetile.ops import Domain
 from fusetile.program import Buffer
 
-_STRIDES = ("x_image", "x_block", "x_row", "x_pixel", "lanes", "t_image", "t_row", "t_pixel")
-# the logits of a pixel in three passes: maximum, sum of exponentials, result
-_PIXEL = """
-at: T.int32 = n * x_image + h * x_row + w * x_pixel
-top[0] = X[at]
-for c in T.serial(channels):
-    top[0] = T.max(top[0], X[at + c // lanes * x_block + c % lanes])
-label: T.int32 = TARGET[n * t_image + h * t_row + w * t_pixel]
-total[0] = T.float64(0)
+_STRIDES = ("x_image", "x_block", "x_row", "x_pixel", "t_image", "t_row", "t_pixel")
+
+
+def _logit(block: int, channel: str) -> str:
+    """The logit of a channel at a pixel."""
+    return f"X[at + {channel} // {block} * x_block + {channel} % {block}]"
+
+
+def _over_pixels(block: int, statements: str) -> str:
+    """Loops over pixels; statements know the greatest logit, top[0], and the label. A work unit u is a row."""
+    return f"""
+for u in T.serial(lo, hi):
+    n: T.int32 = u // rows
+    h: T.int32 = u % rows
+    for w in T.serial(columns):
+        at: T.int32 = n * x_image + h * x_row + w * x_pixel
+        label: T.int32 = TARGET[n * t_image + h * t_row + w * t_pixel]
+        top[0] = X[at]
+        for c in T.serial(channels):
+            top[0] = T.max(top[0], {_logit(block, "c")})
+        total[0] = T.float64(0)
+{indented(statements, 2)}
 """
 
 
@@ -32,25 +45,18 @@ def lower_cross_entropy(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
     """The sum of log(sum of exp(x - max)) - (x[label] - max) over the box's pixels, over `count`."""
-    pixel = (
-        _PIXEL
-        + """
+    block = inputs[0].block[1]
+    body = _over_pixels(
+        block,
+        f"""
 for c in T.serial(channels):
-    total[0] = total[0] + T.Cast("float64", T.exp(X[at + c // lanes * x_block + c % lanes] - top[0]))
-loss[0] = loss[0] + T.log(total[0]) - T.Cast("float64", X[at + label // lanes * x_block + label % lanes] - top[0])
-"""
+    total[0] = total[0] + T.Cast("float64", T.exp({_logit(block, "c")} - top[0]))
+loss[0] = T.log(total[0]) - T.Cast("float64", {_logit(block, "label")} - top[0])
+PARTIAL[u] = T.if_then_else(w == 0, loss[0], PARTIAL[u] + loss[0])
+""",
     )
-    body = f"""
-for u in T.serial(lo, hi):
-    n: T.int32 = u // rows
-    h: T.int32 = u % rows
-    loss[0] = T.float64(0)
-    for w in T.serial(columns):
-{indented(pixel, 2)}
-    PARTIAL[u] = loss[0]
-"""
     kernel = make_kernel(
-        "cross_entropy",
+        f"cross_entropy_{block}",
         pointers={"X": "float32", "TARGET": "int32", "PARTIAL": "float64"},
         ints=("channels", "rows", "columns", *_STRIDES),
         scratch={"top": ((1,), "float32"), "total": ((1,), "float64"), "loss": ((1,), "float64")},
@@ -68,13 +74,14 @@ def lower_cross_entropy_grad(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
     """dx = (softmax(x) - [class is the label]) / count; the exponentials wait in dx for their sum."""
-    y = "DX[to + c // to_lanes * y_block + c % to_lanes]"
-    pixel = (
-        _PIXEL
-        + f"""
+    block, lanes = inputs[0].block[1], outputs[0].block[1]
+    y = f"DX[to + c // {lanes} * y_block + c % {lanes}]"
+    body = _over_pixels(
+        block,
+        f"""
 to: T.int32 = n * y_image + h * y_row + w * y_pixel
 for c in T.serial(channels):
-    {y} = T.exp(X[at + c // lanes * x_block + c % lanes] - top[0])
+    {y} = T.exp({_logit(block, "c")} - top[0])
     total[0] = total[0] + T.Cast("float64", {y})
 for c in T.serial(padded):
     if c < channels:
@@ -82,30 +89,22 @@ for c in T.serial(padded):
         {y} = (share - T.Select(c == label, T.float32(1), T.float32(0))) / T.Cast("float32", count)
     else:
         {y} = T.float32(0)
-"""
+""",
     )
-    body = f"""
-for u in T.serial(lo, hi):
-    n: T.int32 = u // rows
-    h: T.int32 = u % rows
-    for w in T.serial(columns):
-{indented(pixel, 2)}
-"""
     kernel = make_kernel(
-        "cross_entropy_grad",
+        f"cross_entropy_grad_{block}_{lanes}",
         pointers={"X": "float32", "TARGET": "int32", "DX": "float32"},
         ints=(
             *("channels", "rows", "columns", *_STRIDES, "y_image", "y_block", "y_row", "y_pixel"),
-            *("to_lanes", "padded", "count"),
+            *("padded", "count"),
         ),
         scratch={"top": ((1,), "float32"), "total": ((1,), "float64")},
         body=body,
     )
     output, written = outputs[0], domain.output(box)
     images, channels, rows, columns = extents(view4(written))
-    block = output.block[1]
-    padded = -(-channels // block) * block
-    ints = (channels, rows, columns, *_strides(inputs), *output.strides, block, padded, op.attrs["count"])
+    padded = -(-channels // lanes) * lanes
+    ints = (channels, rows, columns, *_strides(inputs), *output.strides, padded, op.attrs["count"])
     pointers = (*_logits(domain, box, inputs), ref(output, written))
     return Lowered((KernelCall(kernel, images * rows, pointers, ints),))
 
@@ -165,4 +164,4 @@ def _strides(inputs: Sequence[Buffer]) -> tuple[int, ...]:
     logits, labels = inputs[:2]
     s0, s1, s2, _ = labels.strides
     image, row, pixel = (s1, 0, 0) if len(labels.box) == 1 else (s0, s1, s2)
-    return (*logits.strides, logits.block[1], image, row, pixel)
+    return (*logits.strides, image, row, pixel)
