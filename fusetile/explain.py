@@ -33,7 +33,9 @@ def explain_build(build: Path, console: Console, *, as_json: bool) -> None:
         f"{len(plan['nodes'])} node(s), {len(plan['ops'])} ops, {len(plan['transfers'])} messages per step"
     )
     console.print(_devices(plan))
-    console.print(_groups(plan))
+    console.print("Groups: runs of layers for which no feature map moves between devices", style="bold")
+    for number, group in enumerate(plan["groups"], 1):
+        _print_group(plan, number, group, console)
 
 
 def _devices(plan: dict[str, Any]) -> Table:
@@ -56,31 +58,33 @@ def _devices(plan: dict[str, Any]) -> Table:
     return table
 
 
-def _groups(plan: dict[str, Any]) -> Table:
-    """A row per group: its layers, what arrives for it, and the box of its last output on every device."""
-    names = [node["name"] for node in plan["nodes"]]
-    title = "Groups: runs of layers without a feature map moving between devices"
-    table = Table("phase", "layers", "received", *names, title=title, show_lines=True)
-    table.columns[2].justify = "right"
-    kinds = {op["name"]: op["kind"] for op in plan["ops"]}
-    for group in plan["groups"]:
-        boxes = [" ".join(f"{a}:{b}" for a, b in box) if box else "-" for box in group["boxes"]]
-        table.add_row(
-            group["phase"], _run([kinds[name] for name in group["ops"]]), megabytes(group["received_bytes"]), *boxes
-        )
-    table.caption = "boxes: start:stop per dimension of the group's last output that the node owns (n c h w)"
-    return table
+def _print_group(plan: dict[str, Any], number: int, group: dict[str, Any], console: Console) -> None:
+    """The layers, what arrives for them, and the part of the last one's output that every device owns."""
+    ops = {op["name"]: op for op in plan["ops"]}
+    layers = list(dict.fromkeys(ops[name]["origin"] or name for name in group["ops"]))
+    console.print(
+        f"{number:3}  {group['phase']}, {len(group['ops'])} ops, {_received(group)}{_again(group)}", highlight=False
+    )
+    console.print(f"     {_short(layers)}", style="dim", highlight=False)
+    for node, box in zip(plan["nodes"], group["boxes"], strict=True):
+        part = "x".join(f"[{start},{stop})" for start, stop in box) if box else "nothing"
+        console.print(f"     {node['name']:12} {part}", markup=False, highlight=False)
 
 
-def _run(kinds: list[str]) -> str:
-    """`Conv, 2 Normalize`: kinds in order, runs counted."""
-    words: list[tuple[str, int]] = []
-    for kind in kinds:
-        if words and words[-1][0] == kind:
-            words[-1] = (kind, words[-1][1] + 1)
-        else:
-            words.append((kind, 1))
-    return ", ".join(kind if count == 1 else f"{count} {kind}" for kind, count in words)
+def _received(group: dict[str, Any]) -> str:
+    received = group["received_bytes"]
+    return f"{megabytes(received)} of feature maps received first" if received else "no feature map received"
+
+
+def _again(group: dict[str, Any]) -> str:
+    """What overlapping tiles cost."""
+    extra = group["computed_flops"] / group["needed_flops"] - 1 if group["needed_flops"] else 0.0
+    return f", {100 * extra:.1f} % computed more than once" if extra > 5e-4 else ""
+
+
+def _short(layers: list[str]) -> str:
+    """All names of a short run, first and last of a long one."""
+    return ", ".join(layers) if len(layers) <= 4 else f"{layers[0]} ... {layers[-1]} ({len(layers)} layers)"
 
 
 def megabytes(size_bytes: float) -> str:

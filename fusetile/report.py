@@ -13,7 +13,7 @@ import numpy as np
 from fusetile.box import Box, volume
 from fusetile.cluster import Cluster
 from fusetile.cost import cost_of, seconds_on
-from fusetile.graph import UPDATE, Graph
+from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import domain_of
 from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan
@@ -131,11 +131,22 @@ def _groups(graph: Graph, plan: Plan, communication: Communication, schedule: Sc
             t for i in new for t in arriving.get(i, []) if is_feature_map(graph, communication.deliveries[i].tensor)
         ]
         if maps or not groups or groups[-1]["phase"] != op.phase:
-            groups.append({"phase": op.phase, "ops": [], "received_bytes": 0, "boxes": []})
+            groups.append(
+                {"phase": op.phase, "ops": [], "received_bytes": 0, "needed_flops": 0.0, "computed_flops": 0.0}
+            )
         groups[-1]["ops"].append(name)
         groups[-1]["received_bytes"] += sum(map(size_bytes, maps))
-        groups[-1]["boxes"] = [_output(graph, plan, name, device) for device in range(plan.nodes)]
+        groups[-1]["needed_flops"] += _flops(graph, op, plan.placements[name].own)
+        groups[-1]["computed_flops"] += _flops(graph, op, plan.placements[name].compute)
+    for found in groups:
+        maps_written = [name for name in found["ops"] if is_feature_map(graph, graph.ops[name].outputs[0])]
+        last = (maps_written or found["ops"])[-1]
+        found["boxes"] = [_output(graph, plan, last, device) for device in range(plan.nodes)]
     return groups
+
+
+def _flops(graph: Graph, op: Op, boxes: Sequence[Box]) -> float:
+    return sum(cost_of(graph, op, box).flops for box in boxes)
 
 
 def _output(graph: Graph, plan: Plan, name: str, device: int) -> list[list[int]] | None:
