@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -31,7 +32,7 @@ def read_model(path: str | Path) -> onnx.ModelProto:
         raise UserError(f"{path}: the model is empty (it has no nodes); export it again")
     try:
         external_data_helper.load_external_data_for_model(model, str(path.parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+    except (OSError, ValueError, TypeError, onnx.checker.ValidationError) as error:
         raise UserError(
             f"{path}: can't read the weights that are stored beside it: {_first_line(error)}. "
             "Copy the data file to the same folder, or export the model into a single file"
@@ -75,13 +76,24 @@ def _parse(data: bytes, path: Path) -> onnx.ModelProto:
     except DecodeError:
         # a serialized ONNX model starts with field 1, the IR version
         if data[0] == 0x08:
-            raise UserError(
-                f"{path}: the ONNX model is damaged or cut off ({len(data)} bytes); copy or export it again"
-            ) from None
+            raise _damaged(path, data) from None
         raise UserError(f"{path}: not an ONNX model; give the .onnx file that torch.onnx.export wrote") from None
     if not model.ir_version or not model.HasField("graph"):
         raise UserError(f"{path}: not an ONNX model, or one that is cut off: it holds no graph; export it again")
+    if not all(isinstance(text, str) for text in _texts(model.graph)):
+        raise _damaged(path, data)
     return model
+
+
+def _damaged(path: Path, data: bytes) -> UserError:
+    return UserError(f"{path}: the ONNX model is damaged or cut off ({len(data)} bytes); copy or export it again")
+
+
+def _texts(graph: onnx.GraphProto) -> Iterator[str | bytes]:
+    """Names in a graph. Protocol buffers give those that are not UTF-8 as bytes."""
+    yield from (item.name for item in (*graph.initializer, *graph.input, *graph.output))
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,8 @@ from onnx.reference import ReferenceEvaluator
 from fusetile.errors import UnsupportedOp
 
 Array = np.ndarray
-OF_SHAPES = ("Shape", "Size")  # read the shape of their input, not its value
+# op -> the input of which only shape and dtype matter, never the value
+SHAPE_ONLY = {"Shape": 0, "Size": 0, "CastLike": 1}
 RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 
 
@@ -33,7 +34,8 @@ def constant_outputs(nodes: Sequence[onnx.NodeProto], initializers: Mapping[str,
     for node in nodes:
         if node.domain not in ("", "ai.onnx") or node.op_type in RANDOM or _has_subgraph(node):
             continue
-        if node.op_type in OF_SHAPES or all(name in constant for name in node.input if name):
+        ignored = SHAPE_ONLY.get(node.op_type)
+        if all(name in constant for i, name in enumerate(node.input) if name and i != ignored):
             constant.update(name for name in node.output if name)
     return constant
 

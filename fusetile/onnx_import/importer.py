@@ -268,7 +268,7 @@ class Importer:
         for tensor in self.proto.initializer:
             try:
                 arrays[tensor.name] = numpy_helper.to_array(tensor)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, KeyError) as error:
                 raise UserError(
                     f"{self.where}: initializer {tensor.name!r} is damaged ({error}); copy or export the model again"
                 ) from None
@@ -279,7 +279,8 @@ class Importer:
         tensor = value.type.tensor_type
         place = f"{self.where}: input {value.name!r}"
         if tensor.elem_type != onnx.TensorProto.FLOAT:
-            kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+            kinds = {number: kind.lower() for kind, number in onnx.TensorProto.DataType.items()}
+            kind = kinds.get(tensor.elem_type, f"of the unknown type {tensor.elem_type}")
             raise UserError(f"{place} is {kind}; fusetile's inputs are float32: export the model in float32")
         dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
         if len(dims) not in (2, 4):
@@ -296,14 +297,17 @@ class Importer:
 
     def _node(self, proto: onnx.NodeProto) -> Node:
         attrs = {attribute.name: helper.get_attribute_value(attribute) for attribute in proto.attribute}
-        attrs = {key: value.decode() if isinstance(value, bytes) else value for key, value in attrs.items()}
+        attrs = {
+            key: value.decode(errors="replace") if isinstance(value, bytes) else value for key, value in attrs.items()
+        }
         origin = f"{proto.op_type} node {(proto.name or proto.output[0])!r}"
         return Node(proto.op_type, tuple(proto.input), tuple(proto.output), attrs, origin, self.opset)
 
     def _fold(self, proto: onnx.NodeProto, node: Node) -> None:
         values = dict(self.values)
-        if node.kind in folding.OF_SHAPES:
-            values[node.inputs[0]] = np.broadcast_to(np.float32(0), self._known_shape(node.inputs[0]))
+        if (described := folding.SHAPE_ONLY.get(node.kind)) is not None and node.inputs[described] not in values:
+            name = node.inputs[described]
+            values[name] = np.broadcast_to(np.float32(0), self._known_shape(name))
         self.values |= folding.evaluate(proto, self.opset, values, origin=f"{self.where}: {node.origin}")
 
     def _known_shape(self, name: str) -> tuple[int, ...]:

@@ -37,8 +37,8 @@ def _roots(graph: onnx.GraphProto) -> dict[str, str]:
     """Initializers, and what Identity nodes make of them -> the initializer."""
     roots = {tensor.name: tensor.name for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Identity" and node.input[0] in roots:
-            roots[node.output[0]] = roots[node.input[0]]
+        if _copied(node) in roots:
+            roots[node.output[0]] = roots[_copied(node)]
     return roots
 
 
@@ -61,8 +61,8 @@ def _drop_identities(graph: onnx.GraphProto) -> None:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     outputs = {output.name for output in graph.output}
     for node in list(graph.node):
-        if node.op_type == "Identity" and node.input[0] in tensors and node.output[0] not in outputs:
-            tensors[node.output[0]] = _add_copy(graph, tensors[node.input[0]], node.output[0])
+        if _copied(node) in tensors and node.output[0] not in outputs:
+            tensors[node.output[0]] = _add_copy(graph, tensors[_copied(node)], node.output[0])
             graph.node.remove(node)
 
 
@@ -80,6 +80,11 @@ def _copy_per_use(graph: onnx.GraphProto, merged: set[str]) -> None:
                 node.input[i] = _unused(f"{node.name or node.output[0]}.{role}", names)
                 _add_copy(graph, tensors[name], node.input[i])
             seen.add(name)
+
+
+def _copied(node: onnx.NodeProto) -> str:
+    """What an Identity node copies."""
+    return node.input[0] if node.op_type == "Identity" and len(node.input) == len(node.output) == 1 else ""
 
 
 def _add_copy(graph: onnx.GraphProto, tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:

@@ -47,6 +47,20 @@ def test_truncated_at_every_place(tmp_path: Path) -> None:
             import_onnx(path)
 
 
+def test_flipped_bytes_never_end_in_anything_but_a_message(tmp_path: Path) -> None:
+    data = lenet.build(size=12, width=0.2).SerializeToString()
+    random = np.random.default_rng(0)
+    path, refused = tmp_path / "flipped.onnx", 0
+    for place in random.integers(0, len(data), 300):
+        path.write_bytes(data[:place] + random.bytes(1) + data[place + 1 :])
+        try:
+            import_onnx(path)
+        except UserError as error:
+            refused += 1
+            assert "flipped.onnx" in str(error)
+    assert refused > 20
+
+
 def test_damaged_weights(tmp_path: Path) -> None:
     proto = lenet.build()
     proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[:-4]

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from fusetile.onnx_import import import_onnx
+from fusetile.passes.differentiate import differentiate
 from fusetile.reference import evaluate
 from tests.onnx_import.test_rules import check, kinds
 
@@ -80,6 +81,22 @@ def test_training_export_gives_what_torch_gives_in_training(dynamo: bool, tmp_pa
         values[new] for old, new in graph.next_value.items() if old.endswith(("bn1.running_mean", "0.running_mean"))
     ]
     np.testing.assert_allclose(mean[0], network.bn1.running_mean.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_under_the_names_of_the_model(tmp_path: Path) -> None:
+    path = tmp_path / "exported.onnx"
+    network = export(path, training=True, dynamo=False).double()
+    graph = differentiate(import_onnx(path, batch=4, dropout=0.0), loss="cross-entropy")
+    network.drop.p = 0.0
+    x, target = torch.randn(4, 3, 21, 18, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 4, 1, 1])
+    nn.functional.cross_entropy(network(x.double()), target).backward()
+    values = evaluate(graph, {"x": x.numpy(), "y": target.numpy().astype(np.int32)}, exact=True)
+    found = {graph.parameters[name].onnx_name: values[gradient] for name, gradient in graph.gradients.items()}
+    for name, parameter in network.named_parameters():
+        expected = parameter.grad.numpy()
+        # the weights and epsilon of the file are float32
+        np.testing.assert_allclose(found.pop(name), expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max() + 1e-12)
+    assert not found
 
 
 def test_dropout_of_a_training_export_drops(tmp_path: Path) -> None:
