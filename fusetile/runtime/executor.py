@@ -22,6 +22,7 @@ class Executor:
     def __init__(self, program: Program, *, library: Library, arena: np.ndarray, transport: Transport | None) -> None:
         self._program, self._arena, self._transport = program, arena, transport
         self._library = library
+        self._posted: set[int] = set()
         self._actions = [self._action(step) for step in program.steps]
 
     def run(self, number: int, *, snapshot: Snapshot | None = None) -> float | None:
@@ -50,9 +51,12 @@ class Executor:
         if self._transport is None:
             raise PlanError(f"a program for one device has the step {step}")
         if isinstance(step, Wait):
+            if unknown := set(step.tags) - self._posted:
+                raise PlanError(f"a step waits for the transfers {sorted(unknown)} before they are posted")
             return partial(self._transport.wait, frozenset(step.tags))
         if not 0 <= step.offset_bytes < step.offset_bytes + step.size_bytes <= self._arena.size:
             raise PlanError(f"transfer {step.tag} is outside the arena of {self._arena.size} bytes, or empty")
+        self._posted.add(step.tag)
         view = self._arena.data[step.offset_bytes : step.offset_bytes + step.size_bytes]
         if isinstance(step, Send):
             return partial(self._transport.send, step.peer, step.tag, view, step.priority)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import selectors
 import socket
@@ -44,7 +45,7 @@ class Link:
         self.socket, self.rank, self.name = connection, rank, name
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        with contextlib.suppress(OSError, AttributeError):  # not every system has it; it only makes urgency sharper
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_bytes)
         self.incoming: dict[tuple[Kind, int, int], Incoming] = {}  # by kind, step and tag
         self.credits: dict[tuple[int, int], int] = {}  # (step, tag) -> bytes that the peer is ready for

@@ -18,16 +18,16 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
-from fusetile.errors import PeerFailure, ProtocolError
+from fusetile.errors import PeerFailure, PlanError, ProtocolError
 from fusetile.program import Program, Recv, Send
 from fusetile.runtime.faults import Stopped, abort_frame, node, reason_in, reason_of, this_node
+from fusetile.runtime.gathering import Gathering, Shard, give
 from fusetile.runtime.link import Incoming, Link, Outgoing, part
 from fusetile.runtime.rendezvous import LOWEST
 from fusetile.runtime.watch import Activity, Watch
-from fusetile.runtime.wire import Frame, Kind, encode, encode_credit, encode_heartbeat, encode_json
+from fusetile.runtime.wire import Frame, Kind, encode, encode_credit, encode_heartbeat
 
 _PARTING_seconds = 1.0
-Shard = tuple[dict[str, Any], memoryview]  # a description, and the bytes of an array
 
 
 class Transport:
@@ -44,10 +44,17 @@ class Transport:
         self._program, self._links = program, dict(links)
         self._active = list(links.values())  # without those that are gone
         self._watch = Watch(program, deadline)
-        self._transfers: dict[Hashable, tuple[int, int]] = {
-            tag: (rank, size) for rank, tag, size in _transfers(program, Send | Recv)
-        }
-        self._sent_tags = {(rank, tag) for rank, tag, _ in _transfers(program, Send)}
+        self._transfers: dict[Hashable, str] = {}  # tag -> what a message calls it
+        self._sent_tags: set[tuple[int, int]] = set()
+        for step in program.steps:
+            if isinstance(step, Send | Recv):
+                if step.peer not in self._links or step.tag in self._transfers:
+                    raise PlanError(f"{step} is with no peer of {sorted(self._links)}, or its tag is there twice")
+                way = "to" if isinstance(step, Send) else "from"
+                name = self._links[step.peer].name
+                self._transfers[step.tag] = f"transfer {step.tag} ({step.size_bytes} bytes) {way} {name!r}"
+            if isinstance(step, Send):
+                self._sent_tags.add((step.peer, step.tag))
         self._condition = threading.Condition()
         self._done: set[Hashable] = set()
         self._wanted: set[Hashable] = set()
@@ -60,10 +67,7 @@ class Transport:
         self._selector = selectors.DefaultSelector()
         self._writing: set[Link] = set()
         self._chunks = 0
-        self._shards: dict[int, list[Shard]] = {rank: [] for rank in self._links}
-        self._shards_done: dict[int, int] = dict.fromkeys(self._links, 0)
-        self._shards_total: dict[int, int] = {}
-        self._gathered: set[int] = set()
+        self._gathering = Gathering(self._links)
         self._over = False  # the result is complete: nobody is needed any more
         self._leaving = self._catch_signals = False
         self._main_left = threading.Event()
@@ -121,7 +125,7 @@ class Transport:
         the others wait until `close`, however long that takes."""
         self.wait([("gathered", rank) for rank in self._links])
         self.activity = Activity.FINISHING
-        return [shard for rank in sorted(self._links) for shard in self._shards[rank]]
+        return self._gathering.shards()
 
     def close(self) -> None:
         """The end: say goodbye if all is well, wait for the others to do so, and end the thread."""
@@ -166,10 +170,7 @@ class Transport:
         link.data(outgoing)
 
     def _do_give_shards(self, link: Link, shards: list[Shard]) -> Link:
-        link.control(encode(Kind.GATHERED, tag=len(shards)))
-        for number, (description, view) in enumerate(shards):
-            link.control(encode_json(Kind.SHARD, description | {"bytes": len(view)}, tag=number))
-            link.data(Outgoing(Kind.SHARD_DATA, 0, number, view))
+        give(link, shards)
         return link
 
     def _do_bye(self) -> None:
@@ -280,16 +281,16 @@ class Transport:
                 self._receive_credit(link, frame)
             case Kind.HEARTBEAT:
                 self._watch.hear(link, *frame.heartbeat())
+            case Kind.GATHERED if self._program.rank == LOWEST:
+                self._gathering.announce(link, frame)
+                self._gathered(link)
             case Kind.SHARD if self._program.rank == LOWEST:
-                self._receive_shard(link, frame)
+                self._gathering.expect(link, frame)
             case Kind.SHARD_DATA:
                 self._chunks += 1
                 if self._receive_chunk(link, frame):
-                    self._shards_done[link.rank] += 1
-                    self._complete_gather(link.rank)
-            case Kind.GATHERED if self._program.rank == LOWEST:
-                self._shards_total[link.rank] = frame.tag
-                self._complete_gather(link.rank)
+                    self._gathering.arrived(link)
+                    self._gathered(link)
             case Kind.BYE:
                 link.closed = True
                 self._over |= link.rank == LOWEST
@@ -319,20 +320,10 @@ class Transport:
         else:
             link.credits[key] = frame.credit()
 
-    def _receive_shard(self, link: Link, frame: Frame) -> None:
-        description = frame.json()
-        size = description.pop("bytes", None)
-        if not isinstance(size, int) or not 0 < size < 1 << 40 or frame.tag != len(self._shards[link.rank]):
-            raise ProtocolError(f"a SHARD frame that makes no sense: {frame.tag}, {size} bytes")
-        view = memoryview(bytearray(size))
-        self._shards[link.rank].append((description, view))
-        link.incoming[Kind.SHARD_DATA, 0, frame.tag] = Incoming(view)
-
-    def _complete_gather(self, rank: int) -> None:
-        if self._shards_total.get(rank) == self._shards_done[rank]:
-            self._gathered.add(rank)
-            self._over |= len(self._gathered) == len(self._links)
-            self._complete(("gathered", rank))
+    def _gathered(self, link: Link) -> None:
+        if self._gathering.has_all_of(link.rank):
+            self._over |= self._gathering.has_all()
+            self._complete(("gathered", link.rank))
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -353,14 +344,10 @@ class Transport:
         """What this node is at: `at step 5, waiting for transfer 7 (512 bytes) with 'b'`."""
         with self._condition:
             wanted = sorted(self._wanted, key=str) if self.activity == Activity.WAITING else []
-        names = {rank: link.name for rank, link in self._links.items()}
-        texts = []
-        for key in wanted[:3]:
-            if isinstance(key, tuple):
-                texts.append(f"the end of {names[key[1]]!r}")
-            else:
-                rank, size = self._transfers[key]
-                texts.append(f"transfer {key} ({size} bytes) with {names[rank]!r}")
+        texts = [
+            f"the end of {self._links[key[1]].name!r}" if isinstance(key, tuple) else self._transfers[key]
+            for key in wanted[:3]
+        ]
         more = f" and {len(wanted) - 3} more" if len(wanted) > 3 else ""
         return f"{this_node(self._program)} was at step {self.step}, " + (
             f"waiting for {', '.join(texts)}{more}" if texts else "computing"
@@ -386,8 +373,3 @@ class Transport:
             # The executor is stuck in a kernel: nothing but the end of the process can stop it.
             print(f"fusetile-runtime: error: {self._failure}", file=sys.stderr, flush=True)
             os._exit(getattr(self._failure, "exit_status", 1))
-
-
-def _transfers(program: Program, kind: Any) -> list[tuple[int, int, int]]:
-    """(peer, tag, bytes) of the program's steps of this kind."""
-    return [(step.peer, step.tag, step.size_bytes) for step in program.steps if isinstance(step, kind)]

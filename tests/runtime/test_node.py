@@ -132,7 +132,7 @@ def test_a_killed_node_ends_the_others_at_once(start: Start) -> None:
     for (status, message), name in zip(ends, "ac", strict=True):
         assert status == 1 and message.count("\n") == 1
         assert "node 'b' (rank 1, 127.0.0.1:" in message and f"node {name!r}" in message
-        assert "at step 3, waiting for transfer" in message and "with 'b'" in message
+        assert "at step 3, waiting for transfer" in message and "from 'b'" in message
     assert not (cluster.folder / "a" / "run" / "trained.safetensors").exists()
 
 
