@@ -110,7 +110,7 @@ PlanOption = Annotated[
     typer.Option(
         "--plan",
         help="How layers are cut over the devices: auto, single, batch (samples), grid:RxC (tiles of the image), "
-        "channel (output channels), random:SEED.",
+        "channel (output channels), random:SEED, or a plan.json.",
         rich_help_panel="Plan",
     ),
 ]

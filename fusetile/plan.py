@@ -50,10 +50,11 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A placement for every op of a graph."""
+    """A placement for every op of a graph. `settled`: its halos are chosen, nothing is to be grown any more."""
 
     nodes: int
     placements: Mapping[str, Placement]
+    settled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

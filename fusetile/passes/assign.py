@@ -6,15 +6,18 @@
     channel       output channels over all devices
     auto          samples if there are enough of them, else tiles, until weights outweigh feature maps; then channels
     random:SEED   any split of any op, forward or backward: for tests
+    FILE          the plan of an earlier compilation, from its plan.json
 
 Updates follow the parameters: every device updates a shard of what it holds.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 
 import numpy as np
 
@@ -26,12 +29,14 @@ from fusetile.ops import Domain, domain_of, row
 from fusetile.passes.tile import Split, shard, tile
 from fusetile.plan import Placement, Plan
 
-PLANS = "auto, single, batch, grid:RxC, channel or random:SEED"
+PLANS = "auto, single, batch, grid:RxC, channel, random:SEED or the path of a plan.json"
 
 
 def assign(graph: Graph, *, plan: str, cluster: Cluster, block: int) -> Plan:
     """A placement for every op. Raises UserError if `plan` is not one or does not fit the cluster."""
     nodes = len(cluster.nodes)
+    if plan.endswith(".json"):
+        return _read_plan(graph, Path(plan), nodes)
     placements: dict[str, Placement] = {}
     rng = _random(plan)
     if rng is None:
@@ -103,6 +108,30 @@ def _weight_heavy(graph: Graph, op: Op) -> bool:
     """Whether a layer has more weights than its output has elements per sample."""
     weights = sum(prod(graph.tensors[name].shape) for name in op.inputs if graph.tensors[name].kind == "filter")
     return op.kind in ("Conv", "Gemm") and weights > prod(graph.tensors[op.outputs[0]].shape)
+
+
+def _read_plan(graph: Graph, path: Path, nodes: int) -> Plan:
+    try:
+        ops = json.loads(path.read_text())["ops"]
+        placements = {op["name"]: Placement(*(_boxes(op[key], nodes) for key in ("compute", "own"))) for op in ops}
+    except OSError as error:
+        raise UserError(f"--plan {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--plan {path}: not a plan.json of fusetile for {nodes} node(s) ({error})") from None
+    for op in graph.ops.values():
+        axes = len(domain_of(graph, op).axes)
+        if op.name not in placements or any(len(box) != axes for box in placements[op.name].own):
+            raise UserError(
+                f"--plan {path}: it was made for another model or other options: no place for op {op.name!r}"
+            )
+    return Plan(nodes, placements, settled=True)
+
+
+def _boxes(items: list[list[list[int]] | None], nodes: int) -> tuple[Box, ...]:
+    rank = max(len(item) for item in items if item)
+    if len(items) != nodes:
+        raise ValueError(f"it is for {len(items)} nodes")
+    return tuple(tuple((int(a), int(b)) for a, b in item) if item else empty(rank) for item in items)
 
 
 # -- updates ---------------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ Halo = Literal["auto", "exchange", "recompute"]
 
 def group(graph: Graph, plan: Plan, *, cluster: Cluster, halo: Halo = "auto", seed: int | None = None) -> Plan:
     """Grow compute boxes along rows and columns. `halo` forces one choice everywhere; `seed` lets a lot decide."""
+    if plan.settled:
+        return plan
     rng = np.random.default_rng(seed) if seed is not None else None
     placements = dict(plan.placements)
     readers = graph.consumers()
@@ -49,7 +51,7 @@ def group(graph: Graph, plan: Plan, *, cluster: Cluster, halo: Halo = "auto", se
             )
             grown.append(larger if wanted else box)
         placements[op.name] = Placement(tuple(grown), placement.own)
-    return replace(plan, placements=placements)
+    return replace(plan, placements=placements, settled=True)
 
 
 def _needed(graph: Graph, reader: Op, box: Box, name: str) -> Box:
