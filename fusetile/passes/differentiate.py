@@ -59,14 +59,14 @@ def _add_loss(graph: Graph, kind: str) -> str:
 
 
 def _add_gradients(graph: Graph) -> None:
-    wanted, producers = _depends_on_trained(graph), graph.producers()
+    wanted, producers, readers = _depends_on_trained(graph), graph.producers(), graph.consumers()
     partial: dict[str, list[str]] = {graph.loss: [graph.loss]}  # the gradient of the loss is 1; no rule reads it
 
     def gradient(name: str) -> str | None:
         parts = partial.get(name, [])
         while len(parts) > 1:
             stem, origin = f"grad.{name}.sum", f"the gradient of {name!r}"
-            layer = producers[name].name if name in producers else ""
+            layer = (producers[name] if name in producers else readers[name][0]).name
             (both,) = graph.add("Add", parts[:2], stem=stem, phase=BACKWARD, origin=origin, layer=layer)
             parts = [both, *parts[2:]]
         return parts[0] if parts else None
