@@ -43,7 +43,7 @@ TOP = {"cli", "explain", "local", "onnx_export", "progress", "__init__"}  # the 
 
 def part(module: str) -> str:
     """The part of fusetile that a module belongs to."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def imports(path: Path, module: str) -> Iterator[str]:
