@@ -14,16 +14,17 @@ from fusetile.box import Box, extents, grow, shift, view4, volume
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import KernelCall
 from fusetile.codegen.lower import lower
-from fusetile.codegen.targets import Target, host
+from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph, Op
 from fusetile.ops import Domain, domain_of, row
 from fusetile.program import Buffer, Call
 from fusetile.reference import run_op
-from fusetile.runtime.native import Library
 from fusetile.runtime.storage import make_arena, pack, unpack
+from tests.codegen import emulator
 
 GUARD_bytes = 192
 BLOCK = 8
+TARGET = target_named(emulator.TARGET)
 
 
 def place(buffers: Sequence[Buffer]) -> tuple[list[Buffer], np.ndarray]:
@@ -67,7 +68,7 @@ def run_calls(
     threads: int = 1,
     target: Target | None = None,
 ) -> None:
-    """Build the kernels for this computer and run the calls on the arena."""
+    """Build the kernels, for this computer unless told otherwise, and run the calls on the arena."""
     offsets = {buffer.name: buffer.offset_bytes for buffer in buffers}
     plain = [
         Call(
@@ -80,9 +81,8 @@ def run_calls(
         for call in calls
     ]
     with tempfile.TemporaryDirectory() as directory:
-        path = build_library([call.kernel for call in calls], target or host(), Path(directory))
-        with Library(path, threads=threads) as library:
-            library.segment(plain, arena)()
+        path = build_library([call.kernel for call in calls], target or TARGET, Path(directory))
+        emulator.run(path, plain, arena, threads)
 
 
 def buffer_for(
@@ -166,7 +166,7 @@ class Case:
             else buffer_for(name, tensors[name], self.domain.output(box, o), block=block, **layout)
             for o, name in enumerate(self.op.outputs)
         ]
-        lowered = lower(self.op, self.domain, box, inputs, outputs, target=host())
+        lowered = lower(self.op, self.domain, box, inputs, outputs, target=TARGET)
         distinct = {buffer.name: buffer for buffer in (*inputs, *outputs, *lowered.scratch)}
         placed, before = place(list(distinct.values()))
         at = {buffer.name: buffer for buffer in placed}
