@@ -22,6 +22,7 @@ from fusetile.codegen.emit import Draft
 from fusetile.codegen.targets import Target
 from fusetile.errors import UserError
 from fusetile.graph import Graph
+from fusetile.onnx_import.files import self_contained
 from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan
@@ -51,7 +52,7 @@ def write_bundle(
 ) -> None:
     """Everything is written aside and renamed at the end; an earlier build of the same name is replaced."""
     check_replaceable(build)
-    content = model.read_bytes()
+    content = self_contained(model)
     model_hash = hashlib.sha256(content).hexdigest()
     identity = Identity(
         plan_hash=hash_of(description, content),
@@ -84,8 +85,8 @@ def write_bundle(
             )
             (folder / "program.json").write_text(to_json(program))
             _write_weights(folder / "weights.safetensors", graph, program)
-        shutil.copyfile(model, aside / "nodes" / cluster.nodes[0].name / "model.onnx")
-        shutil.copyfile(model, aside / "model.onnx")
+        for folder in (aside, aside / "nodes" / cluster.nodes[0].name):
+            (folder / "model.onnx").write_bytes(content)
         shutil.rmtree(aside / "libraries")
         (aside / "plan.json").write_text(json.dumps({"plan_hash": identity.plan_hash, **description}, indent=1) + "\n")
         aside.chmod(0o755)

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan_executor": BASE | {"graph", "ops", "passes", "reference"},
     "codegen": BASE | {"graph", "ops", "cluster", "passes"},
     "report": BASE | {"graph", "ops", "cluster", "cost", "passes"},
-    "bundle": BASE | {"graph", "ops", "cluster", "cost", "passes", "codegen", "report", "runtime"},
+    "bundle": BASE | {"graph", "ops", "cluster", "cost", "onnx_import", "passes", "codegen", "report", "runtime"},
     "compile": BASE
     | {"graph", "trace", "cluster", "cost", "onnx_import", "passes", "codegen", "report", "bundle", "plan_executor"},
     "runtime": BASE,

@@ -40,6 +40,14 @@ def read_model(path: str | Path) -> onnx.ModelProto:
     return model
 
 
+def self_contained(path: str | Path) -> bytes:
+    """A file that `read_model` reads, in one piece: as it is, or with its external data taken in."""
+    tensors = onnx.load_model(path, load_external_data=False).graph.initializer
+    if any(external_data_helper.uses_external_data(tensor) for tensor in tensors):
+        return bytes(read_model(path).SerializeToString())
+    return Path(path).read_bytes()
+
+
 def opset_of(model: onnx.ModelProto, where: str) -> int:
     """The version of the default operator set. Raises UserError if it is missing, too old or too new."""
     versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]

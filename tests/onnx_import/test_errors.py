@@ -12,6 +12,7 @@ from onnx import TensorProto
 
 from fusetile.errors import UnsupportedOp, UserError
 from fusetile.onnx_import import import_onnx
+from fusetile.onnx_import.files import self_contained
 from models import lenet
 from tests.onnx_tools import model, node, normal, save
 
@@ -79,6 +80,11 @@ def test_external_data(tmp_path: Path) -> None:
     inline = import_onnx(save(lenet.build(size=12), tmp_path))
     for name, parameter in import_onnx(path).parameters.items():
         np.testing.assert_array_equal(parameter.value, inline.parameters[name].value)
+    (tmp_path / "alone").mkdir()
+    alone = tmp_path / "alone" / "model.onnx"
+    alone.write_bytes(self_contained(path))
+    assert import_onnx(alone).parameters.keys() == inline.parameters.keys()
+    assert self_contained(alone) == alone.read_bytes()
     weights = tmp_path / "weights.bin"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"external\.onnx"):
