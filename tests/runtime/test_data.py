@@ -1,0 +1,136 @@
+"""Training data: what is read, and what is said about data that do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fusetile.box import Box
+from fusetile.errors import UserError
+from fusetile.philox import permutation
+from fusetile.program import Buffer, Feed, Program
+from fusetile.runtime.data import Data
+from fusetile.runtime.storage import make_arena, unpack
+from tests.runtime import toy
+
+X = np.random.default_rng(0).random((10, 3, 5, 4)).astype(np.float32)
+Y = np.arange(10) % 4
+BOX: Box = ((1, 4), (0, 3), (1, 4), (0, 4))
+
+
+def program(*feeds: Feed, batch: int = 4) -> Program:
+    image = Buffer("x", BOX, block=(1, 3), border=(1, 1), offset_bytes=0)
+    label = Buffer("y", ((1, 4),), "int32", offset_bytes=4096)
+    default = (
+        Feed("input", "image", (batch, 3, 5, 4), image),
+        Feed("target", "y", (batch,), label, classes=4),
+        Feed("learning_rate", "", (), Buffer("rate", (), offset_bytes=4160)),
+        Feed("step", "", (), Buffer("step", (), "int32", offset_bytes=4224)),
+    )
+    return replace(toy.program(0, ("h:1",)), batch=batch, feeds=feeds or default, arena_bytes=5000, learning_rate=0.5)
+
+
+def save(path: Path, kind: str, **arrays: np.ndarray) -> Path:
+    """The arrays as an .npz, a compressed one, or a folder."""
+    if kind == "folder":
+        path.mkdir()
+        for name, array in arrays.items():
+            np.save(path / f"{name}.npy", array)
+    else:
+        (np.savez_compressed if kind == "compressed" else np.savez)(path.with_suffix(".npz"), **arrays)
+        path = path.with_suffix(".npz")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["npz", "compressed", "folder"])
+@pytest.mark.parametrize("name", ["image", "x"])
+def test_boxes_of_the_shuffled_batch_are_read(tmp_path: Path, kind: str, name: str) -> None:
+    made = program()
+    data = Data(save(tmp_path / "d", kind, **{name: X, "y": Y}), made, shuffle=True)
+    assert data.steps_per_epoch == 2 and data.count == 10
+    arena = make_arena(made.arena_bytes)
+    for step, (epoch, position) in {1: (0, 0), 2: (0, 4), 5: (2, 0), 3: (1, 0)}.items():
+        data.fill(arena, step)
+        rows = permutation(seed=3, epoch=epoch, count=10)[position : position + 4][1:4]
+        np.testing.assert_array_equal(unpack(arena, made.feeds[0].buffer, BOX), X[rows][:, :, 1:4])
+        np.testing.assert_array_equal(unpack(arena, made.feeds[1].buffer, ((1, 4),)), Y[rows])
+        assert unpack(arena, made.feeds[2].buffer, ()) == np.float32(0.5)
+        assert unpack(arena, made.feeds[3].buffer, ()) == step
+
+
+def test_in_order_and_fortran_and_other_floats(tmp_path: Path) -> None:
+    made = program()
+    data = Data(
+        save(tmp_path / "d", "npz", image=np.asfortranarray(X.astype(np.float64)), y=Y.astype(np.uint8)),
+        made,
+        shuffle=False,
+    )
+    arena = make_arena(made.arena_bytes)
+    data.fill(arena, 2)
+    np.testing.assert_array_equal(unpack(arena, made.feeds[0].buffer, BOX), X[5:8, :, 1:4])
+
+
+def test_uncompressed_arrays_are_mapped_not_loaded(tmp_path: Path) -> None:
+    data = Data(save(tmp_path / "d", "npz", image=X, y=Y), program(), shuffle=False)
+    assert all(isinstance(array, np.memmap) for array in data._arrays.values())
+
+
+def test_a_node_without_feeds_counts_the_samples(tmp_path: Path) -> None:
+    made = replace(program(), feeds=())
+    assert Data(save(tmp_path / "d", "npz", image=X, y=Y), made, shuffle=True).count == 10
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"image": X}, r"has no array 'y' \(the target of the model\); it has 'image'"),
+        ({"y": Y}, r"has no array 'image' or 'x' \(the input of the model\); it has 'y'"),
+        ({"image": X[:, :2], "y": Y}, r"'image' has shape \(10, 2, 5, 4\) where the model wants \(samples, 3, 5, 4\)"),
+        ({"image": X, "y": Y.reshape(10, 1)}, r"'y' has shape \(10, 1\) where the model wants \(samples\)"),
+        ({"image": X.astype(np.uint8), "y": Y}, "'image' has dtype uint8 where the model wants floating-point"),
+        ({"image": X, "y": Y.astype(np.float32)}, "'y' has dtype float32 where the model wants integer class"),
+        ({"image": X, "y": Y + 1}, "'y' has class 4 at sample 3; the model has 4 classes, 0 to 3"),
+        ({"image": X, "y": Y - 1}, "'y' has class -1 at sample 0"),
+        ({"image": X, "y": Y[:9]}, "different numbers of samples .image: 10, y: 9"),
+        ({"image": X[:3], "y": Y[:3]}, "has 3 samples, fewer than one batch of 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Data(save(tmp_path / "d", "npz", **arrays), program(), shuffle=True)
+    assert str(tmp_path / "d.npz") in str(caught.value) and caught.value.exit_status == 2
+
+
+def test_a_wrong_pixel_is_named(tmp_path: Path) -> None:
+    masks = np.zeros((10, 5, 4), np.int64)
+    masks[6, 2, 3] = 9
+    feed = Feed("target", "y", (4, 5, 4), Buffer("y", ((0, 4), (0, 5), (0, 4)), "int32", offset_bytes=0), classes=3)
+    with pytest.raises(UserError, match=r"class 9 at sample 6, pixel \(2, 3\)"):
+        Data(save(tmp_path / "d", "npz", y=masks), program(feed), shuffle=True)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "noise.npz").write_bytes(b"not a zip file")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.npy").write_bytes(b"\x93NUMPY\x01")
+    whole = save(tmp_path / "whole", "compressed", image=X, y=Y)
+    (tmp_path / "cut.npz").write_bytes(whole.read_bytes()[:300])
+    for name, message in {
+        "missing.npz": "there is no data file",
+        "noise.npz": "neither an .npz file nor a folder",
+        "cut.npz": "neither an .npz file nor a folder",
+        "empty": "no .npy files",
+        "bad": "can't read .*x.npy",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            Data(tmp_path / name, program(), shuffle=True)
+
+
+def test_a_member_that_holds_objects_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", image=np.array([{}, 1], dtype=object), y=Y)
+    with pytest.raises(UserError, match="can't read the array 'image'"):
+        Data(tmp_path / "d.npz", program(), shuffle=True)
