@@ -17,7 +17,7 @@ from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import domain_of
 from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan
-from fusetile.passes.schedule import Schedule, Transfer
+from fusetile.passes.schedule import Part, Schedule, Transfer
 from fusetile.plan import Plan
 from fusetile.program import SCHEMA_VERSION
 
@@ -71,7 +71,7 @@ def describe(
             }
             for name in schedule.order
         ],
-        "transfers": [_transfer(graph, communication, transfer) for transfer in schedule.transfers],
+        "transfers": [_transfer(communication, transfer) for transfer in schedule.transfers],
     }
 
 
@@ -90,24 +90,33 @@ def predicted_seconds(graph: Graph, plan: Plan, cluster: Cluster) -> list[float]
 
 def size_bytes(transfer: Transfer) -> int:
     """Bytes of values on the wire, without the padding of channel blocks."""
-    return volume(transfer.move.box) * np.dtype(transfer.dtype).itemsize
+    return sum(part_bytes(part, dtype) for part, dtype in zip(transfer.parts, transfer.dtypes, strict=True))
+
+
+def part_bytes(part: Part, dtype: str) -> int:
+    """Bytes of values of one part."""
+    return volume(part.move.box) * np.dtype(dtype).itemsize
 
 
 def _sent(schedule: Schedule, rank: int) -> int:
-    return sum(size_bytes(transfer) for transfer in schedule.transfers if transfer.move.source == rank)
+    return sum(size_bytes(transfer) for transfer in schedule.transfers if transfer.source == rank)
 
 
-def _transfer(graph: Graph, communication: Communication, transfer: Transfer) -> Description:
-    move = transfer.move
+def _transfer(communication: Communication, transfer: Transfer) -> Description:
     return {
         "tag": transfer.tag,
-        "tensor": communication.deliveries[transfer.delivery].tensor,
-        "source": move.source,
-        "target": move.target,
-        "box": list(move.box),
-        "dtype": transfer.dtype,
-        "bytes": size_bytes(transfer),
+        "source": transfer.source,
+        "target": transfer.target,
         "priority": transfer.priority,
+        "bytes": size_bytes(transfer),
+        "parts": [
+            {
+                "tensor": communication.deliveries[part.delivery].tensor,
+                "box": list(part.move.box),
+                "dtype": dtype,
+            }
+            for part, dtype in zip(transfer.parts, transfer.dtypes, strict=True)
+        ],
     }
 
 
@@ -116,9 +125,10 @@ def _transfer(graph: Graph, communication: Communication, transfer: Transfer) ->
 
 def _groups(graph: Graph, plan: Plan, communication: Communication, schedule: Schedule) -> list[Description]:
     """Maximal runs of ops that no feature map is moved for, forward and backward; updates are left out."""
-    arriving: dict[int, list[Transfer]] = {}
+    arriving: dict[int, int] = {}  # bytes by delivery
     for transfer in schedule.transfers:
-        arriving.setdefault(transfer.delivery, []).append(transfer)
+        for part, dtype in zip(transfer.parts, transfer.dtypes, strict=True):
+            arriving[part.delivery] = arriving.get(part.delivery, 0) + part_bytes(part, dtype)
     groups: list[Description] = []
     seen: set[int] = set()
     for name in schedule.order:
@@ -127,15 +137,14 @@ def _groups(graph: Graph, plan: Plan, communication: Communication, schedule: Sc
             continue
         new = {communication.reads[name, tensor] for tensor in op.inputs} - seen
         seen |= new
-        maps = [
-            t for i in new for t in arriving.get(i, []) if is_feature_map(graph, communication.deliveries[i].tensor)
-        ]
-        if maps or not groups or groups[-1]["phase"] != op.phase:
+        maps = [i for i in new if is_feature_map(graph, communication.deliveries[i].tensor)]
+        received = sum(arriving.get(i, 0) for i in maps)
+        if received or not groups or groups[-1]["phase"] != op.phase:
             groups.append(
                 {"phase": op.phase, "ops": [], "received_bytes": 0, "needed_flops": 0.0, "computed_flops": 0.0}
             )
         groups[-1]["ops"].append(name)
-        groups[-1]["received_bytes"] += sum(map(size_bytes, maps))
+        groups[-1]["received_bytes"] += received
         groups[-1]["needed_flops"] += _flops(graph, op, plan.placements[name].own)
         groups[-1]["computed_flops"] += _flops(graph, op, plan.placements[name].compute)
     for found in groups:

@@ -5,7 +5,7 @@ What is left to do then is memory: `plan_memory` gives every buffer its place in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -18,9 +18,9 @@ from fusetile.graph import Graph
 from fusetile.ops import domain_of
 from fusetile.passes.buffers import DeviceBuffers, channel_block
 from fusetile.passes.communicate import Communication
-from fusetile.passes.schedule import Action, Await, Compute, Pack, Place, Post, Schedule, Ship, Transfer
+from fusetile.passes.schedule import Action, Await, Compute, Pack, Part, Place, Post, Schedule, Ship, Transfer
 from fusetile.plan import Plan
-from fusetile.program import Buffer, Wait
+from fusetile.program import ALIGNMENT_bytes, Buffer, Wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +136,12 @@ class _Emitter:
                 self._pack(self.schedule.transfers[tag])
             case Ship(tag):
                 transfer = self.schedule.transfers[tag]
-                at, size_bytes = self._source(transfer)
-                self.draft.steps.append(DraftSend(transfer.move.target, tag, at, size_bytes, transfer.priority))
+                at, size_bytes = self._end(transfer, self._direct_source(transfer))
+                self.draft.steps.append(DraftSend(transfer.target, tag, at, size_bytes, transfer.priority))
             case Post(tag):
                 transfer = self.schedule.transfers[tag]
-                at, size_bytes = self._destination(transfer)
-                self.draft.steps.append(DraftRecv(transfer.move.source, tag, at, size_bytes))
+                at, size_bytes = self._end(transfer, self._direct_target(transfer))
+                self.draft.steps.append(DraftRecv(transfer.source, tag, at, size_bytes))
             case Await(tags):
                 self.draft.steps.append(Wait(tags))
             case Place(delivery):
@@ -153,13 +153,21 @@ class _Emitter:
         inputs = [self._input(name, tensor) for tensor in op.inputs]
         outputs = [self._use(self.storage.home[tensor]) for tensor in op.outputs]
         lowered = lower(op, domain, box, inputs, outputs, target=self.target)
-        names = {buffer.name: f"{buffer.name} of {name}" for buffer in lowered.scratch}
-        for buffer in lowered.scratch:
-            self.draft.buffers[names[buffer.name]] = replace(buffer, name=names[buffer.name])
         self.draft.first_call[name] = len(self.draft.steps)
+        names = {buffer.name: Ref(f"{buffer.name} of {name}") for buffer in lowered.scratch}
+        for buffer in lowered.scratch:
+            label = names[buffer.name].buffer
+            self.draft.buffers[label] = replace(buffer, name=label)
         for call in lowered.calls:
-            pointers = tuple(Ref(names.get(p.buffer, p.buffer), p.offset_bytes) for p in call.pointers)
-            self.draft.steps.append(replace(call, pointers=pointers))
+            self._call(call, names)
+
+    def _call(self, call: KernelCall, places: Mapping[str, Ref]) -> None:
+        """Append a call; buffers in `places` lie at that address of another one."""
+        pointers = []
+        for pointer in call.pointers:
+            base = places.get(pointer.buffer, Ref(pointer.buffer))
+            pointers.append(Ref(base.buffer, base.offset_bytes + pointer.offset_bytes))
+        self.draft.steps.append(replace(call, pointers=tuple(pointers)))
 
     def _input(self, op: str, tensor: str) -> Buffer:
         index = self.communication.reads[op, tensor]
@@ -173,52 +181,74 @@ class _Emitter:
 
     # -- transfers ----------------------------------------------------------------------------------------------------
 
-    def _stage(self, transfer: Transfer) -> Buffer:
-        """A buffer for exactly the moved box, which is what travels."""
-        tensor = self.graph.tensors[self._tensor(transfer)]
-        block = channel_block(self.graph, tensor, self.block)
-        return Buffer(f"message {transfer.tag}", transfer.move.box, transfer.dtype, block)
+    def _tensor(self, part: Part) -> str:
+        return self.communication.deliveries[part.delivery].tensor
 
-    def _tensor(self, transfer: Transfer) -> str:
-        return self.communication.deliveries[transfer.delivery].tensor
+    def _parts(self, transfer: Transfer) -> Iterator[tuple[Part, Buffer, Ref]]:
+        """Each part with a buffer for exactly its box, which is what travels, and where that lies in the message."""
+        offset = 0
+        for i, (part, dtype) in enumerate(zip(transfer.parts, transfer.dtypes, strict=True)):
+            block = channel_block(self.graph, self.graph.tensors[self._tensor(part)], self.block)
+            stage = Buffer(f"part {i} of message {transfer.tag}", part.move.box, dtype, block)
+            yield part, stage, Ref(f"message {transfer.tag}", offset)
+            offset += -(-stage.size_bytes // ALIGNMENT_bytes) * ALIGNMENT_bytes
 
-    def _source(self, transfer: Transfer) -> tuple[Ref, int]:
-        stage, home = self._stage(transfer), self.storage.home[self._tensor(transfer)]
-        if is_contiguous(home, transfer.move.box):
-            return ref(home, transfer.move.box), stage.size_bytes
-        return ref(self._use(stage)), stage.size_bytes
+    def _message(self, transfer: Transfer) -> Buffer:
+        *_, (_, stage, at) = self._parts(transfer)
+        return Buffer(at.buffer, ((0, at.offset_bytes + stage.size_bytes),), "uint8")
+
+    def _end(self, transfer: Transfer, direct: Buffer | None) -> tuple[Ref, int]:
+        """Where a message lies on this device, and its size."""
+        message = self._message(transfer)
+        if direct:
+            return ref(self._use(direct), transfer.parts[0].move.box), message.size_bytes
+        return ref(self._use(message)), message.size_bytes
+
+    def _direct_source(self, transfer: Transfer) -> Buffer | None:
+        """The buffer that a message can be sent from without packing."""
+        home = self.storage.home[self._tensor(transfer.parts[0])]
+        alone = len(transfer.parts) == 1
+        return home if alone and is_contiguous(home, transfer.parts[0].move.box) else None
+
+    def _direct_target(self, transfer: Transfer) -> Buffer | None:
+        """The buffer that a message can be received into without unpacking."""
+        part = transfer.parts[0]
+        target = self.storage.delivered[part.delivery]
+        picked = self.communication.layouts[self._tensor(part)].combine == "pick"
+        alone = picked and len(transfer.parts) == 1
+        return target if alone and is_contiguous(target, part.move.box) else None
 
     def _pack(self, transfer: Transfer) -> None:
-        home = self.storage.home[self._tensor(transfer)]
-        if not is_contiguous(home, transfer.move.box):
-            self.draft.steps.append(copy(home, self._use(self._stage(transfer)), transfer.move.box))
-
-    def _direct(self, transfer: Transfer) -> Buffer | None:
-        """Where a transfer can be received without staging."""
-        target = self.storage.delivered[transfer.delivery]
-        picked = self.communication.layouts[self._tensor(transfer)].combine == "pick"
-        return target if picked and is_contiguous(target, transfer.move.box) else None
-
-    def _destination(self, transfer: Transfer) -> tuple[Ref, int]:
-        stage, direct = self._stage(transfer), self._direct(transfer)
-        if direct:
-            return ref(self._use(direct), transfer.move.box), stage.size_bytes
-        return ref(self._use(stage)), stage.size_bytes
+        if self._direct_source(transfer):
+            return
+        self._use(self._message(transfer))
+        for part, stage, at in self._parts(transfer):
+            home = self.storage.home[self._tensor(part)]
+            self._call(copy(home, stage, part.move.box), {stage.name: at})
 
     def _place(self, index: int) -> None:
         delivery = self.communication.deliveries[index]
         target = self._use(self.storage.delivered[index])
         adding = self.communication.layouts[delivery.tensor].combine == "sum"
-        by_move = {t.move: t for t in self.schedule.transfers if t.delivery == index}
+        came = {
+            part.move: (transfer, stage, at)
+            for transfer in self.schedule.transfers
+            if transfer.target == self.device
+            for part, stage, at in self._parts(transfer)
+            if part.delivery == index
+        }
         moves = [move for move in delivery.moves if move.target == self.device]
+        whole = bool(moves) and moves[0].box == delivery.need[self.device]
+        if adding and not whole:
+            self._call(zero(target), {})
         for i, move in enumerate(moves):
-            if move in by_move and self._direct(by_move[move]):
+            add = accumulate if adding and not (whole and i == 0) else copy
+            if move not in came:
+                self._call(add(self.storage.home[delivery.tensor], target, move.box), {})
                 continue
-            source = self._stage(by_move[move]) if move in by_move else self.storage.home[delivery.tensor]
-            if adding and i == 0 and move.box != delivery.need[self.device]:
-                self.draft.steps.append(zero(target))
-            first = i == 0 and move.box == delivery.need[self.device]
-            self.draft.steps.append((accumulate if adding and not first else copy)(source, target, move.box))
+            transfer, stage, at = came[move]
+            if not self._direct_target(transfer):
+                self._call(add(stage, target, move.box), {stage.name: at})
 
 
 def is_padded(buffer: Buffer) -> bool:

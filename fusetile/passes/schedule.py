@@ -13,21 +13,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from fusetile.box import volume
 from fusetile.errors import PlanError
 from fusetile.graph import UPDATE, Graph
 from fusetile.passes.communicate import Communication
 from fusetile.plan import Move, Plan
 
+SMALL_bytes = 16_384
+"""Up to here the cost of a message is that of its existence, not of its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A move of a delivery."""
+
+    delivery: int
+    move: Move
+
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One message of a step. `dtype` is that on the wire; the lower `priority`, the sooner the target waits for it."""
+    """One message of a step: one move, or several small ones of the same moment (the parameters that a step begins
+    with). `dtypes` are those of the parts on the wire; the lower `priority`, the sooner the target waits for it."""
 
     tag: int
-    delivery: int
-    move: Move
-    dtype: str
+    source: int
+    target: int
+    parts: tuple[Part, ...]
+    dtypes: tuple[str, ...]
     priority: int
 
 
@@ -90,23 +105,43 @@ def schedule(graph: Graph, plan: Plan, communication: Communication) -> Schedule
     order = _order(graph, communication)
     position = {name: i for i, name in enumerate(order)}
     readers = _first_readers(plan, communication, position)
-    transfers = tuple(
-        Transfer(
-            tag, index, move, graph.tensors[communication.deliveries[index].tensor].dtype, readers[index, move.target]
-        )
-        for tag, (index, move) in enumerate(_moves(communication))
-    )
+    transfers = _transfers(graph, communication, position, readers)
     result = Schedule(order, transfers, _actions(graph, plan, communication, order, transfers, readers))
     check(result, plan.nodes)
     return result
 
 
-def _moves(communication: Communication) -> Iterator[tuple[int, Move]]:
-    """All transfers; each source serves its targets in its own turn, so that links do not collide."""
+def _transfers(
+    graph: Graph, communication: Communication, position: dict[str, int], readers: dict[tuple[int, int], int]
+) -> tuple[Transfer, ...]:
+    """Moves as messages; small ones with the same ends and the same moment of writing share one."""
+    producers = graph.producers()
+    messages: dict[tuple[int, ...], list[Part]] = {}
+    for number, part in enumerate(_moves(communication)):
+        tensor = graph.tensors[communication.deliveries[part.delivery].tensor]
+        written = position[producers[tensor.name].name] if tensor.name in producers else -1
+        small = volume(part.move.box) * np.dtype(tensor.dtype).itemsize <= SMALL_bytes
+        ends = (part.move.source, part.move.target, written)
+        messages.setdefault(ends if small else (*ends, number), []).append(part)
+    return tuple(
+        Transfer(
+            tag,
+            source,
+            target,
+            tuple(parts),
+            tuple(graph.tensors[communication.deliveries[part.delivery].tensor].dtype for part in parts),
+            min(readers[part.delivery, target] for part in parts),
+        )
+        for tag, ((source, target, *_), parts) in enumerate(messages.items())
+    )
+
+
+def _moves(communication: Communication) -> Iterator[Part]:
+    """All moves over the network; each source serves its targets in its own turn, so that links do not collide."""
     for index, delivery in enumerate(communication.deliveries):
         nodes = len(delivery.need)
         rotated = sorted(delivery.transfers(), key=lambda move: ((move.target - move.source) % nodes, move.source))
-        yield from ((index, move) for move in rotated)
+        yield from (Part(index, move) for move in rotated)
 
 
 def _order(graph: Graph, communication: Communication) -> tuple[str, ...]:
@@ -155,8 +190,8 @@ def _actions(
     of_tensor: dict[str, list[Transfer]] = {}
     awaited: dict[tuple[int, int], list[int]] = {}  # (device, position) -> tags
     for transfer in transfers:
-        of_tensor.setdefault(communication.deliveries[transfer.delivery].tensor, []).append(transfer)
-        for device in (transfer.move.source, transfer.move.target):
+        of_tensor.setdefault(communication.deliveries[transfer.parts[0].delivery].tensor, []).append(transfer)
+        for device in (transfer.source, transfer.target):
             awaited.setdefault((device, transfer.priority), []).append(transfer.tag)
     placed: dict[tuple[int, int], list[int]] = {}
     for index, delivery in enumerate(communication.deliveries):
@@ -181,8 +216,8 @@ def _actions(
 
 def _started(device: int, transfers: list[Transfer]) -> Iterator[Action]:
     """Receives first: a peer may only send what is posted."""
-    yield from (Post(t.tag) for t in transfers if t.move.target == device)
-    outgoing = [t.tag for t in transfers if t.move.source == device]
+    yield from (Post(t.tag) for t in transfers if t.target == device)
+    outgoing = [t.tag for t in transfers if t.source == device]
     yield from (Pack(tag) for tag in outgoing)
     yield from (Ship(tag) for tag in outgoing)
 
@@ -202,7 +237,7 @@ def check(result: Schedule, nodes: int) -> None:
                     break
                 if isinstance(action, Ship | Post):
                     done, end = (shipped, "source") if isinstance(action, Ship) else (posted, "target")
-                    if action.tag in done or getattr(result.transfers[action.tag].move, end) != device:
+                    if action.tag in done or getattr(result.transfers[action.tag], end) != device:
                         raise PlanError(f"transfer {action.tag} is shipped or posted twice, or by a wrong device")
                     done.add(action.tag)
                 at[device] += 1
