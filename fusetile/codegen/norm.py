@@ -33,6 +33,12 @@ new: T.float64 = T.float64(1) - T.Cast("float64", keep)
 MEAN[c] = T.Cast("float32", T.Cast("float64", MEAN[c] * keep) + mean * new)
 VARIANCE[c] = T.Cast("float32", T.Cast("float64", VARIANCE[c] * keep) + variance * new)
 """
+# pad lanes of what an op makes; what it updates in place keeps the zeros that it has there
+_PADS = {
+    "STATS": ("STATS[c] = T.float32(0)", "STATS[stats_pair + c] = T.float32(0)"),
+    "DGAMMA": ("DGAMMA[c] = T.float32(0)",),
+    "DBETA": ("DBETA[c] = T.float32(0)",),
+}
 _PARAMETERS = """
 DGAMMA[c] = T.Cast("float32", SUMS[sums_pair + c])
 DBETA[c] = T.Cast("float32", SUMS[c])
@@ -47,16 +53,15 @@ def _per_channel(
     ints: Mapping[str, int] | None = None,
     floats: Mapping[str, float] | None = None,
 ) -> Lowered:
-    """One call that executes statements for every channel c of vectors [C] and pairs [2, C]. In pad lanes the operand
-    STATS becomes zero; the others keep the zeros that they have there."""
+    """One call that executes statements for every channel c of vectors [C] and pairs [2, C]; pad lanes become zero."""
     first, box = next(iter(operands.values()))
     block = first.block[1]
     channels = extents(view4(box))[1]
-    pad = "STATS[c] = T.float32(0)\nSTATS[stats_pair + c] = T.float32(0)" if "STATS" in operands else ""
+    pads = [line for key in operands for line in _PADS.get(key, ())]
     rest = "\n        ".join(statements.strip().splitlines())
     body = f"for c in T.serial(lo, hi):\n    if c < channels:\n        {rest}\n"
-    if pad:
-        body += "    else:\n        " + pad.replace("\n", "\n        ")
+    if pads:
+        body += "    else:\n        " + "\n        ".join(pads)
     pairs = {f"{key.lower()}_pair": buffer.strides[0] for key, (buffer, box) in operands.items() if len(box) == 2}
     numbers = {"channels": channels, **pairs, **(ints or {})}
     kernel = make_kernel(
