@@ -1,4 +1,4 @@
-"""Random small networks: every layer kind with odd sizes, strides, dilations and asymmetric pads; branches that meet."""
+"""Random small networks: all layer kinds, odd sizes, strides, dilations, asymmetric pads, branches that meet."""
 
 from __future__ import annotations
 
