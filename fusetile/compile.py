@@ -22,6 +22,7 @@ from fusetile.passes.fit import fit
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import Halo, group
 from fusetile.passes.prune import prune
+from fusetile.passes.rematerialize import rematerialize
 from fusetile.passes.schedule import schedule
 from fusetile.report import describe
 from fusetile.trace import Trace
@@ -32,6 +33,7 @@ PASSES = (
     "add_optimizer",
     "prune",
     "fuse",
+    "rematerialize",
     "assign",
     "group",
     "communicate",
@@ -89,6 +91,8 @@ def compile_graph(
         graph = seen(prune(graph))
     with trace.stage("fuse") as seen:
         graph = seen(fuse(graph))
+    with trace.stage("rematerialize") as seen:
+        graph = seen(rematerialize(graph))
     with trace.stage("assign"):
         plan = assign(graph, plan=training.plan, cluster=cluster, block=block)
     with trace.stage("group"):
