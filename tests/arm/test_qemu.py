@@ -1,0 +1,117 @@
+"""Training on emulated ARM processors: what a Raspberry Pi would run, over TCP, gives what this computer gives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from fusetile.local import free_ports
+from models import lenet, resnet18, vgg_small
+from tests.arm.rootfs import PYTHON, arm64_root
+from tests.commands import fusetile, images, losses, save
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+QEMU = "qemu-aarch64-static"
+CPUS = {"pi3": "cortex-a53", "pi4": "cortex-a72", "pi5": "cortex-a76"}
+REPOSITORY = Path(__file__).parents[2]
+Launch = Callable[[str], list[str]]
+
+
+@pytest.fixture(scope="session")
+def python_on() -> Launch:
+    """The command that runs Python on a kind of device. Skips where there is no qemu or apt, unless all tests must
+    run."""
+    must = bool(os.environ.get("FUSETILE_TEST_ALL"))
+    missing = [name for name in (QEMU, "apt-get", "dpkg-deb") if not shutil.which(name)]
+    if missing and not must:
+        pytest.skip(f"{missing[0]} is not installed (Debian: apt install qemu-user-static)")
+    try:
+        root = arm64_root()
+    except (OSError, subprocess.CalledProcessError) as error:
+        if must:
+            raise
+        pytest.skip(f"no arm64 system could be made: {error} {getattr(error, 'stderr', '') or ''}")
+
+    def command(device: str) -> list[str]:
+        if device == "host":
+            return [sys.executable]
+        return [QEMU, "-cpu", CPUS[device], "-L", str(root), str(root / "usr" / "bin" / PYTHON)]
+
+    return command
+
+
+def train(folder: Path, model: Path, data: Path, devices: Sequence[str], python_on: Launch, *options: str) -> Path:
+    """Compile for the devices, run every node on its own kind of processor for three steps; returns the folder with
+    log.jsonl and gradients.npz."""
+    folder.mkdir()
+    ports = free_ports(len(devices))
+    entries = [
+        f'[[node]]\nname = "n{rank}"\naddress = "127.0.0.1:{port}"\ndevice = "{device}"\n'
+        for rank, (port, device) in enumerate(zip(ports, devices, strict=True))
+    ]
+    (folder / "cluster.toml").write_text("".join(entries))
+    build = folder / "build"
+    given = ("--cluster", folder / "cluster.toml", "--batch", 4, "--lr", 0.001, *options)
+    assert fusetile("compile", model, *given, "-o", build) == 0
+    nodes = []
+    for rank, device in enumerate(devices):
+        command = [*python_on(device), "-m", "fusetile.runtime.node", str(build / "nodes" / f"n{rank}")]
+        command += ["--data", str(data), "--steps", "3", "--threads", "2", "--quiet"]
+        command += ["--save-gradients", str(folder / "gradients.npz")]
+        command += ["--log", str(folder / "log.jsonl")] if rank == 0 else []
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+        nodes.append(subprocess.Popen(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True))
+    try:
+        ends = [(node.communicate(timeout=200)[1], node.returncode) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert ends == [("", 0)] * len(nodes)
+    return folder
+
+
+def check_equal(found: Path, expected: Path) -> None:
+    """Losses to 1e-5 in the first step and 1e-4 later; every gradient of the third step to 1e-3 of its largest."""
+    (first, *later), (first_expected, *later_expected) = losses(found / "log.jsonl"), losses(expected / "log.jsonl")
+    assert len(later) == 2
+    assert first == pytest.approx(first_expected, rel=1e-5)
+    assert later == pytest.approx(later_expected, rel=1e-4)
+    gradients = np.load(expected / "gradients.npz")
+    for name, value in np.load(found / "gradients.npz").items():
+        np.testing.assert_allclose(value, gradients[name], rtol=0, atol=1e-3 * abs(gradients[name]).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("build", "devices", "plan"),
+    [
+        (vgg_small.build, ("pi3", "pi3"), "grid:2x1"),
+        (vgg_small.build, ("pi3", "host"), "batch"),  # two kinds of processor in one training
+        (resnet18.build, ("pi4", "pi4"), "auto"),
+        (lenet.build, ("pi5", "pi5"), "channel"),
+    ],
+    ids=["pi3-vgg-grid", "pi3-and-host-vgg-batch", "pi4-resnet-auto", "pi5-lenet-channel"],
+)
+def test_training_on_arm_equals_the_host(
+    build: Callable[..., onnx.ModelProto], devices: Sequence[str], plan: str, python_on: Launch, tmp_path: Path
+) -> None:
+    size = 32 if build is resnet18.build else 16
+    width = 0.125 if build is resnet18.build else 0.5
+    model = save(build(size=size, channels=3, classes=5, width=width), tmp_path / "model.onnx")
+    data = images(tmp_path / "data.npz", shape=(12, 3, size, size))
+    expected = train(tmp_path / "host", model, data, ("host",), python_on, "--plan", "single")
+    found = train(tmp_path / "arm", model, data, devices, python_on, "--plan", plan)
+    check_equal(found, expected)
+
+
+def test_the_emulated_processor_is_the_one_asked_for(python_on: Launch) -> None:
+    code = "import platform, numpy; print(platform.machine(), numpy.__version__)"
+    said = subprocess.run([*python_on("pi3"), "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["aarch64", "1.24.4"]
