@@ -15,6 +15,7 @@ from fusetile.passes.differentiate import differentiate
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import Halo, group
 from fusetile.passes.prune import prune
+from fusetile.passes.rematerialize import rematerialize
 from fusetile.plan import Plan
 from fusetile.plan_executor import execute
 
@@ -27,9 +28,9 @@ def loss_of(graph: Graph) -> str:
 
 
 def training_graph(graph: Graph, *, loss: str = "", momentum: float = 0.9, weight_decay: float = 1e-3) -> Graph:
-    """The graph that is planned: forward, loss, backward, update; pruned and fused."""
+    """The graph that is planned: forward, loss, backward, update; pruned, fused, cheap maps recomputed."""
     graph = differentiate(graph, loss=loss or loss_of(graph))
-    return fuse(prune(add_optimizer(graph, momentum=momentum, weight_decay=weight_decay)))
+    return rematerialize(fuse(prune(add_optimizer(graph, momentum=momentum, weight_decay=weight_decay))))
 
 
 def mixed_cluster(*kinds: str) -> Cluster:
