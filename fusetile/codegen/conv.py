@@ -46,6 +46,10 @@ from fusetile.graph import Op
 from fusetile.ops.base import Domain
 from fusetile.program import Buffer
 
+# A fully connected layer computes its input gradient from the weights as they are, which costs a sum over lanes per
+# result, or from transposed weights, which cost a pass over them: for many images and few blocks of outputs.
+DOT_BLOCKS = 8
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
@@ -88,12 +92,7 @@ def lower_conv(
         if bias[0].block[1] < m.vectors.block:
             before, epilogue = _widened(op, m, epilogue)
     y = view(outputs[0], written)
-    if images > 1 and (rows, columns) == (1, 1) and taps.count == (1, 1):
-        gathered, source = _gathered(op, source, sizes)
-        before = _join(before, gathered)
-        sizes, y = replace(sizes, images=1, columns=images), replace(y, image=0, pixel=y.image)
-        taps = Taps((1, 1))
-    return _join(before, Lowered(_convolve(m, source, weights, y, taps, sizes, epilogue)))
+    return _join(before, _convolve_maps(op, m, source, weights, y, taps, sizes, epilogue))
 
 
 def lower_conv_input_grad(
@@ -102,20 +101,16 @@ def lower_conv_input_grad(
     """ConvInputGrad and GemmInputGrad: dx from dy and the weights."""
     if volume(box) == 0:
         return Lowered()
-    if "strides" not in op.attrs:
-        return _dot(domain, box, inputs, outputs, target=target)
     dy, w = inputs
-    m, filter_box, written, need = (
-        machine(target, w.block[0]),
-        domain.need(box, 1),
-        domain.output(box),
-        domain.need(box, 0),
-    )
+    m, written = machine(target, w.block[0]), domain.output(box)
+    need, filter_box = domain.need(box, 0), domain.need(box, 1)
     k_blocks, c_blocks = blocks(filter_box[0], w.block[0]), blocks(filter_box[1], w.block[1])
-    call, weights, scratch = _transposed(op, m, filter_view(w, filter_box), k_blocks, c_blocks)
-    dx, calls = view(outputs[0], written), [call]
-    for h in phases(op.attrs, 0, written[2], weights.window[0]):
-        for v in phases(op.attrs, 1, written[3], weights.window[1]):
+    if len(written) == 2 and k_blocks >= min(extents(written)[0], DOT_BLOCKS):
+        return _dot(domain, box, inputs, outputs, target=target)
+    lowered, weights = _transposed(op, m, filter_view(w, filter_box), k_blocks, c_blocks)
+    dx, (images, _, rows, columns) = view(outputs[0], written), view4(written)
+    for h in phases(op.attrs, 0, rows, weights.window[0]):
+        for v in phases(op.attrs, 1, columns, weights.window[1]):
             source, taps = _nothing(dy), NO_TAPS
             if h.taps and v.taps and volume(need):
                 source = view(dy, (*need[:2], h.touched, v.touched))
@@ -126,12 +121,13 @@ def lower_conv_input_grad(
                 tap_h=h.every * weights.tap_h,
                 tap_w=v.every * weights.tap_w,
             )
-            result = replace(
-                dx.moved(h.first * dx.row + v.first * dx.pixel), row=h.stride * dx.row, pixel=v.stride * dx.pixel
-            )
-            sizes = Sizes(extents(written)[0], h.count, v.count, c_blocks, k_blocks)
-            calls += _convolve(m, source, phase_weights, result, taps, sizes, Epilogue())
-    return Lowered(tuple(calls), (scratch,))
+            result = dx.moved(h.first * dx.row + v.first * dx.pixel)
+            result = replace(result, row=h.stride * dx.row, pixel=v.stride * dx.pixel)
+            sizes = Sizes(images[1] - images[0], h.count, v.count, c_blocks, k_blocks)
+            label = f".{h.first}.{v.first}"
+            phase = _convolve_maps(op, m, source, phase_weights, result, taps, sizes, Epilogue(), label)
+            lowered = _join(lowered, phase)
+    return lowered
 
 
 def lower_conv_weight_grad(
@@ -295,8 +291,8 @@ def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int
     return Lowered(tuple(calls), tuple(scratch))
 
 
-def _transposed(op: Op, m: Machine, w: Filter, k_blocks: int, c_blocks: int) -> tuple[KernelCall, Filter, Buffer]:
-    """The weights with channels swapped and the window flipped: the call that makes them, a view, their scratch."""
+def _transposed(op: Op, m: Machine, w: Filter, k_blocks: int, c_blocks: int) -> tuple[Lowered, Filter]:
+    """The weights with channels swapped and the window flipped, in scratch: the call that makes them, and a view."""
     size = m.vectors.block**2
     scratch = _scratch(f"{op.name}.transposed", c_blocks * k_blocks * w.taps * size)
     ints = {"k_blocks": k_blocks, "window": w.taps, "lines": w.lines, "w_k": w.k, "w_block": w.block}
@@ -306,16 +302,22 @@ def _transposed(op: Op, m: Machine, w: Filter, k_blocks: int, c_blocks: int) -> 
     result = Filter(
         ref(scratch), k_blocks * w.taps * size, w.taps * size, w.window[1] * size, size, m.vectors.block, w.window
     )
-    return call, result, scratch
+    return Lowered((call,), (scratch,)), result
 
 
-def _gathered(op: Op, x: View, sizes: Sizes) -> tuple[Lowered, View]:
-    """One-pixel maps as one row whose pixels are the images: the call that makes it in scratch, and a view of it."""
-    size = x.pixel
-    scratch = _scratch(f"{op.name}.rows", sizes.c_blocks * sizes.images * size)
-    ints = {"images": sizes.images, "x_image": x.image, "x_block": x.block, "block": size}
-    call = KernelCall(gather_rows(), sizes.c_blocks, (x.start, ref(scratch)), _order(GATHER_INTS, ints))
-    return Lowered((call,), (scratch,)), View(ref(scratch), 0, sizes.images * size, 0, size)
+def _convolve_maps(
+    op: Op, m: Machine, x: View, w: Filter, y: View, taps: Taps, sizes: Sizes, epilogue: Epilogue, label: str = ""
+) -> Lowered:
+    """A tap convolution; of one-pixel maps, the images become a row of pixels, for which x is gathered into scratch."""
+    images, size = sizes.images, x.pixel
+    if images == 1 or (sizes.rows, sizes.columns) != (1, 1) or taps.count != (1, 1):
+        return Lowered(_convolve(m, x, w, y, taps, sizes, epilogue))
+    scratch = _scratch(f"{op.name}.rows{label}", sizes.c_blocks * images * size)
+    ints = {"images": images, "x_image": x.image, "x_block": x.block, "block": size}
+    gather = KernelCall(gather_rows(), sizes.c_blocks, (x.start, ref(scratch)), _order(GATHER_INTS, ints))
+    x, y = View(ref(scratch), 0, images * size, 0, size), replace(y, image=0, pixel=y.image)
+    calls = _convolve(m, x, w, y, Taps((1, 1)), replace(sizes, images=1, columns=images), epilogue)
+    return Lowered((gather, *calls), (scratch,))
 
 
 def _widened(op: Op, m: Machine, epilogue: Epilogue) -> tuple[Lowered, Epilogue]:

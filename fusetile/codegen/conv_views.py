@@ -57,6 +57,7 @@ class Taps:
     stride: tuple[int, int] = (1, 1)
 
 
+WINDOW = {"strides": 1, "dilations": 1, "pads": 0}  # what a fully connected layer has
 NO_TAPS = Taps((0, 0))
 
 
@@ -133,11 +134,12 @@ def taps_of(attrs: Attrs, window: tuple[int, int]) -> Taps:
 
 
 def phases(attrs: Attrs, axis: int, interval: Interval, window: int) -> Iterator[Phase]:
-    """The phases of an input gradient for an interval of rows (axis 0) or columns (axis 1) of dx.
+    """The phases of an input gradient for an interval of rows (axis 0) or columns (axis 1) of dx; a fully connected
+    layer has one.
 
     dx[i] = sum of dy[(i + pad - dilation * r) / stride] over the taps r for which that divides.
     """
-    stride, dilation, pad = attrs["strides"][axis], attrs["dilations"][axis], attrs["pads"][axis]
+    stride, dilation, pad = (attrs[key][axis] if key in attrs else default for key, default in WINDOW.items())
     start, stop = interval
     for first in range(min(stride, stop - start)):
         row = start + first + pad

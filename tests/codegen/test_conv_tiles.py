@@ -1,0 +1,39 @@
+"""Register tiles cover what they should, and nothing twice."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusetile.codegen.conv_tiles import block_convolution, block_gradient, cover_lines, cover_pixels, machine
+from fusetile.codegen.targets import TARGETS
+
+machines = st.sampled_from(sorted(TARGETS)).map(lambda name: machine(TARGETS[name], 8))
+sizes = st.integers(1, 130)
+
+
+@given(m=machines, extent=sizes, blocks=sizes, cover=st.sampled_from((cover_pixels, cover_lines)))
+def test_covers_exactly(m, extent, blocks, cover):
+    longest = m.pixels if cover is cover_pixels else m.lines
+    found = []
+    for part in cover(m, extent, blocks):
+        tile = part.tile
+        assert part.long_tiles * tile.long + part.short_tiles * tile.short == extent
+        assert 0 < tile.long <= longest[tile.blocks] and tile.short < tile.long
+        found += range(part.first, part.first + part.tiles * tile.blocks)
+    assert found == list(range(blocks))
+
+
+@given(m=machines, rows=sizes, columns=sizes, k=sizes, c=sizes, taps=st.integers(1, 49))
+def test_blocking_is_legal(m, rows, columns, k, c, taps):
+    filter_block = taps * m.vectors.block**2
+    for part in cover_pixels(m, columns, k):
+        cut = block_convolution(
+            m, part, rows=rows, columns=columns, blocks=c, filter_block=filter_block, x_row=columns * m.vectors.block
+        )
+        assert 1 <= cut.chunk <= c and 1 <= cut.block_rows <= rows
+    for part in cover_lines(m, m.vectors.block, k):
+        parts = block_gradient(
+            m, part, rows=rows, columns=columns, blocks=c, k_tiles=part.tiles, filter_block=filter_block
+        )
+        assert 1 <= parts.inner_rows <= parts.outer_rows <= parts.part_rows <= rows
