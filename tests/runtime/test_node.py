@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ import pytest
 from fusetile.philox import permutation
 from fusetile.program import Program
 from fusetile.runtime import safetensors
+from fusetile.runtime.node import main
 from tests.runtime import toy
 
 SLOW = {"nap_us": 20_000_000, "nap_step": 3}  # rank 1 is inside a kernel of step 3 when something happens to it
@@ -268,3 +270,113 @@ def test_no_thread_port_or_file_is_left(start: Start) -> None:
             probe.bind((host, int(port)))
     assert not list(cluster.folder.rglob("*.part"))
     assert all(not os.path.exists(f"/proc/{node.pid}") for node in cluster.nodes)
+
+
+class Proxy:
+    """A line between two devices that can be cut without anybody being told: bytes are no longer passed on."""
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.cut = threading.Event()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            near, _ = self._listener.accept()
+            host, port = self._target.split(":")
+            try:
+                far = socket.create_connection((host, int(port)))
+            except ConnectionRefusedError:
+                near.close()
+                continue
+            for source, target in ((near, far), (far, near)):
+                threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        while data := source.recv(65536):
+            if self.cut.is_set():
+                self.cut.wait(60)
+                time.sleep(60)
+            target.sendall(data)
+        target.close()
+
+
+def test_a_cut_line_ends_both_sides_by_the_deadline(start: Start) -> None:
+    proxies: list[Proxy] = []
+
+    def change(program: Program) -> Program:
+        if program.rank == 0:
+            proxies.append(Proxy(program.addresses[0]))
+            return program
+        return replace(program, addresses=(proxies[0].address, program.addresses[1]))
+
+    cluster = start(2, "--steps", "100000", change=change)
+    cluster.reach(2)
+    proxies[0].cut.set()
+    began = time.monotonic()
+    for (status, message), other in zip(cluster.finish(), "ba", strict=True):
+        assert status == 1 and f"node {other!r}" in message and "sent nothing for 2." in message
+        assert "at step" in message and "waiting for transfer" in message
+    assert 1.5 < time.monotonic() - began < 6
+
+
+def test_a_bundle_started_twice(start: Start) -> None:
+    """On another device, where its port is free: the second is told, the run goes on."""
+    cluster = start(3, "--connect-timeout", "8", without=(1,), deadline=30)
+    bundle = cluster.folder / "c2"
+    bundle.mkdir()
+    for file in (cluster.folder / "c").iterdir():
+        if file.is_file():
+            os.link(file, bundle / file.name)
+    assert cluster.nodes[1].stdout is not None
+    cluster.nodes[1].stdout.readline()
+    time.sleep(0.5)  # it has connected to rank 0
+    second = toy.launch(bundle, cluster.folder / "data.npz")
+    message = second.communicate(timeout=10)[1]
+    assert second.returncode != 0
+    assert "node 'c' (rank 2," in message and "is its bundle started twice?" in message
+    cluster.nodes.append(toy.launch(cluster.folder / "b", cluster.folder / "data.npz"))
+    assert cluster.finish() == [(0, "")] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "missing.npz"], "there is no data file missing.npz"),
+        (["--data", "data.npz", "--log", "nowhere/log.jsonl"], "can't write to the folder nowhere"),
+        (["--data", "data.npz", "--save-gradients", "nowhere/g.npz"], "can't write to the folder nowhere"),
+        (["--data", "data.npz", "--out", "data.npz/out"], "can't make the folder data.npz/out"),
+    ],
+)
+def test_mistakes_of_the_user(
+    tmp_path: Path,
+    library: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    toy.write_data(tmp_path / "data.npz")
+    bundle = toy.write_bundle(tmp_path, toy.program(0, ("127.0.0.1:1",)), library)
+    assert main([str(bundle), *options]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("fusetile-runtime: error: ") and message in stderr and stderr.count("\n") == 1
+
+
+def test_folders_that_are_no_bundles(tmp_path: Path, library: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy.write_data(tmp_path / "data.npz")
+    assert main([str(tmp_path), "--data", str(tmp_path / "data.npz")]) == 2
+    assert "is not a bundle: there is no program.json" in capsys.readouterr().err
+    bundle = toy.write_bundle(tmp_path, toy.program(0, ("127.0.0.1:1",)), library)
+    whole = (bundle / "program.json").read_text()
+    for damaged in (whole[:200], whole.replace('"schema": 1', '"schema": 9'), "[]", whole.replace('"rank"', '"range"')):
+        (bundle / "program.json").write_text(damaged)
+        assert main([str(bundle), "--data", str(tmp_path / "data.npz")]) == 2
+        assert "can't read" in capsys.readouterr().err
+    (bundle / "program.json").write_text(whole)
+    (bundle / "kernels-toy.so").unlink()
+    assert main([str(bundle), "--data", str(tmp_path / "data.npz")]) == 2
+    assert "can't load the kernels" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def program(
     return Program(
         rank=rank,
         nodes=nodes,
-        name="abcdefgh"[rank],
+        name=chr(ord("a") + rank),
         addresses=addresses,
         plan_hash="plan-1",
         model_hash="model-1",
