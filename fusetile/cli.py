@@ -14,7 +14,7 @@ from rich.console import Console
 from fusetile.cluster import Cluster, local_cluster, read_cluster
 from fusetile.compile import PASSES, Training, compile_model
 from fusetile.errors import FusetileError, UserError
-from fusetile.explain import explain_build
+from fusetile.explain import devices_table, explain_build, read_plan
 from fusetile.local import RunOptions, export_run, free_ports, train_locally
 from fusetile.progress import CompileProgress
 from fusetile.trace import Stopped, Trace
@@ -182,6 +182,7 @@ def compile_command(
     devices = read_cluster(cluster) if cluster else local_cluster(nodes or 1, target=target)
     training = _training(loss, batch, lr, momentum, weight_decay, bn, dropout, seed, plan, halo)
     _compile(model, devices, training, out, dump=dump, stop_after=stop_after, verbose=verbose)
+    console.print(devices_table(read_plan(out)))
     console.print(f"Wrote {out}: plan.json and nodes/{{{','.join(node.name for node in devices.nodes)}}}")
     console.print("Next: look at it with [bold]fusetile explain[/], copy each folder to its device and start there:")
     console.print("  fusetile-runtime NAME --data DATA")

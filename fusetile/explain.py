@@ -13,17 +13,23 @@ from fusetile.errors import UserError
 from fusetile.program import SCHEMA_VERSION
 
 
-def explain_build(build: Path, console: Console, *, as_json: bool) -> None:
-    """Print the plan of a build; raises UserError if it is none."""
+def read_plan(build: Path) -> dict[str, Any]:
+    """plan.json of a build; raises UserError if it is none."""
     path = build / "plan.json"
     try:
-        plan = json.loads(path.read_text())
+        plan: dict[str, Any] = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the folder that `fusetile compile` wrote") from None
     except ValueError as error:
         raise UserError(f"{path}: not a plan: {error}") from None
-    if plan.get("schema") != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema {plan.get('schema')}, this fusetile reads {SCHEMA_VERSION}; compile again")
+    if not isinstance(plan, dict) or plan.get("schema") != SCHEMA_VERSION:
+        raise UserError(f"{path}: not a plan of schema {SCHEMA_VERSION}, which this fusetile reads; compile again")
+    return plan
+
+
+def explain_build(build: Path, console: Console, *, as_json: bool) -> None:
+    """Print the plan of a build."""
+    plan = read_plan(build)
     if as_json:
         print(json.dumps(plan, indent=1))
         return
@@ -32,13 +38,14 @@ def explain_build(build: Path, console: Console, *, as_json: bool) -> None:
         f"[bold]{plan['model']}[/]: batch {training['batch']}, {training['loss']}, plan {training['plan']}, "
         f"{len(plan['nodes'])} node(s), {len(plan['ops'])} ops, {len(plan['transfers'])} messages per step"
     )
-    console.print(_devices(plan))
+    console.print(devices_table(plan))
     console.print("Groups: runs of layers for which no feature map moves between devices", style="bold")
     for number, group in enumerate(plan["groups"], 1):
         _print_group(plan, number, group, console)
 
 
-def _devices(plan: dict[str, Any]) -> Table:
+def devices_table(plan: dict[str, Any]) -> Table:
+    """A row per device: memory, predicted computation, bytes sent."""
     table = Table(
         "node", "device", "address", "arena", "of memory", "compute per step", "sent per step", title="Devices"
     )

@@ -25,6 +25,7 @@ class CompileProgress:
             disable=not console.is_terminal,
         )
         self.title = title
+        self.passed: list[str] = []
         self.task = self.bar.add_task(title, total=None)
 
     def __enter__(self) -> CompileProgress:
@@ -38,9 +39,11 @@ class CompileProgress:
         self.bar.stop()
         if kind is None:
             self.console.print(f"{self.title}: {elapsed:.1f} s")
+            self.console.print(f"  {' > '.join(self.passed)}", style="dim", highlight=False)
 
     def stage(self, name: str) -> None:
         """A pass begins."""
+        self.passed.append(name)
         self.bar.update(self.task, description=f"{self.title}: {name}")
 
     def advance(self, done: int, total: int) -> None:
