@@ -1,0 +1,201 @@
+"""One small graph of a single op per case, for every kind in the op table: odd sizes, strides, pads, dilations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fusetile.graph import Graph, Op
+from fusetile.ops import Domain, domain_of
+
+F, V = "filter", "map"
+
+
+@dataclass(frozen=True)
+class Case:
+    """`inputs`: (shape, kind or dtype) of each operand; `filter` is a float32 weight, anything else but `map` a dtype.
+    `fixed`: operands whose values matter, by position."""
+
+    name: str
+    kind: str
+    inputs: tuple[tuple[tuple[int, ...], str], ...]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    def build(self) -> tuple[Graph, Op, Domain]:
+        graph = Graph(self.name)
+        names = []
+        for i, (shape, what) in enumerate(self.inputs):
+            dtype = "float32" if what in (F, V) else what
+            names.append(graph.add_tensor(f"x{i}", shape, dtype, F if what == F else V))
+        op = graph.ops[graph.add(self.kind, names, attrs=self.attrs, outputs=None, stem="y")[0]]
+        return graph, op, domain_of(graph, op)
+
+    def values(self, seed: int = 0) -> list[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        found = []
+        for i, (shape, what) in enumerate(self.inputs):
+            if i in self.fixed:
+                found.append(np.asarray(self.fixed[i]))
+            elif what == "int32":
+                found.append(rng.integers(0, 3, shape, dtype=np.int32))
+            elif what == "uint8":
+                found.append(rng.integers(0, int(np.prod(self.attrs["kernel"])), shape, dtype=np.uint8))
+            else:
+                found.append(rng.standard_normal(shape).astype("float64" if what == "float64" else "float32"))
+        return found
+
+
+def window(stride=1, pads=(0, 0, 0, 0), dilation=1) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+    strides = stride if isinstance(stride, tuple) else (stride, stride)
+    dilations = dilation if isinstance(dilation, tuple) else (dilation, dilation)
+    return {"strides": strides, "dilations": dilations, "pads": pads}
+
+
+# name -> (x, w, attributes)
+CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "1x1": ((2, 3, 5, 4), (4, 3, 1, 1), window()),
+    "3x3": ((2, 3, 7, 6), (4, 3, 3, 3), window(pads=(1, 1, 1, 1))),
+    "strided, asymmetric": ((1, 2, 9, 8), (3, 2, 3, 2), window((2, 3), (0, 1, 2, 1))),
+    "stride beyond the window": ((2, 2, 10, 7), (3, 2, 2, 1), window(3, (1, 0, 0, 0))),
+    "dilated": ((1, 2, 10, 11), (3, 2, 3, 2), window(1, (2, 1, 2, 3), (2, 3))),
+    "dilated and strided": ((1, 2, 11, 9), (2, 2, 2, 3), window((2, 1), (1, 2, 1, 2), (3, 2))),
+    "wide pads": ((1, 1, 3, 3), (2, 1, 3, 3), window(1, (2, 2, 2, 2))),
+    "one pixel": ((2, 3, 1, 1), (4, 3, 1, 1), window()),
+}
+POOLS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "2x2": ((2, 3, 6, 8), {"kernel": (2, 2), **window(2)}),
+    "odd size": ((1, 2, 7, 5), {"kernel": (2, 2), **window(2)}),
+    "overlapping": ((1, 2, 9, 7), {"kernel": (3, 3), **window(2, (1, 1, 1, 1))}),
+    "asymmetric": ((2, 1, 8, 9), {"kernel": (3, 2), **window((2, 3), (1, 0, 2, 1))}),
+    "stride 1": ((1, 2, 5, 6), {"kernel": (2, 3), **window(1, (0, 1, 1, 1))}),
+    "stride beyond the window": ((1, 1, 10, 11), {"kernel": (2, 2), **window(3)}),
+}
+CEIL = ((1, 2, 8, 9), {"kernel": (3, 2), **window((2, 2), (0, 1, 0, 0)), "ceil_mode": True})
+CEIL_DROPPED = ((1, 1, 5, 6), {"kernel": (2, 2), **window((3, 2), (0, 0, 1, 1)), "ceil_mode": True})
+
+
+def _convolutions() -> list[Case]:
+    cases = []
+    for name, (x, w, attrs) in CONVOLUTIONS.items():
+        sizes = [
+            (size + attrs["pads"][i] + attrs["pads"][i + 2] - attrs["dilations"][i] * (taps - 1) - 1)
+            // attrs["strides"][i]
+            + 1
+            for i, (size, taps) in enumerate(zip(x[2:], w[2:], strict=True))
+        ]
+        y = (x[0], w[0], *sizes)
+        cases += [
+            Case(f"Conv {name}", "Conv", ((x, V), (w, F), ((w[0],), V)), attrs),
+            Case(f"Conv {name} relu", "Conv", ((x, V), (w, F)), {**attrs, "activation": "relu", "alpha": 0.0}),
+            Case(f"ConvInputGrad {name}", "ConvInputGrad", ((y, V), (w, F)), {**attrs, "input_shape": x}),
+            Case(f"ConvWeightGrad {name}", "ConvWeightGrad", ((x, V), (y, V)), {**attrs, "kernel_shape": w[2:]}),
+        ]
+    return cases
+
+
+def _pools() -> list[Case]:
+    maxima = {**POOLS, "ceil": CEIL, "ceil, last window dropped": CEIL_DROPPED}
+    averages = {name: case for name, case in maxima.items() if name != "dilated"}
+    maxima["dilated"] = ((1, 2, 9, 8), {"kernel": (2, 3), **window(2, (1, 2, 1, 1), (3, 2))})
+    cases = []
+    for name, (x, attrs) in maxima.items():
+        attrs = {"ceil_mode": False, **attrs}
+        case = Case(f"MaxPool {name}", "MaxPool", ((x, V),), attrs)
+        graph, op, _ = case.build()
+        y, grad = graph.tensors[op.outputs[0]].shape, {**attrs, "input_shape": x}
+        cases += [case, Case(f"MaxPoolGrad {name}", "MaxPoolGrad", ((y, V), (y, "uint8")), grad)]
+    for name, (x, attrs) in averages.items():
+        for include in (False, True):
+            attrs = {"ceil_mode": False, **attrs, "count_include_pad": include}
+            label = f"{name}{', pads counted' if include else ''}"
+            case = Case(f"AveragePool {label}", "AveragePool", ((x, V),), attrs)
+            graph, op, _ = case.build()
+            y = graph.tensors[op.outputs[0]].shape
+            cases += [case, Case(f"AveragePoolGrad {label}", "AveragePoolGrad", ((y, V),), {**attrs, "input_shape": x})]
+    return cases
+
+
+MAP, ROW, C = (2, 5, 4, 3), (3, 7), (5,)
+PAIR = (2, 5)
+BIG = np.array([[3.0, -2, 5, 1, 4], [40.0, 60, 70, 50, 45]])  # sums whose variance is positive for a count of 24
+COUNT = {"count": 24}
+
+
+def _others() -> list[Case]:
+    step = {1: np.array([3], np.int32)}
+    rate = {2: np.array([0.05], np.float32)}
+    cases = [
+        Case("Gemm", "Gemm", ((ROW, V), ((4, 7), F), ((4,), V))),
+        Case("Gemm leaky", "Gemm", ((ROW, V), ((4, 7), F)), {"activation": "leaky_relu", "alpha": 0.2}),
+        Case("GemmInputGrad", "GemmInputGrad", (((3, 4), V), ((4, 7), F)), {"input_shape": ROW}),
+        Case("GemmWeightGrad", "GemmWeightGrad", ((ROW, V), ((3, 4), V)), {"kernel_shape": ()}),
+        Case("ChannelSum", "ChannelSum", ((MAP, V),)),
+        Case("ChannelSum of rows", "ChannelSum", ((ROW, V),)),
+        Case("GlobalAveragePool", "GlobalAveragePool", ((MAP, V),)),
+        Case("GlobalAveragePoolGrad", "GlobalAveragePoolGrad", (((2, 5, 1, 1), V),), {"input_shape": MAP}),
+        Case("ChannelMoments", "ChannelMoments", ((MAP, V),)),
+        Case("BatchStatistics", "BatchStatistics", ((PAIR, "float64"),), {**COUNT, "epsilon": 1e-5}, {0: BIG}),
+        Case("FrozenStatistics", "FrozenStatistics", ((C, V), (C, V)), {"epsilon": 1e-5}, {1: np.ones(5, np.float32)}),
+        Case("Normalize", "Normalize", ((MAP, V), (PAIR, V), (C, V), (C, V)), COUNT),
+        Case(
+            "Normalize of rows", "Normalize", (((4, 5), V), (PAIR, V), (C, V), (C, V)), {**COUNT, "activation": "relu"}
+        ),
+        Case("NormalizeMoments", "NormalizeMoments", ((MAP, V), (MAP, V), (PAIR, V))),
+        Case("NormalizeParameterGrad", "NormalizeParameterGrad", ((PAIR, "float64"),)),
+        Case(
+            "NormalizeInputGrad",
+            "NormalizeInputGrad",
+            ((MAP, V), (MAP, V), (PAIR, V), (C, V), (PAIR, "float64")),
+            COUNT,
+        ),
+        Case("FrozenNormalizeInputGrad", "FrozenNormalizeInputGrad", ((MAP, V), (PAIR, V), (C, V))),
+        Case(
+            "RunningStatistics",
+            "RunningStatistics",
+            ((PAIR, "float64"), (C, V), (C, V)),
+            {**COUNT, "momentum": 0.9},
+            {0: BIG},
+        ),
+        Case("Concat channels", "Concat", (((2, 3, 4, 3), V), ((2, 5, 4, 3), V), ((2, 1, 4, 3), V)), {"axis": 1}),
+        Case("Concat rows", "Concat", (((2, 3, 2, 3), V), ((2, 3, 5, 3), V)), {"axis": 2}),
+        Case("Concat samples", "Concat", (((2, 3), V), ((1, 3), V)), {"axis": 0}),
+        Case("Slice channels", "Slice", ((MAP, V),), {"axis": 1, "start": 1, "stop": 4}),
+        Case("Slice columns", "Slice", ((MAP, V),), {"axis": 3, "start": 2, "stop": 3}),
+        Case("Reshape", "Reshape", ((MAP, V),), {"shape": (2, 60)}),
+        Case("Reshape of pixels", "Reshape", (((3, 5, 1, 1), V),), {"shape": (3, 5)}),
+        Case("Reshape to a map", "Reshape", (((3, 12), V),), {"shape": (3, 3, 2, 2)}),
+        Case("CrossEntropy", "CrossEntropy", (((4, 3), V), ((4,), "int32")), {"count": 4}),
+        Case("CrossEntropy per pixel", "CrossEntropy", (((2, 3, 4, 5), V), ((2, 4, 5), "int32")), {"count": 40}),
+        Case("CrossEntropyGrad", "CrossEntropyGrad", (((2, 3, 4, 5), V), ((2, 4, 5), "int32")), {"count": 40}),
+        Case("CrossEntropyGrad of rows", "CrossEntropyGrad", (((4, 3), V), ((4,), "int32")), {"count": 4}),
+        Case("MeanSquaredError", "MeanSquaredError", ((MAP, V), (MAP, V)), {"count": 120}),
+        Case("MeanSquaredErrorGrad", "MeanSquaredErrorGrad", ((MAP, V), (MAP, V)), {"count": 120}),
+        Case("Dropout", "Dropout", ((MAP, V), ((1,), "int32")), {"ratio": 0.4, "seed": 7, "site": 2}, step),
+        Case("Dropout of rows", "Dropout", ((ROW, V), ((1,), "int32")), {"ratio": 0.7, "seed": 0, "site": 0}, step),
+    ]
+    for kind, operands, attrs in (
+        ("Relu", 1, {}),
+        ("LeakyRelu", 1, {"alpha": 0.1}),
+        ("ReluGrad", 2, {}),
+        ("LeakyReluGrad", 2, {"alpha": -0.3}),
+        ("Add", 2, {}),
+        ("Scale", 1, {"factor": -1.5}),
+        ("Identity", 1, {}),
+    ):
+        for shape in (MAP, ROW, C):
+            cases.append(Case(f"{kind} of rank {len(shape)}", kind, ((shape, V),) * operands, attrs))
+    for shape, what in (((5, 3, 2, 2), F), ((4, 7), F), (C, V)):
+        attrs = {"momentum": 0.9, "weight_decay": 0.01}
+        state = ((shape, what), (shape, what), ((1,), V))
+        cases += [
+            Case(f"SGD of rank {len(shape)}", "SGD", state, attrs, rate),
+            Case(f"SGD of rank {len(shape)} with momentum", "SGD", (*state, (shape, what)), attrs, rate),
+        ]
+    return cases
+
+
+CASES = [*_convolutions(), *_pools(), *_others()]
