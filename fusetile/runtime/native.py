@@ -82,7 +82,10 @@ class Library:
     def _fill(self, target: _Call, call: Call, arena: np.ndarray) -> None:
         if len(call.pointers) > _POINTERS or len(call.ints) > _INTS or len(call.floats) > _FLOATS:
             raise PlanError(f"kernel {call.kernel} has more arguments than a call can hold")
-        if any(not 0 <= offset < max(arena.size, 1) for offset in call.pointers):
+        end = (
+            arena.size if call.split else arena.size + 1
+        )  # a call without work may point to an empty buffer at the end
+        if any(not 0 <= offset < end for offset in call.pointers):
             raise PlanError(f"kernel {call.kernel} points outside the arena of {arena.size} bytes: {call.pointers}")
         if any(not -(2**31) <= value < 2**31 for value in (*call.ints, call.split)):
             raise PlanError(f"kernel {call.kernel} has an argument beyond 32 bits: {call.ints}")

@@ -58,3 +58,4 @@ def test_calls_that_do_not_fit(path: Path) -> None:
         ]:
             with pytest.raises(error, match=message):
                 library.segment([call], arena)
+        library.segment([Call("add", 0, (64, 64))], arena)()
