@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fusetile.box import Box, volume
+from fusetile.codegen import conv
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import KernelCall
 from fusetile.codegen.conv_source import Tile, tap_convolution, weight_gradient
@@ -28,6 +29,7 @@ from fusetile.runtime.native import Library
 from fusetile.runtime.storage import make_arena, pack, unpack
 from tests.codegen.harness import Case, buffer_for, inside, place, stored
 
+Shape = tuple[int, ...]
 WIDTHS = (1, 5, 9, 15)  # of outputs: few, so that few register tiles are compiled
 
 
@@ -44,9 +46,7 @@ class Problem:
     scratch: tuple[Buffer, ...]
 
 
-def problem(
-    label: str, case: Case, box: Box, block: int, target: Target, *, raw: bool, spare: Sequence[int]
-) -> Problem:
+def problem(case: Case, box: Box, block: int, target: Target, *, raw: bool, spare: Sequence[int]) -> Problem:
     """Lower an op for a box. `raw`: map inputs with few channels are stored unblocked. `spare`: margin, additional
     border and pitch."""
     margin, border, pitch = spare
@@ -70,6 +70,8 @@ def problem(
         for name in case.op.outputs
     ]
     lowered = lower(case.op, case.domain, box, inputs, outputs, target=target)
+    shapes = " * ".join(str(value.shape) for value in case.inputs)
+    label = f"{case.op.kind} {shapes} {dict(case.op.attrs)} box {box}"
     return Problem(label, case, box, inputs, outputs, lowered.calls, lowered.scratch)
 
 
@@ -84,11 +86,27 @@ def part(case: Case, random: np.random.Generator, block: int) -> Box:
     return tuple(box)
 
 
-def window_cases(random: np.random.Generator, block: int, count: int) -> Iterator[tuple[str, list[Case], bool]]:
+def windows(random: np.random.Generator, x: Shape, w: Shape, window: dict[str, Any], activation: Any) -> list[Case]:
+    """A convolution, without and with activation (and bias if there is an activation), and its gradients."""
+    x_NCHW, w_KCRS = (random.standard_normal(shape).astype(np.float32) for shape in (x, w))
+    bias = [random.standard_normal(w[0]).astype(np.float32)] * bool(activation)
+    forward = Case("Conv", [x_NCHW, w_KCRS, *bias], {**window, **activation}, filters=(1,))
+    dy = random.standard_normal(forward.graph.tensors[forward.op.outputs[0]].shape).astype(np.float32)
+    return [
+        forward,
+        Case("Conv", [x_NCHW, w_KCRS, *bias], window, filters=(1,)),
+        Case("ConvInputGrad", [dy, w_KCRS], {**window, "input_shape": x}, filters=(1,)),
+        Case("ConvWeightGrad", [x_NCHW, dy], {**window, "kernel_shape": w[2:]}),
+    ]
+
+
+def random_windows(random: np.random.Generator, block: int, count: int) -> Iterator[tuple[list[Case], bool]]:
     """Random windows: kernels 1 to 7, strides 1 to 3, dilations 1 and 2, any pads, channels that fill no block."""
     for index in range(count):
-        kernel = tuple(random.choice((1, 1, 2, 3, 3, 5, 7), 2))
-        strides, dilations = tuple(random.choice((1, 1, 2, 3), 2)), tuple(random.choice((1, 1, 2), 2))
+        kernel, strides, dilations = (
+            tuple(int(value) for value in random.choice(choices, 2))
+            for choices in ((1, 1, 2, 3, 3, 5, 7), (1, 1, 2, 3), (1, 1, 2))
+        )
         pads = tuple(int(random.integers(0, d * (k - 1) + 2)) for k, d in zip(kernel * 2, dilations * 2, strict=True))
         out = (int(random.integers(1, 8)), int(random.choice(WIDTHS)))
         size = [
@@ -96,24 +114,25 @@ def window_cases(random: np.random.Generator, block: int, count: int) -> Iterato
             for i, (o, s, d, k) in enumerate(zip(out, strides, dilations, kernel, strict=True))
         ]
         channels, filters = (int(random.choice((1, 3, block, block + 4, 3 * block))) for _ in range(2))
-        x = random.standard_normal((int(random.integers(1, 4)), channels, *size)).astype(np.float32)
-        w = random.standard_normal((filters, channels, *kernel)).astype(np.float32)
-        attrs = {"strides": tuple(map(int, strides)), "dilations": tuple(map(int, dilations)), "pads": pads}
-        activation: dict[str, Any] = [{}, {"activation": "relu"}, {"activation": "leaky_relu", "alpha": 0.1}][index % 3]
-        bias = [random.standard_normal(filters).astype(np.float32)] * (index % 2)
-        forward = Case("Conv", [x, w, *bias], {**attrs, **activation}, filters=(1,))
-        dy = random.standard_normal(forward.graph.tensors[forward.op.outputs[0]].shape).astype(np.float32)
-        cases = [
-            forward,
-            Case("Conv", [x, w, *bias], attrs, filters=(1,)),
-            Case("ConvInputGrad", [dy, w], {**attrs, "input_shape": x.shape}, filters=(1,)),
-            Case("ConvWeightGrad", [x, dy], {**attrs, "kernel_shape": w.shape[2:]}),
-        ]
-        label = f"{x.shape} * {w.shape} strides {strides} dilations {dilations} pads {pads} {activation}"
-        yield label, cases, channels < block and index % 2 == 0
+        window = {"strides": strides, "dilations": dilations, "pads": pads}
+        activation = ({}, {"activation": "relu"}, {"activation": "leaky_relu", "alpha": 0.1})[index % 3]
+        x, w = (int(random.integers(1, 4)), channels, *size), (filters, channels, *kernel)
+        yield windows(random, x, w, window, activation), channels < block and index % 2 == 0
 
 
-def gemm_cases(random: np.random.Generator, block: int) -> Iterator[tuple[str, list[Case], bool]]:
+def larger_windows(random: np.random.Generator, block: int) -> Iterator[tuple[list[Case], bool]]:
+    """Enough rows and channels to be cut into chunks and partial sums."""
+    relu = {"activation": "relu"}
+    for x, filters, kernel in (
+        ((2, 5 * block, 6, 15), 4 * block, 3),
+        ((1, block, 20, 15), 5 * block, 1),
+        ((2, 3, 40, 15), block, 3),
+    ):
+        window = {"strides": (1, 1), "dilations": (1, 1), "pads": (kernel // 2,) * 4}
+        yield windows(random, x, (filters, x[1], kernel, kernel), window, relu), True
+
+
+def fully_connected(random: np.random.Generator, block: int) -> Iterator[tuple[list[Case], bool]]:
     """Fully connected layers."""
     for n, c, k in ((1, 3 * block, 10), (4, block + 5, 4 * block), (5, 3, block), (9, 2 * block, 2 * block + 1)):
         x, w, dy, b = (random.standard_normal(s).astype(np.float32) for s in ((n, c), (k, c), (n, k), k))
@@ -123,20 +142,19 @@ def gemm_cases(random: np.random.Generator, block: int) -> Iterator[tuple[str, l
             Case("GemmInputGrad", [dy, w], {"input_shape": x.shape}, filters=(1,)),
             Case("GemmWeightGrad", [x, dy], {"kernel_shape": ()}),
         ]
-        yield f"{x.shape} * {w.shape}", cases, c < block and n > 4
+        yield cases, c < block and n > 4
 
 
 def problems(block: int, target: Target, count: int) -> list[Problem]:
-    """`count` windows and some fully connected layers: every case whole, and a random part of it."""
+    """`count` random windows, larger ones, and fully connected layers: every case whole, and a random part of it."""
     random, found = np.random.default_rng(block), []
-    for label, cases, raw in [*window_cases(random, block, count), *gemm_cases(random, block)]:
+    every = [*random_windows(random, block, count), *larger_windows(random, block), *fully_connected(random, block)]
+    for cases, raw in every:
         for case in cases:
             spare = tuple(int(v) for v in random.integers(0, 3, 3))
+            unblocked = raw and "InputGrad" not in case.op.kind
             for box in (case.domain.box, part(case, random, block)):
-                text = f"{case.op.kind} {label} box {box}"
-                found.append(
-                    problem(text, case, box, block, target, raw=raw and "InputGrad" not in case.op.kind, spare=spare)
-                )
+                found.append(problem(case, box, block, target, raw=unblocked, spare=spare))
     return found
 
 
@@ -207,13 +225,20 @@ def test_against_references(block, tmp_path):
     check_all(block, host(), tmp_path, 20)
 
 
-def test_avx2(tmp_path):
+@pytest.fixture
+def hardly_any_cache(monkeypatch):
+    """Caches so small that even a test's sizes are cut into all kinds of blocks."""
+    tiny = {"inner_bytes": 1024, "outer_bytes": 8192, "weights_bytes": 10000}
+    monkeypatch.setattr(conv, "machine", lambda target, block: replace(machine(target, block), **tiny))
+
+
+def test_avx2(tmp_path, hardly_any_cache):
     if host().name != "avx512":
         pytest.skip("not on x86-64, or tested as the host")
     check_all(8, TARGETS["avx2"], tmp_path, 6)
 
 
-def test_tiles_of_arm(tmp_path):
+def test_tiles_of_arm(tmp_path, hardly_any_cache):
     """The kernels of a Raspberry Pi 3, with their tiles and vectors of 4, compiled for this computer."""
     here = {"triple": host().triple, "cpu": host().cpu, "features": host().features, "zig": host().zig}
     check_all(8, replace(TARGETS["pi3"], **here), tmp_path, 6)
