@@ -18,7 +18,14 @@ from fusetile.ops import Domain
 from fusetile.program import Buffer
 
 _A64, _B64 = 'T.Cast("float64", {A})', 'T.Cast("float64", t[v])'
+_D64 = 'T.Cast("float64", d[v])'
 _XHAT = ["t[v] = {B} - STATS[k * BLOCK + v]", "t[v] = t[v] * STATS[pair + k * BLOCK + v]"]
+# the gradient before a fused activation: d from A and the sign of y, which is e
+_BEFORE = [
+    "e[v] = t[v] * GAMMA[k * BLOCK + v] + BETA[k * BLOCK + v]",
+    "d[v] = T.Select(e[v] > T.float32(0), {A}, SLOPE)",
+]
+SLOPES = {"relu": "T.float32(0)", "leaky_relu": "alpha * {A}"}
 # per family: the further map, the statements for a pixel, the sums it leaves
 _PIXEL = {
     "channel_sum": ((), [f"s0[v] = s0[v] + {_A64}"], 1),
@@ -28,6 +35,11 @@ _PIXEL = {
         2,
     ),
     "normalize_moments": (("B",), [f"s0[v] = s0[v] + {_A64}", *_XHAT, f"s1[v] = s1[v] + {_A64} * {_B64}"], 2),
+    "normalize_moments_behind": (
+        ("B",),
+        [*_XHAT, *_BEFORE, f"s0[v] = s0[v] + {_D64}", f"s1[v] = s1[v] + {_D64} * {_B64}"],
+        2,
+    ),
 }
 
 
@@ -48,8 +60,9 @@ def lower_channel_moments(
 def lower_normalize_moments(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
-    """The sums of dy and of dy * (x - mean) / std."""
-    return _lower("normalize_moments", op, domain, box, inputs, outputs[0])
+    """The sums of dy and of dy * (x - mean) / std; dy is that before the activation, if there is one."""
+    family = "normalize_moments_behind" if op.attrs.get("activation") else "normalize_moments"
+    return _lower(family, op, domain, box, inputs, outputs[0])
 
 
 def _lower(family: str, op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer) -> Lowered:
@@ -62,22 +75,25 @@ def _lower(family: str, op: Op, domain: Domain, box: Box, inputs: Sequence[Buffe
     partial = Buffer(f"{op.name}.partial", ((0, size),), "float64")
     scratch = {f"s{q}": "float64" for q in range(sums)}
     store = [f"PARTIAL[(u * {sums} + {q}) * {block} + v] = s{q}[v]" for q in range(sums)]
+    activation = op.attrs.get("activation", "") if more else ""
+    vectors_of = dict.fromkeys(("STATS", "GAMMA", "BETA")[: max(0, len(inputs) - 2)], "float32")
+    pixel = [line.replace("BLOCK", str(block)).replace("SLOPE", SLOPES.get(activation, "")) for line in pixel]
     kernel = mapped_kernel(
-        family,
+        f"{family}{'_' if activation else ''}{activation}",
         block=block,
         maps={"A": "float32", **dict.fromkeys(more, "float32")},
-        pointers={"PARTIAL": "float64", **({"STATS": "float32"} if more else {})},
+        pointers={"PARTIAL": "float64", **vectors_of},
         ints=("pair",),
-        scratch={**scratch, **({"t": "float32"} if "t[v]" in "".join(pixel) else {})},
+        floats=("alpha",),
+        scratch={**scratch, **{name: "float32" for name in "ted" if f"{name}[v]" in "".join(pixel)}},
         before_unit=vectors([f"s{q}[v] = T.float64(0)" for q in range(sums)], block),
-        pixel=vectors([line.replace("BLOCK", str(block)) for line in pixel], block),
+        pixel=vectors(pixel, block),
         after_unit=vectors(store, block),
     )
-    pointers, pair = [ref(partial)], 0
-    if more:
-        pointers.append(ref(inputs[2], domain.need(box, 2)))
-        pair = inputs[2].strides[0]
-    summed = mapped_call(kernel, loops, maps, pointers=pointers, ints=(pair,))
+    pointers = [ref(partial), *(ref(inputs[i], domain.need(box, i)) for i in range(2, len(inputs)))]
+    pair = inputs[2].strides[0] if more else 0
+    alpha = (float(op.attrs.get("alpha", 0.0)),)
+    summed = mapped_call(kernel, loops, maps, pointers=pointers, ints=(pair,), floats=alpha)
     finish = _finish(loops, sums, ref(partial), output, domain.output(box))
     return Lowered((*before.calls, summed, finish), (*before.scratch, partial))
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fusetile.box import Box, extents, view4
 from fusetile.codegen.calls import KernelCall, Lowered, make_kernel, ref, vectors
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
+from fusetile.codegen.moments import SLOPES
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.targets import Target
 from fusetile.graph import Op
@@ -154,18 +155,24 @@ def lower_normalize(
 def lower_normalize_input_grad(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
-    """dx = gamma / std * (dy - moments[0] / count - xhat * moments[1] / count)."""
+    """dx = gamma / std * (dy - moments[0] / count - xhat * moments[1] / count), dy before the activation if any."""
     c = _CHANNEL.format(block=outputs[0].block[1])
+    activation = op.attrs.get("activation", "")
+    dy = ["d[v] = {DY}"]
+    if activation:
+        slope = SLOPES[activation].replace("{A}", "{DY}")
+        dy = [f"e[v] = t[v] * GAMMA[{c}] + BETA[{c}]", f"d[v] = T.Select(e[v] > T.float32(0), {{DY}}, {slope})"]
     each = 'T.Cast("float64", count)'
     return _maps(
-        "normalize_input_grad",
+        f"normalize_input_grad{'_' if activation else ''}{activation}",
         op,
         domain,
         box,
         inputs,
         outputs[0],
         maps=("DY", "X"),
-        pointers={"STATS": "float32", "GAMMA": "float32", "MOMENTS": "float64"},
+        pointers={"STATS": "float32", "GAMMA": "float32", "MOMENTS": "float64"}
+        | ({"BETA": "float32"} if activation else {}),
         before=[
             f'm[v] = T.Cast("float32", MOMENTS[{c}] / {each})',
             f'x[v] = T.Cast("float32", MOMENTS[moments_pair + {c}] / {each})',
@@ -174,10 +181,12 @@ def lower_normalize_input_grad(
         pixel=[
             f"t[v] = {{X}} - STATS[{c}]",
             f"t[v] = t[v] * STATS[pair + {c}]",
-            "t[v] = {DY} - m[v] - t[v] * x[v]",
+            *dy,
+            "t[v] = d[v] - m[v] - t[v] * x[v]",
             "{Y} = t[v] * g[v]",
         ],
-        scratch=("m", "x", "g", "t"),
+        scratch=("m", "x", "g", "t", "d", *(("e",) if activation else ())),
+        floats={"alpha": op.attrs.get("alpha", 0.0)},
         ints={"moments_pair": inputs[4].strides[0], "count": op.attrs["count"]},
     )
 

@@ -6,6 +6,9 @@
     NormalizeMoments    moments[0,k] = sum of dy, moments[1,k] = sum of dy * xhat           (dbeta and dgamma)
     NormalizeInputGrad  dx = gamma * (1/std) * (dy - moments[0]/count - xhat * moments[1]/count)
 
+After fusion Normalize has an activation; then its two gradient ops take the gradient behind the activation, and beta as
+a last input to find the sign of y by.
+
 The sums are float64, so that E[x*x] - E[x]^2 does not cancel. `count` is that of the whole batch, n*h*w.
 The gradient of Normalize with respect to x holds the path through the statistics; the statistics get none of their own.
 With `count` = 0 the statistics are frozen: constants.
@@ -130,9 +133,28 @@ def _normalize_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[st
     return [dx, None, dgamma, dbeta]
 
 
+def _before_activation(attrs: Attrs, dy: Array, y: Array) -> Array:
+    """The gradient of a fused activation's input, from that of its output; only the sign of y matters."""
+    if not attrs.get("activation"):
+        return dy
+    slope = dy.dtype.type(attrs["alpha"] if attrs["activation"] == "leaky_relu" else 0)
+    return np.where(y > 0, dy, dy * slope)
+
+
+def _normalize_moments(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
+    dy, x, stats, *affine = inputs
+    xhat = _xhat(x, stats)
+    if affine:
+        gamma, beta = affine
+        dy = _before_activation(op.attrs, dy, xhat * _wide(gamma, dy) + _wide(beta, dy))
+    return _moments(dy, xhat)
+
+
 def _normalize_input_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    dy, x, stats, gamma, moments = inputs
+    dy, x, stats, gamma, moments, *beta = inputs
     count = op.attrs["count"]
+    if beta:
+        dy = _before_activation(op.attrs, dy, _xhat(x, stats) * _wide(gamma, dy) + _wide(beta[0], dy))
     centred = dy - _wide(moments[0] / count, dy) - _xhat(x, stats) * _wide(moments[1] / count, dy)
     return [centred * _wide(gamma * stats[1], dy)]
 
@@ -179,7 +201,7 @@ register(
         "NormalizeMoments",
         _pair_spec("float64"),
         _map_domain(2, reduced=True),
-        lambda op, domain, box, inputs: _moments(inputs[0], _xhat(inputs[1], inputs[2])),
+        _normalize_moments,
         kernel="normalize_moments",
     )
 )
