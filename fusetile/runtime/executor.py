@@ -66,6 +66,10 @@ class Executor:
     def _gradients(self) -> dict[int, list[Gradient]]:
         pieces: dict[int, list[Gradient]] = {}
         for gradient in sorted(self._program.gradients, key=lambda gradient: gradient.call):
+            if gradient.step >= len(self._actions):
+                raise PlanError(
+                    f"the gradient of {gradient.parameter!r} is to be read in step {gradient.step}, too late"
+                )
             pieces.setdefault(gradient.step, []).append(gradient)
         return pieces
 

@@ -70,6 +70,8 @@ class Progress:
             if record.step == 1:
                 self._stack.enter_context(self._bar)
             self._bar.update(self._bar.task_ids[0], completed=record.step, text=record.text(self._total))
+            if record.step == self._total:
+                self._bar.stop()  # what is printed afterwards comes below it
         elif self._show:
             now = time.monotonic()
             if record.step in (1, self._total) or now - self._printed_at >= _LINE_every_seconds:

@@ -1,0 +1,52 @@
+"""The log and what a run prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusetile.errors import UserError
+from fusetile.runtime.progress import Progress, StepRecord
+
+
+def test_a_step_is_a_line_of_json_that_is_on_disk_at_once(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    with Progress(3, show=False, log=log) as progress:
+        for step, loss in enumerate((2.5, None, math.nan), 1):
+            progress.step(StepRecord(step, loss, 0.25, 4))
+            assert len(log.read_text().splitlines()) == step
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [
+        {"step": 1, "loss": 2.5, "seconds": 0.25, "samples": 4},
+        {"step": 2, "loss": None, "seconds": 0.25, "samples": 4},
+        {"step": 3, "loss": None, "seconds": 0.25, "samples": 4},
+    ]
+
+
+def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(3, show=True, log=None) as progress:
+        for step in (1, 2, 3):
+            progress.step(StepRecord(step, 0.5, 0.25, 4))
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/3  loss 0.5000  0.25 s/step  16 samples/s",
+        "step 3/3  loss 0.5000  0.25 s/step  16 samples/s",
+    ]
+
+
+def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with Progress(2, show=True, log=None) as progress:
+        progress.step(StepRecord(1, 0.5, 0.25, 4))
+        progress.step(StepRecord(2, 0.5, 0.25, 4))
+        print("afterwards")
+    out = capsys.readouterr().out
+    assert "step 2/2" in out and out.rstrip().endswith("afterwards")
+
+
+def test_a_log_that_can_not_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="can't write the log"):
+        Progress(1, show=False, log=tmp_path)
