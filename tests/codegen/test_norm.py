@@ -84,3 +84,17 @@ def test_input_gradients(shape: tuple[int, ...]) -> None:
         Case("FrozenNormalizeInputGrad", [dy, stats(channels), vector(channels, 2)], {"count": 0}),
     ):
         case.check(middle(case.domain.box, case.domain, channels=8), rtol=1e-5, atol=1e-5, **LAYOUT)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_gradients_behind_an_activation(activation: str, shape: tuple[int, ...]) -> None:
+    channels = shape[1]
+    (dy, x), moments = maps(shape, 2), seeded(5).standard_normal((2, channels)) * 50
+    shift = vector(channels, 3) - 4  # signs of both kinds
+    attrs = {"activation": activation, "alpha": 0.1}
+    scale = [stats(channels), vector(channels, 2)]
+    sums = Case("NormalizeMoments", [dy, x, *scale, shift], attrs)
+    sums.check(middle(sums.domain.box, sums.domain, channels=8), rtol=2e-6, atol=1e-5, **LAYOUT)
+    gradient = Case("NormalizeInputGrad", [dy, x, *scale, moments, shift], {"count": 126, **attrs})
+    gradient.check(middle(gradient.domain.box, gradient.domain, channels=8), rtol=1e-5, atol=1e-5, **LAYOUT)
