@@ -1,8 +1,9 @@
 """Convolution kernels against PyTorch (oneDNN), one thread: `python -m benchmarks.kernels [--target avx2] [PATTERN]`.
 
-Prints, per layer and phase, GFLOP/s and the ratio of our time to PyTorch's: medians of runs that alternate. PyTorch
-gets the better of its two memory layouts and, for avx2, no wider registers; its own layout conversions inside an
-operator count, as ours do (the transposed weights of the input gradient). Needs torch.
+Prints, per layer and phase, GFLOP/s and the ratio of our time to PyTorch's, and medians of the ratios. Runs alternate
+and each side's best counts, so that other work on the computer disturbs little. PyTorch gets the better of its two
+memory layouts and, for avx2, no wider registers; its own layout conversions inside an operator count, as ours do (the
+transposed weights of the input gradient). Needs torch.
 """
 
 from __future__ import annotations
@@ -187,13 +188,13 @@ def prepare(task: Task, library: Library) -> tuple[Callable[[], None], Callable[
 
 
 def measure(runs: list[Callable[[], Any]], seconds: float) -> list[float]:
-    """Median seconds of each, measured in turns."""
+    """Least seconds of each, measured in turns."""
     repeats = []
     for run in runs:
         run()
         start = time.perf_counter()
         run()
-        repeats.append(max(1, round(0.002 / (time.perf_counter() - start + 1e-9))))
+        repeats.append(max(1, round(0.001 / (time.perf_counter() - start + 1e-9))))
     times: list[list[float]] = [[] for _ in runs]
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(times[0]) < 5:
@@ -202,7 +203,7 @@ def measure(runs: list[Callable[[], Any]], seconds: float) -> list[float]:
             for _ in range(repeat):
                 run()
             found.append((time.perf_counter() - start) / repeat)
-    return [statistics.median(found) for found in times]
+    return [min(found) for found in times]
 
 
 def main() -> None:

@@ -49,6 +49,7 @@ from fusetile.program import Buffer
 # A fully connected layer computes its input gradient from the weights as they are, which costs a sum over lanes per
 # result, or from transposed weights, which cost a pass over them: for many images and few blocks of outputs.
 DOT_BLOCKS = 8
+DOT_ALONE = 8  # input channels at once for a single image
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +349,7 @@ def _dot(domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[B
         "x_image": dx.image,
         "x_block": dx.block,
     }
-    kernel = dot_rows(vectors=m.vectors, images=m.dot[0], lines=m.dot[1])
+    kernel = dot_rows(vectors=m.vectors, images=m.dot[0], lines=m.dot[1], alone=DOT_ALONE)
     units = blocks(filter_box[1], w.block[1])
     return Lowered((KernelCall(kernel, units, (source.start, weights.start, dx.start), _order(DOT_INTS, ints)),))
 

@@ -89,7 +89,7 @@ def machine(target: Target, block: int) -> Machine:
     vectors = Vectors(block, min(target.width, block), lanes=0)
     if target.registers == 32:
         return Machine(vectors, {1: 28, 2: 14, 4: 6}, {1: 24, 2: 14, 4: 6}, (4, 4), fma=2, loads=2, latency=4, **caches)
-    return Machine(vectors, {1: 12, 2: 6, 3: 4}, {1: 12, 2: 6, 3: 4}, (3, 3), fma=2, loads=2, latency=4, **caches)
+    return Machine(vectors, {1: 12, 2: 6, 3: 4}, {1: 12, 2: 6, 3: 4}, (4, 2), fma=2, loads=2, latency=4, **caches)
 
 
 def cover_pixels(m: Machine, columns: int, blocks: int) -> list[Cover]:

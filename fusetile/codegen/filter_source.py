@@ -124,55 +124,59 @@ for unit in T.serial(lo, hi):
 
 
 @cache
-def dot_rows(*, vectors: Vectors, images: int, lines: int) -> Kernel:
+def dot_rows(*, vectors: Vectors, images: int, lines: int, alone: int) -> Kernel:
     """dx[n][c] = sum over k of dy[n][k] * w[k][c], with the lanes of k summed at the end: no transposed weights.
 
-    Register tile: `images` x `lines` channels. A work unit is one block of input channels; lanes of dx beyond the
-    weights' block are zero. Pointers dy, w, dx.
+    Register tile: `images` x `lines` input channels; for the images that are left over, 1 x `alone`. A work unit is one
+    block of input channels; lanes of dx beyond the weights' block are zero. Pointers dy, w, dx.
     """
     v = vectors
 
-    def tile(rows: int, n: str, count: int, line: str) -> str:
-        def each(statement: str) -> str:
-            return f"""
-        for p in T.unroll({rows}):
-            for q in T.unroll({count}):
-                {statement}"""
-
-        y_at = f"dy[({n} + p) * y_image + k * y_block + u * {v.width} + e]"
-        w_at = f"w[k * w_k + c * w_block + ({line} + q) * {v.block} + u * {v.width} + e]"
-        total = _tree([f"acc[p, q, {e}]" for e in range(v.width)])
-        zero = each(f"""for e in T.vectorized({v.width}):
-                    acc[p, q, e] = T.float32(0)""")
-        multiply = f"""
-        for k in T.serial(k_blocks):
-            for u in T.unroll({v.per_block}):
-                for p in T.unroll({rows}):
-                    for q in T.unroll({count}):
-                        for e in T.vectorized({v.width}):
-                            acc[p, q, e] = acc[p, q, e] + {y_at} * {w_at}"""
-        store = each(f"dx[({n} + p) * x_image + c * x_block + {line} + q] = {total}")
-        return zero + multiply + store
-
-    def over_lines(rows: int, n: str) -> str:
+    def tile(rows: int, image: str, columns: int, line: str) -> str:
+        y_at = f"dy[({image} + p) * y_image + k * y_block + r * {v.width} + e]"
+        w_at = f"w[k * w_k + c * w_block + ({line} + q) * {v.block} + r * {v.width} + e]"
+        acc = f"acc[p * {columns} + q, e]"
+        total = _tree([f"acc[p * {columns} + q, {e}]" for e in range(v.width)])
         return f"""
-      for j in T.serial(T.truncdiv(lines, {lines})):{tile(rows, n, lines, f"j * {lines}")}
-      for j in T.serial(T.truncdiv(lines, {lines}) * {lines}, lines):{tile(rows, n, 1, "j")}"""
+for p in T.unroll({rows}):
+    for q in T.unroll({columns}):
+        for e in T.vectorized({v.width}):
+            {acc} = T.float32(0)
+for k in T.serial(k_blocks):
+    for r in T.unroll({v.per_block}):
+        for p in T.unroll({rows}):
+            for q in T.unroll({columns}):
+                for e in T.vectorized({v.width}):
+                    {acc} = {acc} + {y_at} * {w_at}
+for p in T.unroll({rows}):
+    for q in T.unroll({columns}):
+        dx[({image} + p) * x_image + c * x_block + {line} + q] = {total}
+"""
+
+    def over_lines(rows: int, image: str, columns: int) -> str:
+        return f"""
+for j in T.serial(T.truncdiv(lines, {columns})):
+    {indent(tile(rows, image, columns, f"j * {columns}"), 4)}
+for j in T.serial(T.truncdiv(lines, {columns}) * {columns}, lines):
+    {indent(tile(rows, image, 1, "j"), 4)}
+"""
 
     body = f"""
 for c in T.serial(lo, hi):
-    for i in T.serial(T.truncdiv(images, {images})):{over_lines(images, f"i * {images}")}
-    for i in T.serial(T.truncdiv(images, {images}) * {images}, images):{over_lines(1, "i")}
+    for i in T.serial(T.truncdiv(images, {images})):
+        {indent(over_lines(images, f"i * {images}", lines), 8)}
+    for i in T.serial(T.truncdiv(images, {images}) * {images}, images):
+        {indent(over_lines(1, "i", alone), 8)}
     for i in T.serial(images):
         for j in T.serial(lines, {v.block}):
             dx[i * x_image + c * x_block + j] = T.float32(0)
 """
     return make_kernel(
-        f"dot_rows_{images}x{lines}_{v.tag}",
+        f"dot_rows_{images}x{lines}_1x{alone}_{v.tag}",
         pointers=dict.fromkeys(("dy", "w", "dx"), "float32"),
         body=body,
         ints=DOT_INTS,
-        scratch={"acc": ((images, lines, v.width), "float32")},
+        scratch={"acc": ((max(images * lines, alone), v.width), "float32")},
     )
 
 
