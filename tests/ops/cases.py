@@ -123,6 +123,7 @@ MAP, ROW, C = (2, 5, 4, 3), (3, 7), (5,)
 PAIR = (2, 5)
 BIG = np.array([[3.0, -2, 5, 1, 4], [40.0, 60, 70, 50, 45]])  # sums whose variance is positive for a count of 24
 COUNT = {"count": 24}
+RELU = {"activation": "relu", "alpha": 0.0}
 
 
 def _others() -> list[Case]:
@@ -151,6 +152,13 @@ def _others() -> list[Case]:
             "NormalizeInputGrad",
             ((MAP, V), (MAP, V), (PAIR, V), (C, V), (PAIR, "float64")),
             COUNT,
+        ),
+        Case("NormalizeMoments behind relu", "NormalizeMoments", ((MAP, V), (MAP, V), (PAIR, V), (C, V), (C, V)), RELU),
+        Case(
+            "NormalizeInputGrad behind leaky relu",
+            "NormalizeInputGrad",
+            ((MAP, V), (MAP, V), (PAIR, V), (C, V), (PAIR, "float64"), (C, V)),
+            {**COUNT, "activation": "leaky_relu", "alpha": 0.2},
         ),
         Case("FrozenNormalizeInputGrad", "FrozenNormalizeInputGrad", ((MAP, V), (PAIR, V), (C, V))),
         Case(

@@ -1,0 +1,238 @@
+"""Passes from graph to graph: what they make of a small network, and that no result changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fusetile.errors import UserError
+from fusetile.graph import BACKWARD, FORWARD, UPDATE, Graph, Parameter
+from fusetile.passes.add_optimizer import add_optimizer
+from fusetile.passes.differentiate import differentiate
+from fusetile.passes.fuse import fuse
+from fusetile.passes.prune import prune
+from fusetile.reference import evaluate
+from fusetile.trace import as_text
+from tests.graphs import Net, feeds
+from tests.passes.golden import assert_golden, small
+from tests.random_graphs import random_graph
+from tests.training import loss_of, training_graph
+
+SEEDS = range(50)
+
+
+def snapshot(graph: Graph) -> tuple[str, tuple[object, ...]]:
+    """Everything that a pass could change in a graph that it was given."""
+    loose = (graph.inputs, graph.outputs, graph.targets, graph.controls, graph.next_value, graph.gradients, graph.loss)
+    layers = [(op.name, op.layer, op.origin) for op in graph.ops.values()]
+    return as_text(graph), (repr(loose), sorted(graph.tensors), sorted(graph.parameters), layers)
+
+
+def results(graph: Graph, fed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Loss, outputs, gradients by parameter and next values by parameter, in float64."""
+    values = evaluate(graph, fed, exact=True)
+    found = {"loss": values[graph.loss]}
+    found |= {f"output {i}": values[name] for i, name in enumerate(graph.outputs)}
+    found |= {f"gradient of {name}": values[gradient] for name, gradient in graph.gradients.items()}
+    return found | {f"next {name}": values[new] for name, new in graph.next_value.items()}
+
+
+def assert_same(before: Graph, after: Graph) -> None:
+    fed = feeds(before)
+    one, other = results(before, fed), results(after, {n: v for n, v in fed.items() if n in after.tensors})
+    assert set(one) == set(other)
+    for name, value in one.items():
+        np.testing.assert_allclose(other[name], value, rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+def assert_in_order(graph: Graph) -> None:
+    """Every op behind what it reads, and every layer an op of the graph."""
+    known = {*graph.fed(), *graph.parameters}
+    forward = {op.name for op in graph.ops.values() if op.phase == FORWARD}
+    for op in graph.ops.values():
+        assert set(op.inputs) <= known, op.name
+        known |= set(op.outputs)
+        assert op.layer in forward if op.phase == BACKWARD else op.layer == op.name or op.phase == UPDATE
+    assert known == set(graph.tensors)
+    assert graph.kept() <= known
+
+
+def differentiated(graph: Graph) -> Graph:
+    return add_optimizer(differentiate(graph, loss=loss_of(graph)), momentum=0.9, weight_decay=1e-3)
+
+
+# -- differentiate ---------------------------------------------------------------------------------------------------
+
+
+def test_differentiate_golden() -> None:
+    assert_golden("differentiate", as_text(differentiate(small(), loss="cross-entropy")))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gradients_are_those_of_finite_differences(seed: int) -> None:
+    """Of all parameters together, along one random direction; twice where a kink may lie between."""
+    graph = random_graph(seed)
+    graph = differentiate(graph, loss=loss_of(graph))
+    fed = feeds(graph)
+    values = evaluate(graph, fed, exact=True)
+    rng = np.random.default_rng(seed)
+    errors = []
+    for step in (1e-6, 1e-8):
+        directions = {name: rng.standard_normal(values[name].shape) for name in graph.gradients}
+        moved = [
+            {name: values[name] + sign * step * direction for name, direction in directions.items()} for sign in (1, -1)
+        ]
+        plus, minus = (evaluate(graph, fed | some, exact=True)[graph.loss][0] for some in moved)
+        expected = sum((values[graph.gradients[name]] * d).sum() for name, d in directions.items())
+        errors.append(abs((plus - minus) / (2 * step) - expected) / max(1, abs(expected)))
+    assert min(errors) < 1e-5
+
+
+def test_differentiate_leaves_the_forward_graph_alone() -> None:
+    graph = small()
+    before = snapshot(graph)
+    after = differentiate(graph, loss="cross-entropy")
+    assert snapshot(graph) == before
+    assert [op for op in after.ops.values() if op.phase == FORWARD][: len(graph.ops)] == list(graph.ops.values())
+    assert set(after.gradients) == {name for name, p in graph.parameters.items() if p.trainable}
+
+
+def test_frozen_parameters_get_no_gradient_and_nothing_below_them_is_differentiated() -> None:
+    net = Net((1, 2, 5, 5))
+    frozen = net.conv(net.x, 3)
+    graph = net.done(net.conv(net.relu(frozen), 2))
+    graph.parameters["w0"] = Parameter(graph.parameters["w0"].value, trainable=False)
+    after = differentiate(graph, loss="mse")
+    assert list(after.gradients) == ["w2"]
+    assert [op.kind for op in after.ops.values() if op.phase == BACKWARD].count("ConvWeightGrad") == 1
+
+
+def test_a_parameter_that_does_not_reach_the_loss_gets_no_gradient() -> None:
+    net = Net((1, 2, 5, 5))
+    net.conv(net.x, 3)
+    graph = net.done(net.conv(net.x, 2))
+    assert list(differentiate(graph, loss="mse").gradients) == ["w1"]
+
+
+def test_errors_of_differentiate() -> None:
+    with pytest.raises(UserError, match=r"unknown loss 'hinge'.*cross-entropy, mse"):
+        differentiate(small(), loss="hinge")
+    net = Net((1, 2, 5, 5))
+    with pytest.raises(UserError, match="nothing to train"):
+        differentiate(net.done(net.relu(net.x)), loss="mse")
+    vector = Net((2, 3))
+    w = vector.gemm(vector.x, 2)
+    vector.graph.tensors[w] = type(vector.graph.tensors[w])(w, (2,))
+    with pytest.raises(UserError, match=r"needs an output \[N,C\]"):
+        differentiate(vector.done(w), loss="cross-entropy")
+
+
+# -- add_optimizer ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_add_optimizer_golden(momentum: float) -> None:
+    graph = add_optimizer(differentiate(small(), loss="cross-entropy"), momentum=momentum, weight_decay=0.01)
+    updates = [line for line in as_text(graph).splitlines() if line.startswith(UPDATE)]
+    names = ("add_optimizer", "add_optimizer_momentum")
+    assert_golden(names[momentum > 0], "\n".join(updates) + "\n")
+
+
+def test_momentum_has_state_that_starts_at_zero() -> None:
+    graph = add_optimizer(differentiate(small(), loss="cross-entropy"), momentum=0.5, weight_decay=0.0)
+    state = {name: p for name, p in graph.parameters.items() if name.endswith(".velocity")}
+    assert len(state) == len(graph.gradients) == 3
+    assert all(not p.value.any() and not p.trainable and p.onnx_name == "" for p in state.values())
+    assert set(graph.next_value) == {*graph.gradients, *state}
+
+
+# -- prune -----------------------------------------------------------------------------------------------------------
+
+
+def with_waste() -> Graph:
+    """Identities (one of them an output), a branch that nobody reads, a weight that nobody needs."""
+    net = Net((2, 3, 6, 6))
+    x = net._op("Identity", net.conv(net.x, 4))
+    net.relu(net.conv(x, 5))
+    return net.done(net._op("Identity", net.conv(net._op("Identity", x), 2)))
+
+
+def test_prune_golden() -> None:
+    assert_golden("prune", as_text(prune(differentiated(with_waste()))))
+
+
+def test_prune_removes_what_nobody_needs() -> None:
+    graph = prune(differentiated(with_waste()))
+    kinds = [op.kind for op in graph.ops.values()]
+    assert kinds.count("Conv") == 2 and kinds.count("ConvInputGrad") == 1 and kinds.count("Identity") == 1
+    assert "w2" not in graph.parameters and "w2" not in graph.tensors
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prune_changes_no_result(seed: int) -> None:
+    graph = differentiated(random_graph(seed))
+    before = snapshot(graph)
+    after = prune(graph)
+    assert snapshot(graph) == before
+    assert_same(graph, after)
+    assert_in_order(after)
+    assert snapshot(prune(after)) == snapshot(after)
+
+
+# -- fuse ------------------------------------------------------------------------------------------------------------
+
+
+def test_fuse_golden() -> None:
+    net = Net((2, 3, 6, 6))
+    x = net.relu(net.batch_norm(net.conv(net.x, 4)))
+    x = net.leaky(net.conv(x, 5, bias=True), alpha=0.2)
+    graph = prune(differentiated(net.done(net.relu(net.gemm(net.flatten(x), 3)))))
+    assert_golden("fuse", as_text(fuse(graph)))
+
+
+def test_an_activation_stays_where_its_input_is_read_elsewhere() -> None:
+    net = Net((2, 3, 6, 6))
+    z = net.conv(net.x, 4)
+    after = fuse(prune(differentiated(net.done(net.add(net.relu(z), z)))))
+    assert [op.kind for op in after.ops.values() if op.phase == FORWARD][:2] == ["Conv", "Relu"]
+    kept = Net((2, 3, 6, 6))
+    z = kept.conv(kept.x, 4)
+    kept.relu(z)
+    after = fuse(prune(differentiated(kept.done(z))))
+    assert "Relu" not in [op.kind for op in after.ops.values()] and after.outputs == [z]
+    both = Net((2, 3, 6, 6))
+    z = both.conv(both.x, 4)
+    after = fuse(prune(differentiated(both.done(z, both.relu(z)))))
+    assert "Relu" in [op.kind for op in after.ops.values()]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_fuse_changes_no_result(seed: int) -> None:
+    graph = prune(differentiated(random_graph(seed)))
+    before = snapshot(graph)
+    after = fuse(graph)
+    assert snapshot(graph) == before
+    assert_same(graph, after)
+    assert_in_order(after)
+    assert len(after.ops) <= len(graph.ops)
+
+
+def test_random_graphs_reach_every_kind_of_op() -> None:
+    """Else the tests above would say less than they seem to."""
+    from fusetile.ops import ROWS
+
+    seen = {op.kind for seed in SEEDS for op in differentiated(random_graph(seed)).ops.values()}
+    assert set(ROWS) - seen <= {"Scale"}  # which only comes from Gemm's alpha at import
+    fused = [
+        op for seed in SEEDS for op in training_graph(random_graph(seed)).ops.values() if op.attrs.get("activation")
+    ]
+    assert {op.kind for op in fused} >= {"Conv", "Normalize"}
+
+
+def test_a_pass_that_loses_a_term_is_seen() -> None:
+    graph = prune(differentiated(random_graph(3)))
+    wrong = graph.copy()
+    decayed = next(op for op in wrong.ops.values() if op.kind == "SGD")
+    wrong.replace_op(decayed, attrs={**decayed.attrs, "weight_decay": 0.0})
+    with pytest.raises(AssertionError):
+        assert_same(graph, wrong)
