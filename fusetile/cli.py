@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 from enum import StrEnum
@@ -175,7 +176,7 @@ def compile_command(
 ) -> None:
     """Compile a model for a cluster: one folder per device, to be copied there.
 
-    Then, on each device:  fusetile-runtime nodes/NAME --data DATA
+    Then, on each device:  fusetile-runtime BUILD/nodes/NAME --data DATA
     """
     if (cluster is None) == (nodes is None):
         raise UserError("give either --cluster FILE (your devices) or --nodes N (that many at 127.0.0.1)")
@@ -183,9 +184,9 @@ def compile_command(
     training = _training(loss, batch, lr, momentum, weight_decay, bn, dropout, seed, plan, halo)
     _compile(model, devices, training, out, dump=dump, stop_after=stop_after, verbose=verbose)
     console.print(devices_table(read_plan(out)))
-    console.print(f"Wrote {out}: plan.json and nodes/{{{','.join(node.name for node in devices.nodes)}}}")
-    console.print("Next: look at it with [bold]fusetile explain[/], copy each folder to its device and start there:")
-    console.print("  fusetile-runtime NAME --data DATA")
+    _say(f"Wrote {out}: plan.json and a folder per device, nodes/{{{','.join(node.name for node in devices.nodes)}}}")
+    _say(f"Next: fusetile explain {out} shows the plan. Copy each folder to its device and start there:")
+    _say("  fusetile-runtime NAME --data DATA")
 
 
 @app.command("train")
@@ -234,7 +235,7 @@ def train_command(
     ] = None,
     log: Annotated[
         Path | None,
-        typer.Option("--log", help="Append one JSON object per step.", metavar="FILE.jsonl", rich_help_panel="Run"),
+        typer.Option("--log", help="Write one JSON object per step.", metavar="FILE.jsonl", rich_help_panel="Run"),
     ] = None,
     save_gradients: Annotated[
         Path | None,
@@ -250,10 +251,12 @@ def train_command(
     training = _training(loss, batch, lr, momentum, weight_decay, bn, dropout, seed, plan, halo)
     devices = local_cluster(nodes, ports=free_ports(nodes))
     options = RunOptions(data, steps, epochs, no_shuffle, threads, log, save_gradients)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the node processes must end, and the folder must go
+        signal.signal(number, lambda received, frame: sys.exit(128 + received))
     with tempfile.TemporaryDirectory(prefix="fusetile-") as folder:
         build = _compile(model, devices, training, Path(folder) / "build", verbose=verbose)
         train_locally(build, devices, options, out)
-    console.print(f"Trained model: [bold]{out / 'trained.onnx'}[/] (passes onnx.checker)")
+    _say(f"Trained model: {out / 'trained.onnx'} (passes onnx.checker)")
 
 
 @app.command("export")
@@ -263,7 +266,7 @@ def export_command(
 ) -> None:
     """Put the weights of a finished run into the model that was compiled: the same nodes and names, new weights."""
     export_run(run, out)
-    console.print(f"Wrote {out} (passes onnx.checker)")
+    _say(f"Wrote {out} (passes onnx.checker)")
 
 
 @app.command("explain")
@@ -339,10 +342,17 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error), error.exit_status)
     except KeyboardInterrupt:
         _fail("stopped by Ctrl-C", 130)
+    except OSError as error:
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", UserError.exit_status)
     except Exception as error:
         if not hasattr(error, "exit_code"):
             raise
         _usage(error)
+
+
+def _say(line: str) -> None:
+    """Print a line that may hold paths: never wrapped, never read as markup."""
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _usage(error: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -62,6 +63,7 @@ def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path)
     """Run every node of `build` here; OUT/trained.onnx is written when all have finished. Raises what stopped them."""
     if out.exists() and not out.is_dir():
         raise UserError(f"-o {out}: there is a file of that name; choose a folder")
+    existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     threads = options.threads or max(1, (os.cpu_count() or 1) // len(cluster.nodes))
     processes = []
@@ -79,6 +81,8 @@ def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path)
         _wait(processes, [node.name for node in cluster.nodes])
     finally:
         _stop(processes)
+        if not existed and not any(out.iterdir()):
+            out.rmdir()  # nothing came of it
     export_run(out, out / "trained.onnx", model=build / "model.onnx")
 
 
@@ -131,10 +135,18 @@ def export_run(run: Path, out: Path, *, model: Path | None = None) -> None:
     models = [
         path for path in (model, folders[0] / "model.onnx", folders[0].parent / "model.onnx") if path and path.is_file()
     ]
+    if not models and (folders[0] / "trained.onnx").is_file():
+        raise UserError(f"{folders[0]} holds trained.onnx already: `fusetile train` exports by itself")
     if not models:
         raise UserError(f"{folders[0]}: no model.onnx beside it; copy the one from the build's first node there")
     try:
         weights = load_file(folders[0] / RESULT)
     except (SafetensorError, OSError) as error:
         raise FusetileError(f"{folders[0] / RESULT} can't be read: {error}") from None
+    if broken := sorted(name for name, value in weights.items() if not np.isfinite(value).all()):
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        print(
+            f"fusetile: warning: {broken[0]}{more} hold NaN or infinity; lower --lr, or look for NaN in the data",
+            file=sys.stderr,
+        )
     export_onnx(models[0], weights, out)
