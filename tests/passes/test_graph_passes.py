@@ -11,6 +11,7 @@ from fusetile.passes.add_optimizer import add_optimizer
 from fusetile.passes.differentiate import differentiate
 from fusetile.passes.fuse import fuse
 from fusetile.passes.prune import prune
+from fusetile.passes.rematerialize import rematerialize
 from fusetile.reference import evaluate
 from fusetile.trace import as_text
 from tests.graphs import Net, feeds
@@ -215,6 +216,35 @@ def test_fuse_changes_no_result(seed: int) -> None:
     assert_same(graph, after)
     assert_in_order(after)
     assert len(after.ops) <= len(graph.ops)
+
+
+# -- rematerialize ---------------------------------------------------------------------------------------------------
+
+
+def test_rematerialize_golden() -> None:
+    net = Net((2, 3, 6, 6))
+    x = net.relu(net.batch_norm(net.conv(net.x, 4)))
+    graph = fuse(prune(differentiated(net.done(net.conv(x, 2)))))
+    assert_golden("rematerialize", as_text(rematerialize(graph)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rematerialize_changes_no_result(seed: int) -> None:
+    graph = fuse(prune(differentiated(random_graph(seed))))
+    before = snapshot(graph)
+    after = rematerialize(graph)
+    assert snapshot(graph) == before
+    assert_same(graph, after)
+    assert_in_order(after)
+
+
+def test_no_normalized_map_is_kept_for_the_backward_pass() -> None:
+    for seed in SEEDS:
+        graph = training_graph(random_graph(seed))
+        trained = {op.outputs[0] for op in graph.ops.values() if op.kind == "Normalize" and op.attrs["count"]}
+        forward = {name for op in graph.ops.values() if op.phase == FORWARD for name in op.outputs}
+        for op in graph.ops.values():
+            assert op.phase != BACKWARD or not trained & forward & set(op.inputs), op.name
 
 
 def test_random_graphs_reach_every_kind_of_op() -> None:
