@@ -335,12 +335,14 @@ def _compile(
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors end with one message and the exit status of their class."""
     try:
-        app(args=arguments, standalone_mode=False)
+        status = app(args=arguments, standalone_mode=False)
+        if status:  # commands return nothing: typer has caught a Ctrl-C
+            _fail("stopped by Ctrl-C", status)
     except Stopped as stopped:
         console.print(f"Stopped after {stopped}.")
     except FusetileError as error:
         _fail(str(error), error.exit_status)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("stopped by Ctrl-C", 130)
     except OSError as error:
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", UserError.exit_status)

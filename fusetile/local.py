@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import socket
@@ -13,12 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from fusetile.cluster import Cluster
-from fusetile.errors import FusetileError, PeerFailure, UserError
+from fusetile.errors import PeerFailure, UserError
 from fusetile.onnx_export import export_onnx
+from fusetile.runtime import safetensors
 
 RESULT = "trained.safetensors"
 
@@ -132,17 +132,14 @@ def export_run(run: Path, out: Path, *, model: Path | None = None) -> None:
     folders = [folder for folder in (run, run / "run") if (folder / RESULT).is_file()]
     if not folders:
         raise UserError(f"{run}: no {RESULT} in it or in its folder 'run'; has the run finished on the first node?")
-    models = [
-        path for path in (model, folders[0] / "model.onnx", folders[0].parent / "model.onnx") if path and path.is_file()
-    ]
+    weights, metadata = safetensors.load(folders[0] / RESULT)
+    near = [model] if model else [folders[0] / "model.onnx", folders[0].parent / "model.onnx"]
+    wanted = metadata.get("model_hash")
+    models = [path for path in near if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted]
     if not models and (folders[0] / "trained.onnx").is_file():
         raise UserError(f"{folders[0]} holds trained.onnx already: `fusetile train` exports by itself")
     if not models:
-        raise UserError(f"{folders[0]}: no model.onnx beside it; copy the one from the build's first node there")
-    try:
-        weights = load_file(folders[0] / RESULT)
-    except (SafetensorError, OSError) as error:
-        raise FusetileError(f"{folders[0] / RESULT} can't be read: {error}") from None
+        raise UserError(f"{folders[0]}: the model.onnx that was compiled is not beside it; it is in the build")
     if broken := sorted(name for name, value in weights.items() if not np.isfinite(value).all()):
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         print(
