@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -85,30 +84,38 @@ def measure(case: Case, batch: int, threads: int, steps: int) -> tuple[tuple[flo
         x = random.standard_normal(shapes["input"], np.float32)
         y = random.standard_normal(shapes["target"], np.float32)
         np.savez(data, x=x, y=y if case.loss == "mse" else random.integers(0, case.classes, batch))
-        command = ["-m", "fusetile.runtime.node", str(folder / "build/nodes/node0"), "--data", str(data), "--quiet"]
+        command = ["fusetile.runtime.node", str(folder / "build/nodes/node0"), "--data", str(data), "--quiet"]
         command += ["--steps", str(steps + WARM_UP), "--threads", str(threads), "--log", str(log)]
         _, ours_mb = run_measured(command)
         seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()][WARM_UP:]
         peer = {"case": case.model, "shape": x.shape, "target": y.shape, "threads": threads, "steps": steps}
         peer |= {"loss": case.loss, "classes": case.classes}
         results = [
-            run_measured(["-m", "benchmarks.step", "--peer", json.dumps({**peer, "channels_last": last})])
+            run_measured(["benchmarks.step", "--peer", json.dumps({**peer, "channels_last": last})])
             for last in (False, True)
         ]
     best, mb = min((json.loads(text), mb) for text, mb in results)
     return (statistics.median(seconds), ours_mb), (best, mb)
 
 
+# The kernel's own record of a process's peak starts with that of the process it was forked from; this one does not.
+MEASURED = """
+import pathlib, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+finally:
+    print(next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))
+"""
+
+
 def run_measured(arguments: list[str]) -> tuple[str, float]:
-    """Standard output and the peak resident memory (MB) of a Python process."""
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(arguments[:3])} ended with status {process.returncode}")
-    return text, usage.ru_maxrss / 1000
+    """Standard output and the peak resident memory (MB) of a Python module run as a process."""
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{arguments[0]} ended with status {done.returncode}")
+    *lines, peak = done.stdout.splitlines()
+    return "\n".join(lines), int(peak.split()[1]) / 1e3
 
 
 # -- the peer ----------------------------------------------------------------------------------------------------------
