@@ -16,7 +16,6 @@ from fusetile.passes.fuse import fuse
 from fusetile.passes.group import Halo, group
 from fusetile.passes.prune import prune
 from fusetile.passes.rematerialize import rematerialize
-from fusetile.passes.rematerialize import rematerialize
 from fusetile.plan import Plan
 from fusetile.plan_executor import execute
 
