@@ -55,9 +55,11 @@ def load_weights(path: Path, program: Program, arena: np.ndarray) -> None:
 
 
 def pieces_of(program: Program, arena: np.ndarray, gradients: Iterable[tuple[Gradient, np.ndarray]]) -> list[Piece]:
-    """What this device has of the result. State of the optimizer is no part of it."""
+    """What this device has of the result. State of the optimizer and constants are no part of it."""
     parameters = [
-        _piece(PARAMETERS, shard, unpack(arena, shard.buffer, shard.box)) for shard in program.shards if shard.onnx_name
+        _piece(PARAMETERS, shard, unpack(arena, shard.buffer, shard.box))
+        for shard in program.shards
+        if shard.onnx_name and shard.updated
     ]
     return parameters + [_piece(GRADIENTS, gradient, values) for gradient, values in gradients]
 
@@ -117,9 +119,12 @@ def _join_one(name: str, parts: list[Piece]) -> np.ndarray:
     missing = uncovered(whole(first.shape), tuple(part.box for part in parts))
     if volume(whole(first.shape)) and missing:
         raise PlanError(f"no device has {text(missing[0])} of {name!r}")
-    joined = np.empty(first.shape, first.values.dtype)
-    for part in parts:
-        joined[slices(part.box)] = part.values
+    if len(parts) == 1:
+        joined = first.values
+    else:
+        joined = np.empty(first.shape, first.values.dtype)
+        for part in parts:
+            joined[slices(part.box)] = part.values
     return joined.swapaxes(0, 1) if first.transposed else joined
 
 
