@@ -66,10 +66,10 @@ def communication_text(communication: Communication) -> str:
 
 def schedule_text(schedule: Schedule, communication: Communication) -> str:
     """Per device its actions in order; transfers are numbered."""
-    lines = [
-        f"{t.tag}: {communication.deliveries[t.delivery].tensor} {t.move.source} -> {t.move.target} {text(t.move.box)}"
-        for t in schedule.transfers
-    ]
+    lines = []
+    for t in schedule.transfers:
+        parts = (f"{communication.deliveries[p.delivery].tensor} {text(p.move.box)}" for p in t.parts)
+        lines.append(f"{t.tag}: {t.source} -> {t.target} {', '.join(parts)}")
     for device, actions in enumerate(schedule.actions):
         lines.append(f"device {device}")
         for action in actions:
