@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from fusetile.cluster import PROFILES, Cluster, Node, local_cluster
 from fusetile.codegen.targets import host
 from fusetile.compile import Training, compile_graph
 from fusetile.graph import Graph
+from fusetile.onnx_import import import_onnx
 from fusetile.program import Buffer, Run
 from fusetile.reference import evaluate
 from fusetile.runtime.storage import unpack
 from fusetile.trace import Trace
-from tests.graphs import NETWORKS, feeds
+from models import lenet, resnet18, vgg_small, yolov2
+from tests.graphs import NETWORKS, Net, feeds
 from tests.local_cluster import Device, LocalCluster
+from tests.onnx_tools import save
 from tests.random_graphs import random_graph
 from tests.training import loss_of, training_graph, worst
 
@@ -110,6 +114,46 @@ def test_random_networks(seed: int, tmp_path: Path) -> None:
     graph = random_graph(seed + 200, batch=2)
     nodes, plan = ((2, "grid:2x1"), (2, "channel"), (3, "batch"), (3, f"random:{seed}"))[seed % 4]
     check_steps(graph, LocalCluster(build(graph, tmp_path, plan, nodes)), steps=1)
+
+
+MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str, int]] = {
+    "lenet": (lambda: lenet.build(size=14, width=0.5, classes=5), "grid:2x1", 2),
+    "vgg_small": (lambda: vgg_small.build(size=16, width=0.125, classes=3), "auto", 3),
+    "resnet18": (lambda: resnet18.build(size=33, width=0.06, classes=4), "grid:2x1", 2),
+    "yolov2": (lambda: yolov2.build(size=48, width=1 / 32, layers=12), "grid:2x2", 4),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_reduced_models(name: str, tmp_path: Path) -> None:
+    make, plan, nodes = MODELS[name]
+    graph = import_onnx(save(make(), tmp_path), batch=2)
+    check_steps(graph, LocalCluster(build(graph, tmp_path, plan, nodes)), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("plan", "nodes"), [("single", 1), ("grid:2x1", 2), ("batch", 2), ("channel", 2), ("random:3", 3)]
+)
+def test_single_channels(plan: str, nodes: int, tmp_path: Path) -> None:
+    """Vectors of one element are padded to a block like all others."""
+    net = Net((2, 1, 9, 8))
+    x = net.leaky(net.batch_norm(net.conv(net.x, 1, bias=True)))
+    x = net.relu(net.batch_norm(net.conv(x, 1), frozen=True))
+    graph = net.done(net.gemm(net.flatten(net.max_pool(net.conv(x, 1, bias=True))), 1))
+    graph = net.done(net.conv(x, 1, bias=True)) if plan == "grid:2x1" else graph
+    check_steps(graph, LocalCluster(build(graph, tmp_path, plan, nodes)), steps=2)
+
+
+def test_a_plan_from_a_file_gives_the_same_programs(tmp_path: Path) -> None:
+    graph = NETWORKS["plain"](3)
+    first = LocalCluster(build(graph, tmp_path, "random:3", 3))
+    saved = tmp_path / "plan.json"
+    saved.write_bytes((tmp_path / "build" / "plan.json").read_bytes())
+    again = LocalCluster(build(graph, tmp_path, str(saved), 3))
+    for one, other in zip(first.devices, again.devices, strict=True):
+        assert one.program.steps == other.program.steps and one.program.shards == other.program.shards
+    check_steps(graph, again, steps=1)
 
 
 def test_losses_of_several_steps(tmp_path: Path) -> None:

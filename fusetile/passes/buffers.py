@@ -89,9 +89,9 @@ def _buffer(graph: Graph, name: str, label: str, box: Box, border: tuple[int, in
 
 
 def channel_block(graph: Graph, tensor: Tensor, block: int) -> tuple[int, int]:
-    """How a tensor is blocked: filters by output and input channels, integers and single elements not at all. Inputs
-    of the model that only convolutions read are not padded to a block: a first layer has few channels."""
-    if tensor.dtype == "int32" or tensor.shape == (1,):
+    """How a tensor is blocked: filters by output and input channels, integers not at all. Inputs of the model that only
+    convolutions read are not padded to a block: a first layer has few channels."""
+    if tensor.dtype == "int32":
         return (1, 1)
     if tensor.kind == "filter":
         return (block, min(tensor.shape[1], block))
