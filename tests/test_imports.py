@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"graph", "trace", "cluster", "cost", "onnx_import", "passes", "codegen", "report", "bundle", "plan_executor"},
     "runtime": BASE,
 }
-TOP = {"__main__", "cli", "explain", "local", "onnx_export", "progress", "__init__"}  # the command line: imports all below it
+TOP = {"__main__", "cli", "explain", "local", "onnx_export", "progress", "__init__"}  # the command line
 
 
 def part(module: str) -> str:
