@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fusetile.box import Box, extents, view4
-from fusetile.codegen.calls import KernelCall, Lowered, Ref, ref
+from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, ref
 from fusetile.codegen.conv import Epilogue, Sizes
 from fusetile.codegen.conv_tiles import Machine, machine
 from fusetile.codegen.conv_views import Filter, View, blocks, filter_view, padded_view, view
-from fusetile.codegen.filter_source import TRANSPOSE_INTS, transpose_filter
 from fusetile.codegen.targets import Target
 from fusetile.codegen.winograd_source import (
     CHANNELS_INTS,
@@ -39,8 +38,8 @@ from fusetile.codegen.winograd_source import (
     transform_filter,
     transform_input,
 )
-from fusetile.ops.base import Domain
 from fusetile.graph import Op
+from fusetile.ops.base import Domain
 from fusetile.program import Buffer
 
 # Scratch per work unit is why there are few: as many as keep 2, 3 and 4 threads evenly busy, or the cores of a Pi.
@@ -77,8 +76,16 @@ class Tiling:
         return (self.m + 2) ** 2
 
     def ints(self) -> dict[str, int]:
-        """What kernels need to find the pixels of a tile."""
-        return {"down": self.down, "across": self.across, "rows": self.sizes.rows, "columns": self.sizes.columns}
+        """What kernels need to find the tiles of a group, and the pixels of a tile."""
+        return {
+            "groups": self.groups,
+            "long": self.long,
+            "long_groups": self.long_groups,
+            "down": self.down,
+            "across": self.across,
+            "rows": self.sizes.rows,
+            "columns": self.sizes.columns,
+        }
 
 
 def lower_conv(
@@ -104,11 +111,11 @@ def lower_conv_input_grad(
     written, filter_box = domain.output(box), domain.need(box, 1)
     images, _, rows, columns = extents(written)
     k_blocks, c_blocks = blocks(filter_box[0], w.block[0]), blocks(filter_box[1], w.block[1])
-    before, weights = _transposed(op, filter_view(w, filter_box), w.block[0], k_blocks, c_blocks)
+    weights = filter_view(w, filter_box)
+    weights = replace(weights, k=weights.block, block=weights.k)
     sizes = Sizes(images, rows, columns, c_blocks, k_blocks)
     source, dx = padded_view(domain, box, 0, dy), view(outputs[0], written)
-    after = _convolve(op, target, m, source, weights, dx, sizes, Epilogue())
-    return Lowered(before.calls + after.calls, before.scratch + after.scratch)
+    return _convolve(op, target, m, source, weights, dx, sizes, Epilogue(), transposed=True)
 
 
 def lower_conv_weight_grad(
@@ -147,9 +154,6 @@ def lower_conv_weight_grad(
         ):
             ints = tiling.ints() | {
                 "blocks": count,
-                "groups": tiling.groups,
-                "long": tiling.long,
-                "long_groups": tiling.long_groups,
                 "first": first,
                 "x_image": source.image,
                 "x_block": source.block,
@@ -184,151 +188,163 @@ def lower_conv_weight_grad(
 # -- convolution ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A convolution to lower: operands, and how it is cut. `wide` blocks of output channels are a register tile;
+    `transposed`: the weights are stored for the convolution whose input gradient this is."""
+
+    name: str
+    cpu: Machine
+    units: int
+    tiling: Tiling
+    wide: int
+    x: View
+    w: Filter
+    y: View
+    epilogue: Epilogue
+    transposed: bool
+
+    @property
+    def block(self) -> int:
+        return self.cpu.vectors.block
+
+    @property
+    def row(self) -> int:
+        """Floats of a register tile of output channels."""
+        return self.wide * self.block
+
+    @property
+    def k_tiles(self) -> int:
+        return self.tiling.sizes.k_blocks // self.wide
+
+    @property
+    def v_xi(self) -> int:
+        """Floats of V from one xi to the next."""
+        return _padded(self.tiling.sizes.c_blocks * self.tiling.long * self.block)
+
+    @property
+    def m_group(self) -> int:
+        """Floats of M for a group of tiles."""
+        return self.tiling.long * (self.tiling.products * self.row + PAD)
+
+    def ints(self) -> dict[str, int]:
+        """What both ways of doing it tell their kernels."""
+        tiling, x, w, y = self.tiling, self.x, self.w, self.y
+        return tiling.ints() | {
+            "blocks": tiling.sizes.c_blocks,
+            "k_tiles": self.k_tiles,
+            "with_bias": int(self.epilogue.bias is not None),
+            "x_image": x.image,
+            "x_block": x.block,
+            "x_row": x.row,
+            "w_k": w.k,
+            "w_block": w.block,
+            "y_image": y.image,
+            "y_block": y.block,
+            "y_row": y.row,
+            "y_pixel": y.pixel,
+            "v_xi": self.v_xi,
+        }
+
+
 def _convolve(
-    op: Op, target: Target, m: int, x: View, w: Filter, y: View, sizes: Sizes, epilogue: Epilogue
+    op: Op,
+    target: Target,
+    m: int,
+    x: View,
+    w: Filter,
+    y: View,
+    sizes: Sizes,
+    epilogue: Epilogue,
+    *,
+    transposed: bool = False,
 ) -> Lowered:
     cpu = machine(target, w.lines)
     wide = _wide(cpu, sizes.k_blocks)
     tiling = _tiling(m, sizes, cpu.pixels[wide])
-    output = tiling.ints() | {
-        "with_bias": int(epilogue.bias is not None),
-        "y_image": y.image,
-        "y_block": y.block,
-        "y_row": y.row,
-        "y_pixel": y.pixel,
-    }
-    k_tiles = sizes.k_blocks // wide
-    many_channels = tiling.tiles < sizes.k_blocks * cpu.vectors.block and k_tiles >= MIN_CHANNEL_TILES
-    how = _over_channels if many_channels else _over_tiles
-    return how(op, cpu, _units(target), tiling, wide, x, w, y, epilogue, output)
+    one = Convolution(op.name, cpu, _units(target), tiling, wide, x, w, y, epilogue, transposed)
+    if tiling.tiles >= sizes.k_blocks * one.block or one.k_tiles < MIN_CHANNEL_TILES:
+        return _over_tiles(one)
+    return _over_channels(one)
 
 
-def _over_tiles(
-    op: Op,
-    cpu: Machine,
-    most_units: int,
-    tiling: Tiling,
-    wide: int,
-    x: View,
-    w: Filter,
-    y: View,
-    epilogue: Epilogue,
-    output: dict[str, int],
-) -> Lowered:
+def _over_tiles(one: Convolution) -> Lowered:
     """Many tiles: U as a whole."""
-    block, sizes, products = cpu.vectors.block, tiling.sizes, tiling.products
-    row, k_tiles = wide * block, sizes.k_blocks // wide
-    v_xi, u_xi = _padded(sizes.c_blocks * tiling.long * block), _padded(sizes.c_blocks * block * row)
-    m_group = tiling.long * (products * row + PAD)
-    fitting = cpu.outer_bytes * 3 // 4 // (4 * (products * v_xi + m_group))
-    block_groups = max(1, min(fitting, -(-tiling.groups // most_units)))
+    tiling, v_group = one.tiling, one.tiling.products * one.v_xi
+    c_blocks = tiling.sizes.c_blocks
+    u_xi = _padded(c_blocks * one.block * one.row)
+    fitting = one.cpu.outer_bytes * 3 // 4 // (4 * (v_group + one.m_group))
+    block_groups = max(1, min(fitting, -(-tiling.groups // one.units)))
     items = -(-tiling.groups // block_groups)
-    units = min(most_units, items)
-    u = _scratch(f"{op.name}.weights", k_tiles * products * u_xi)
-    v = _scratch(f"{op.name}.inputs", units * block_groups * products * v_xi)
-    m = _scratch(f"{op.name}.products", units * block_groups * m_group)
-    ints = {
-        "k_tiles": k_tiles,
-        "blocks": sizes.c_blocks,
-        "w_k": w.k,
-        "w_block": w.block,
-        "u_k": products * u_xi,
-        "u_xi": u_xi,
-    }
-    code = transform_filter(vectors=cpu.vectors, m=tiling.m, wide=wide)
-    before = _call(code, k_tiles * sizes.c_blocks, (w.start, ref(u)), FILTER_INTS, ints)
-    ints |= output | {
+    units = min(one.units, items)
+    u = _scratch(f"{one.name}.weights", one.k_tiles * tiling.products * u_xi)
+    v = _scratch(f"{one.name}.inputs", units * block_groups * v_group)
+    m = _scratch(f"{one.name}.products", units * block_groups * one.m_group)
+    ints = one.ints() | {
         "items": items,
         "units": units,
-        "groups": tiling.groups,
         "block_groups": block_groups,
-        "long_groups": tiling.long_groups,
-        "x_image": x.image,
-        "x_block": x.block,
-        "x_row": x.row,
-        "v_unit": block_groups * products * v_xi,
-        "v_group": products * v_xi,
-        "v_xi": v_xi,
-        "m_unit": block_groups * m_group,
+        "u_k": tiling.products * u_xi,
+        "u_xi": u_xi,
+        "v_unit": block_groups * v_group,
+        "v_group": v_group,
+        "m_unit": block_groups * one.m_group,
     }
-    code = convolve_tiles(
-        vectors=cpu.vectors, m=tiling.m, wide=wide, long=tiling.long, activation=epilogue.activation
+    vectors, activation = one.cpu.vectors, one.epilogue.activation
+    weights = transform_filter(vectors=vectors, m=tiling.m, wide=one.wide, transposed=one.transposed)
+    kernel = convolve_tiles(vectors=vectors, m=tiling.m, wide=one.wide, long=tiling.long, activation=activation)
+    pointers = (one.x.start, ref(u), one.epilogue.bias or one.w.start, one.y.start, ref(v), ref(m))
+    calls = (
+        _call(weights, one.k_tiles * c_blocks, (one.w.start, ref(u)), FILTER_INTS, ints),
+        _call(kernel, units, pointers, TILES_INTS, ints, (one.epilogue.alpha,)),
     )
-    pointers = (x.start, ref(u), epilogue.bias or w.start, y.start, ref(v), ref(m))
-    return Lowered((before, _call(code, units, pointers, TILES_INTS, ints, (epilogue.alpha,))), (u, v, m))
+    return Lowered(calls, (u, v, m))
 
 
-def _over_channels(
-    op: Op,
-    cpu: Machine,
-    most_units: int,
-    tiling: Tiling,
-    wide: int,
-    x: View,
-    w: Filter,
-    y: View,
-    epilogue: Epilogue,
-    output: dict[str, int],
-) -> Lowered:
+def _over_channels(one: Convolution) -> Lowered:
     """Many channels: V as a whole."""
-    block, sizes, products = cpu.vectors.block, tiling.sizes, tiling.products
-    row, k_tiles = wide * block, sizes.k_blocks // wide
-    v_xi = _padded(sizes.c_blocks * tiling.long * block)
-    m_group = tiling.long * (products * row + PAD)
-    ranges = -(-tiling.groups // max(1, cpu.outer_bytes // (4 * m_group)))
+    tiling, c_blocks = one.tiling, one.tiling.sizes.c_blocks
+    ranges = -(-tiling.groups // max(1, one.cpu.outer_bytes // (4 * one.m_group)))
     block_groups = -(-tiling.groups // ranges)
-    chunks = -(-sizes.c_blocks // max(1, cpu.outer_bytes // 4 // (4 * products * block * row)))
-    chunk = -(-sizes.c_blocks // chunks)
-    u_xi = _padded(chunk * block * row)
-    items = k_tiles * ranges
-    units = min(most_units, items)
-    v = _scratch(f"{op.name}.inputs", tiling.groups * products * v_xi)
-    u = _scratch(f"{op.name}.weights", units * products * u_xi)
-    m = _scratch(f"{op.name}.products", units * block_groups * m_group)
-    ints = output | {
-        "blocks": sizes.c_blocks,
-        "groups": tiling.groups,
-        "long": tiling.long,
-        "long_groups": tiling.long_groups,
-        "first": 0,
-        "x_image": x.image,
-        "x_block": x.block,
-        "x_row": x.row,
-        "wide": 1,
-        "v_group": products * v_xi,
-        "v_tile": 0,
-        "v_xi": v_xi,
-        "v_block": tiling.long * block,
-    }
-    code = transform_input(vectors=cpu.vectors, m=tiling.m)
-    before = _call(code, sizes.c_blocks * tiling.groups, (x.start, ref(v)), INPUT_INTS, ints)
-    ints |= {
+    chunk_bytes = 4 * tiling.products * one.block * one.row
+    chunks = -(-c_blocks // max(1, one.cpu.outer_bytes // 2 // chunk_bytes))
+    chunk = -(-c_blocks // chunks)
+    u_xi = _padded(chunk * one.block * one.row)
+    items = one.k_tiles * ranges
+    units = min(one.units, items)
+    v = _scratch(f"{one.name}.inputs", tiling.groups * tiling.products * one.v_xi)
+    u = _scratch(f"{one.name}.weights", units * tiling.products * u_xi)
+    m = _scratch(f"{one.name}.products", units * block_groups * one.m_group)
+    ints = one.ints() | {
         "items": items,
         "units": units,
         "block_groups": block_groups,
         "ranges": ranges,
         "chunk": chunk,
-        "w_k": w.k,
-        "w_block": w.block,
-        "u_unit": products * u_xi,
+        "first": 0,
+        "wide": 1,
+        "v_group": tiling.products * one.v_xi,
+        "v_tile": 0,
+        "v_block": tiling.long * one.block,
+        "u_unit": tiling.products * u_xi,
         "u_xi": u_xi,
-        "m_unit": block_groups * m_group,
+        "m_unit": block_groups * one.m_group,
     }
-    code = convolve_channels(
-        vectors=cpu.vectors, m=tiling.m, wide=wide, long=tiling.long, activation=epilogue.activation
+    kernel = convolve_channels(
+        vectors=one.cpu.vectors,
+        m=tiling.m,
+        wide=one.wide,
+        long=tiling.long,
+        activation=one.epilogue.activation,
+        transposed=one.transposed,
     )
-    pointers = (ref(v), w.start, epilogue.bias or w.start, y.start, ref(u), ref(m))
-    return Lowered((before, _call(code, units, pointers, CHANNELS_INTS, ints, (epilogue.alpha,))), (v, u, m))
-
-
-def _transposed(op: Op, w: Filter, block: int, k_blocks: int, c_blocks: int) -> tuple[Lowered, Filter]:
-    """The weights with channels swapped and the window flipped, in scratch."""
-    square = block * block
-    t = _scratch(f"{op.name}.transposed", c_blocks * k_blocks * w.taps * square)
-    ints = {"k_blocks": k_blocks, "window": w.taps, "lines": w.lines, "w_k": w.k, "w_block": w.block}
-    call = _call(transpose_filter(block=block), c_blocks, (w.start, ref(t)), TRANSPOSE_INTS, ints)
-    result = replace(w, start=ref(t), k=k_blocks * w.taps * square, block=w.taps * square)
-    return Lowered((call,), (t,)), result
+    pointers = (ref(v), one.w.start, one.epilogue.bias or one.w.start, one.y.start, ref(u), ref(m))
+    inputs = transform_input(vectors=one.cpu.vectors, m=tiling.m)
+    calls = (
+        _call(inputs, c_blocks * tiling.groups, (one.x.start, ref(v)), INPUT_INTS, ints),
+        _call(kernel, units, pointers, CHANNELS_INTS, ints, (one.epilogue.alpha,)),
+    )
+    return Lowered(calls, (v, u, m))
 
 
 # -- what all share ---------------------------------------------------------------------------------------------------
@@ -369,7 +385,7 @@ def _scratch(name: str, elements: int) -> Buffer:
 
 
 def _call(
-    kernel,
+    kernel: Kernel,
     split: int,
     pointers: tuple[Ref, ...],
     names: Sequence[str],

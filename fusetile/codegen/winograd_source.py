@@ -47,14 +47,9 @@ def _products(m: int) -> int:
     return (m + 2) ** 2
 
 
-def _at(v: Vectors, stride: str) -> str:
-    """Offset of lane e of register r, for a distance from one channel block to the next."""
-    return f"(r // {v.per_block}) * {stride} + r % {v.per_block} * {v.width} + e"
-
-
-def _per_register(v: Vectors, wide: int, statements: str) -> str:
-    """The statements for every register `r` of `wide` channel blocks."""
-    return f"for r in T.unroll({wide * v.per_block}):\n    {indent(statements, 4)}"
+def _register(v: Vectors, stride: str) -> str:
+    """Offset of register r, for a distance from one channel block to the next."""
+    return f"(r // {v.per_block}) * {stride} + r % {v.per_block} * {v.width}"
 
 
 def _place_of(tile: str, m: int) -> str:
@@ -87,15 +82,63 @@ for s in T.serial({v.per_block}):
 """
 
 
-def _transform_filter(v: Vectors, m: int, w: str, target: str, xi: str) -> str:
-    """U = G g GT of register r of one input channel."""
-    size = m + 2
-    statements = both_sides(
-        matrices(m)[1],
-        lambda i, j: f"w[{w} + {(i * 3 + j) * v.block * v.block} + v]",
-        lambda i, j: f"u[{target} + {i * size + j} * {xi} + v]",
+def _transform_filters(v: Vectors, m: int, wide: int, u: str, transposed: bool) -> str:
+    """U = G g GT of the `wide` blocks of output channels of tile `k`, from input channel block `c`. `transposed`: the
+    weights are those of the convolution whose input gradient this is; each square of channels is turned first."""
+    size, square = m + 2, v.block * v.block
+
+    def store(i: int, j: int) -> str:
+        return f"u[u1 + {i * size + j} * u_xi + v]"
+
+    if not transposed:
+        work = both_sides(matrices(m)[1], lambda i, j: f"w[w1 + {(i * 3 + j) * square} + v]", store)
+        return f"""
+for i in T.serial({v.block}):
+    for r in T.serial({wide * v.per_block}):
+        w1: T.int32 = k * {wide} * w_k + c * w_block + i * {v.block} + {_register(v, "w_k")}
+        u1: T.int32 = {u} + i * {wide * v.block} + r * {v.width}
+        {indent(_vectors(work, v.width), 8)}
+"""
+    work = both_sides(
+        matrices(m)[1], lambda i, j: f"turned[({i * 3 + j} * {v.block} + i) * {v.per_block} + s, v]", store
     )
-    return vectors(statements, v.width)
+    return f"""
+for o in T.serial({wide}):
+    for tap in T.serial(9):
+        for q in T.serial({v.per_block}):
+            for s in T.serial({v.per_block}):
+                w1: T.int32 = (
+                    (k * {wide} + o) * w_k + c * w_block + (8 - tap) * {square}
+                    + s * {v.width * v.block} + q * {v.width}
+                )
+                t1: T.int32 = (tap * {v.block} + q * {v.width}) * {v.per_block} + s
+                {indent(_turn_square(v), 16)}
+    for i in T.serial({v.block}):
+        for s in T.serial({v.per_block}):
+            u1: T.int32 = {u} + i * {wide * v.block} + o * {v.block} + s * {v.width}
+            {indent(_vectors(work, v.width), 12)}
+"""
+
+
+def _turn_square(v: Vectors) -> str:
+    """`turned` from t1 on = the transpose of a square of w: interleaving rows i and i + n / 2 into rows 2 i and
+    2 i + 1, as often as halving n rows leaves one, transposes."""
+    n, lanes = v.width, f"T.Ramp({{}}, 1, {v.width})"
+    order = [lane for pair in zip(range(n), range(n, 2 * n), strict=True) for lane in pair]
+    statements = [f"square[{i}, {lanes.format(0)}] = w[{lanes.format(f'w1 + {i * v.block}')}]" for i in range(n)]
+    stages = n.bit_length() - 1
+    for stage in range(stages):
+        source, target = stage % 2 * n, (stage + 1) % 2 * n
+        for i in range(n // 2):
+            pair = f"[square[{source + i}, {lanes.format(0)}], square[{source + i + n // 2}, {lanes.format(0)}]]"
+            for half in (0, 1):
+                picked = order[half * n : half * n + n]
+                statements.append(f"square[{target + 2 * i + half}, {lanes.format(0)}] = T.Shuffle({pair}, {picked})")
+    last = stages % 2 * n
+    statements += [
+        f"turned[t1 + {i * v.per_block}, {lanes.format(0)}] = square[{last + i}, {lanes.format(0)}]" for i in range(n)
+    ]
+    return "\n".join(statements)
 
 
 def _multiply(
@@ -116,12 +159,12 @@ for p in T.unroll({length}):
     w_at = f"u[{u_at} + ((c - c_first) * {v.block} + {{}}) * {wide * v.block} + r * {v.width} + e]"
     if v.lanes:
         inner = f"""
-for g in T.serial({v.block // v.lanes}):
+for q in T.serial({v.block // v.lanes}):
     for p in T.unroll({length}):
         for e in T.vectorized({v.lanes}):
-            xv[p, e] = {x_at.format(f"g * {v.lanes} + e")}
+            xv[p, e] = {x_at.format(f"q * {v.lanes} + e")}
     for j in T.unroll({v.lanes}):
-        {indent(each(f"acc[p, r, e] = acc[p, r, e] + xv[p, j] * {w_at.format(f'(g * {v.lanes} + j)')}"), 8)}
+        {indent(each(f"acc[p, r, e] = acc[p, r, e] + xv[p, j] * {w_at.format(f'(q * {v.lanes} + j)')}"), 8)}
 """
     else:
         inner = f"""
@@ -197,7 +240,7 @@ def _transform_output(v: Vectors, m: int, wide: int, long: int, activation: str)
         lambda i, j: f"result[{i * m + j}, v]",
     )
     value = "(result[{}, v] + offset[0, v])"
-    y_at = f"y[y1 + {{}} * y_row + {{}} * y_pixel + {_at(v, 'y_block').replace('+ e', '+ v')}]"
+    y_at = f"y[y1 + {{}} * y_row + {{}} * y_pixel + {_register(v, 'y_block')} + v]"
     stores = ""
     for i in range(m):
         line = ""
@@ -221,6 +264,14 @@ for r in T.serial({wide * v.per_block}):
     {indent(stores, 4)}
 """
     return _over_tiles(long, body)
+
+
+def _square(v: Vectors) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Local arrays that turn weights."""
+    return {
+        "square": ((2 * v.width, v.width), "float32"),
+        "turned": ((9 * v.block * v.per_block, v.width), "float32"),
+    }
 
 
 def _arrays(v: Vectors, m: int, wide: int, length: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -291,31 +342,22 @@ for unit in T.serial(lo, hi):
 
 
 @cache
-def transform_filter(*, vectors: Vectors, m: int, wide: int) -> Kernel:
+def transform_filter(*, vectors: Vectors, m: int, wide: int, transposed: bool) -> Kernel:
     """U of all weights. A work unit is one tile of `wide` blocks of output channels x one block of input channels.
     Pointers w, U."""
     v = vectors
-    target = f"k * u_k + (c * {v.block} + i) * {wide * v.block} + r * {v.width}"
-    source = f"k * {wide} * w_k + c * w_block + i * {v.block} + {_at(v, 'w_k').removesuffix(' + e')}"
-    work = f"""
-w0: T.int32 = {source}
-u0: T.int32 = {target}
-{indent(_transform_filter(v, m, "w0", "u0", "u_xi"), 0)}
-"""
     body = f"""
 for unit in T.serial(lo, hi):
     k: T.int32 = T.truncdiv(unit, blocks)
     c: T.int32 = T.truncmod(unit, blocks)
-    for i in T.serial({v.block}):
-        for r in T.serial({wide * v.per_block}):
-            {indent(work, 12)}
+    {indent(_transform_filters(v, m, wide, f"k * u_k + c * {v.block * wide * v.block}", transposed), 4)}
 """
     return make_kernel(
-        f"winograd{m}_filter{wide}_{v.tag}",
+        f"winograd{m}_filter{wide}_{v.tag}" + ("_transposed" if transposed else ""),
         pointers={"w": "float32", "u": "float32"},
         body=body,
         ints=FILTER_INTS,
-        scratch=local_arrays(m + 2, v.width),
+        scratch=local_arrays(m + 2, v.width) | (_square(v) if transposed else {}),
     )
 
 
@@ -337,9 +379,7 @@ x0: T.int32 = image * x_image + c * x_block
 v0: T.int32 = lo * v_unit + (g - g_start) * v_group + c * {long * v.block} + p * {v.block}
 {_transform_input(v, m, "x0", "v0")}
 """
-    multiply = _multiply_groups(
-        v, m, wide, long, v_base="lo * v_unit + (g - g_start) * v_group", u_at="k * u_k"
-    )
+    multiply = _multiply_groups(v, m, wide, long, v_base="lo * v_unit + (g - g_start) * v_group", u_at="k * u_k")
     body = f"""
 g_start: T.int32 = item * block_groups
 g_stop: T.int32 = T.min(g_start + block_groups, groups)
@@ -364,18 +404,14 @@ for k in T.serial(k_tiles):
 
 
 @cache
-def convolve_channels(*, vectors: Vectors, m: int, wide: int, long: int, activation: str = "") -> Kernel:
+def convolve_channels(
+    *, vectors: Vectors, m: int, wide: int, long: int, activation: str = "", transposed: bool = False
+) -> Kernel:
     """y from V and w: for many channels. An item is one tile of output channels and a range of groups of tiles; a
     thread transforms the weights of a chunk of input channels and multiplies V with them, chunk by chunk. Pointers V,
     w, bias, y, scratch U and M; the float is the slope of leaky_relu."""
     v = vectors
-    source = f"k * {wide} * w_k + c * w_block + i * {v.block} + {_at(v, 'w_k').removesuffix(' + e')}"
-    target = f"u0 + ((c - c_first) * {v.block} + i) * {wide * v.block} + r * {v.width}"
-    filters = f"""
-w0: T.int32 = {source}
-u1: T.int32 = {target}
-{_transform_filter(v, m, "w0", "u1", "u_xi")}
-"""
+    filters = _transform_filters(v, m, wide, f"u0 + (c - c_first) * {v.block * wide * v.block}", transposed)
     multiply = _multiply_groups(v, m, wide, long, v_base="g * v_group", u_at="u0", first="c_first == 0")
     body = f"""
 k: T.int32 = T.truncdiv(item, ranges)
@@ -388,19 +424,17 @@ for turn in T.serial(T.truncdiv(blocks + chunk - 1, chunk)):
     c_first: T.int32 = turn * chunk
     c_stop: T.int32 = T.min(turn * chunk + chunk, blocks)
     for c in T.serial(c_start, c_stop):
-        for i in T.serial({v.block}):
-            for r in T.serial({wide * v.per_block}):
-                {indent(filters, 16)}
+        {indent(filters, 8)}
     {indent(multiply, 4)}
 {_transform_output(v, m, wide, long, activation)}
 """
     return make_kernel(
-        f"winograd{m}_channels{long}x{wide}_{v.tag}" + (f"_{activation}" if activation else ""),
+        f"winograd{m}_channels{long}x{wide}_{v.tag}" + f"_{activation}" * bool(activation) + "_transposed" * transposed,
         pointers=dict.fromkeys(("v_", "w", "bias", "y", "u", "m_"), "float32"),
         body=_shares(body),
         ints=CHANNELS_INTS,
         floats=("alpha",),
-        scratch=_arrays(v, m, wide, long),
+        scratch=_arrays(v, m, wide, long) | (_square(v) if transposed else {}),
     )
 
 
@@ -454,7 +488,7 @@ for xi in T.serial({_products(m)}):
 for i in T.serial({lines}):
     for r in T.serial({wide * v.per_block}):
         d1: T.int32 = d0 + i * {row} + r * {v.width}
-        w1: T.int32 = k * {wide} * d_k + c * d_block + (line + i) * {v.block} + {_at(v, "d_k").removesuffix(" + e")}
+        w1: T.int32 = k * {wide} * d_k + c * d_block + (line + i) * {v.block} + {_register(v, "d_k")}
         {indent(_vectors(outputs, v.width), 8)}
         if adding > 0:
             {indent(old, 12)}
