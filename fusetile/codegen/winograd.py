@@ -34,6 +34,7 @@ from fusetile.codegen.winograd_source import (
     convolve_channels,
     convolve_tiles,
     filter_gradient,
+    m_strides,
     transform_dy,
     transform_filter,
     transform_input,
@@ -44,7 +45,7 @@ from fusetile.program import Buffer
 
 # Scratch per work unit is why there are few: as many as keep 2, 3 and 4 threads evenly busy, or the cores of a Pi.
 UNITS, UNITS_ARM = 12, 4
-MIN_CHANNEL_TILES = 8  # fewer tiles of output channels than this would leave threads without work
+MIN_CHANNEL_TILES = 4  # fewer tiles of output channels than this would leave threads without work
 MAX_TURNS = 32
 SET = 512  # floats after which addresses may fall into the same sets of the nearest cache
 
@@ -130,7 +131,7 @@ def lower_conv_weight_grad(
     sizes = Sizes(images, rows, columns, k_blocks, c_blocks)
     left, right = padded_view(domain, box, 0, x), view(dy, touched)
     whole = _tiling(m, sizes, cpu.vectors.block)
-    wide = _wide(cpu, k_blocks)
+    wide = _widths(cpu, k_blocks)[-1]
     row = wide * cpu.vectors.block
     lines = _power_of_two(min(cpu.lines[wide], cpu.vectors.block))
     # a tile of output channels of Z stays in the outer cache
@@ -222,10 +223,16 @@ class Convolution:
         """Floats of V from one xi to the next."""
         return _padded(self.tiling.sizes.c_blocks * self.tiling.long * self.block)
 
-    @property
-    def m_group(self) -> int:
+    def m_group(self, *, by_xi: bool) -> int:
         """Floats of M for a group of tiles."""
-        return self.tiling.long * (self.tiling.products * self.row + PAD)
+        return m_strides(self.cpu.vectors, self.tiling.m, self.wide, self.tiling.long, by_xi=by_xi)[2]
+
+    @property
+    def has_many_channels(self) -> bool:
+        """Whether V is much smaller than U, and the sums of products of a tile of output channels stay in the cache."""
+        m_bytes = 4 * self.m_group(by_xi=True) * self.tiling.groups
+        fits = self.wide <= 2 or 2 * m_bytes <= self.cpu.outer_bytes
+        return fits and 2 * self.tiling.tiles <= self.tiling.sizes.k_blocks * self.block
 
     def ints(self) -> dict[str, int]:
         """What both ways of doing it tell their kernels."""
@@ -259,13 +266,15 @@ def _convolve(
     *,
     transposed: bool = False,
 ) -> Lowered:
-    cpu = machine(target, w.lines)
-    wide = _wide(cpu, sizes.k_blocks)
-    tiling = _tiling(m, sizes, cpu.pixels[wide])
-    one = Convolution(op.name, cpu, _units(target), tiling, wide, x, w, y, epilogue, transposed)
-    if tiling.tiles >= sizes.k_blocks * one.block or one.k_tiles < MIN_CHANNEL_TILES:
-        return _over_tiles(one)
-    return _over_channels(one)
+    cpu, units = machine(target, w.lines), _units(target)
+    options = [
+        Convolution(op.name, cpu, units, _tiling(m, sizes, cpu.pixels[wide]), wide, x, w, y, epilogue, transposed)
+        for wide in _widths(cpu, sizes.k_blocks)
+    ]
+    for one in options:
+        if one.has_many_channels and one.k_tiles >= MIN_CHANNEL_TILES:
+            return _over_channels(one)
+    return _over_tiles(options[-1])
 
 
 def _over_tiles(one: Convolution) -> Lowered:
@@ -273,13 +282,14 @@ def _over_tiles(one: Convolution) -> Lowered:
     tiling, v_group = one.tiling, one.tiling.products * one.v_xi
     c_blocks = tiling.sizes.c_blocks
     u_xi = _padded(c_blocks * one.block * one.row)
-    fitting = one.cpu.outer_bytes * 3 // 4 // (4 * (v_group + one.m_group))
+    m_group = one.m_group(by_xi=False)
+    fitting = one.cpu.outer_bytes * 3 // 4 // (4 * (v_group + m_group))
     block_groups = max(1, min(fitting, -(-tiling.groups // one.units)))
     items = -(-tiling.groups // block_groups)
     units = min(one.units, items)
     u = _scratch(f"{one.name}.weights", one.k_tiles * tiling.products * u_xi)
     v = _scratch(f"{one.name}.inputs", units * block_groups * v_group)
-    m = _scratch(f"{one.name}.products", units * block_groups * one.m_group)
+    m = _scratch(f"{one.name}.products", units * block_groups * m_group)
     ints = one.ints() | {
         "items": items,
         "units": units,
@@ -288,7 +298,7 @@ def _over_tiles(one: Convolution) -> Lowered:
         "u_xi": u_xi,
         "v_unit": block_groups * v_group,
         "v_group": v_group,
-        "m_unit": block_groups * one.m_group,
+        "m_unit": block_groups * m_group,
     }
     vectors, activation = one.cpu.vectors, one.epilogue.activation
     weights = transform_filter(vectors=vectors, m=tiling.m, wide=one.wide, transposed=one.transposed)
@@ -304,17 +314,18 @@ def _over_tiles(one: Convolution) -> Lowered:
 def _over_channels(one: Convolution) -> Lowered:
     """Many channels: V as a whole."""
     tiling, c_blocks = one.tiling, one.tiling.sizes.c_blocks
-    ranges = -(-tiling.groups // max(1, one.cpu.outer_bytes // (4 * one.m_group)))
+    m_group = one.m_group(by_xi=True)
+    ranges = -(-tiling.groups // max(1, one.cpu.outer_bytes // (4 * m_group)))
     block_groups = -(-tiling.groups // ranges)
     chunk_bytes = 4 * tiling.products * one.block * one.row
-    chunks = -(-c_blocks // max(1, one.cpu.outer_bytes // 2 // chunk_bytes))
+    chunks = -(-c_blocks // max(1, one.cpu.outer_bytes * max(one.wide, 2) // 8 // chunk_bytes))
     chunk = -(-c_blocks // chunks)
     u_xi = _padded(chunk * one.block * one.row)
     items = one.k_tiles * ranges
     units = min(one.units, items)
     v = _scratch(f"{one.name}.inputs", tiling.groups * tiling.products * one.v_xi)
     u = _scratch(f"{one.name}.weights", units * tiling.products * u_xi)
-    m = _scratch(f"{one.name}.products", units * block_groups * one.m_group)
+    m = _scratch(f"{one.name}.products", units * block_groups * m_group)
     ints = one.ints() | {
         "items": items,
         "units": units,
@@ -328,7 +339,7 @@ def _over_channels(one: Convolution) -> Lowered:
         "v_block": tiling.long * one.block,
         "u_unit": tiling.products * u_xi,
         "u_xi": u_xi,
-        "m_unit": block_groups * one.m_group,
+        "m_unit": block_groups * m_group,
     }
     kernel = convolve_channels(
         vectors=one.cpu.vectors,
@@ -362,9 +373,11 @@ def _grouped(tiling: Tiling, tiles: int, longest: int) -> Tiling:
     return replace(tiling, long=long, long_groups=tiles - groups * (long - 1), groups=groups)
 
 
-def _wide(cpu: Machine, k_blocks: int) -> int:
-    """Blocks of output channels in a register tile. On x86 two use every load of an input twice."""
-    return 2 if not cpu.vectors.lanes and k_blocks % 2 == 0 else 1
+def _widths(cpu: Machine, k_blocks: int) -> list[int]:
+    """How many blocks of output channels a register tile may have, widest first. On x86 two use every load of an input
+    twice."""
+    widths = (1,) if cpu.vectors.lanes else (4, 2) if 4 in cpu.pixels else (2,)
+    return [wide for wide in widths if k_blocks % wide == 0] or [1]
 
 
 def _units(target: Target) -> int:

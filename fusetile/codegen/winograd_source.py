@@ -43,6 +43,16 @@ GRADIENT_INTS = (
 )
 
 
+def m_strides(v: Vectors, m: int, wide: int, long: int, *, by_xi: bool) -> tuple[int, int, int]:
+    """Floats of M from one tile to the next, from one xi, and from one group: [tile][xi] is the better order for sums
+    that are complete, [xi][tile] for those that more is added to."""
+    row, products = wide * v.block, (m + 2) ** 2
+    if not by_xi:
+        return products * row + PAD, row, long * (products * row + PAD)
+    m_xi = long * row + (PAD if long * row % 512 == 0 else 0)
+    return row, m_xi, products * m_xi
+
+
 def _products(m: int) -> int:
     return (m + 2) ** 2
 
@@ -190,7 +200,7 @@ for c in T.serial(c_start, c_stop):
 
 def _multiply_groups(v: Vectors, m: int, wide: int, long: int, *, v_base: str, u_at: str, first: str = "") -> str:
     """`_multiply` for every xi and the groups [g_start, g_stop)."""
-    m_tile = _products(m) * wide * v.block + PAD
+    m_tile, m_xi, m_group = m_strides(v, m, wide, long, by_xi=bool(first))
 
     def body(length: int) -> str:
         return _multiply(
@@ -200,7 +210,7 @@ def _multiply_groups(v: Vectors, m: int, wide: int, long: int, *, v_base: str, u
             v_at=f"{v_base} + xi * v_xi",
             v_block=long * v.block,
             u_at=f"{u_at} + xi * u_xi",
-            m_at=f"m0 + (g - g_start) * {long * m_tile} + xi * {wide * v.block}",
+            m_at=f"m0 + (g - g_start) * {m_group} + xi * {m_xi}",
             m_tile=m_tile,
             first=first,
         )
@@ -230,13 +240,13 @@ for g in T.serial(g_start, g_stop):
 """
 
 
-def _transform_output(v: Vectors, m: int, wide: int, long: int, activation: str) -> str:
+def _transform_output(v: Vectors, m: int, wide: int, long: int, activation: str, *, by_xi: bool) -> str:
     """y = activation(bias + AT M A) of one tile of output channels, for the tiles of the groups [g_start, g_stop)."""
     size = m + 2
-    m_tile = _products(m) * wide * v.block + PAD
+    m_tile, m_xi, m_group = m_strides(v, m, wide, long, by_xi=by_xi)
     statements = both_sides(
         matrices(m)[0],
-        lambda i, j: f"m_[m1 + {(i * size + j) * wide * v.block} + r * {v.width} + v]",
+        lambda i, j: f"m_[m1 + {(i * size + j) * m_xi} + r * {v.width} + v]",
         lambda i, j: f"result[{i * m + j}, v]",
     )
     value = "(result[{}, v] + offset[0, v])"
@@ -251,7 +261,7 @@ def _transform_output(v: Vectors, m: int, wide: int, long: int, activation: str)
     bias = f"k * {wide * v.block} + r * {v.width} + v"
     body = f"""
 {indent(_place_of("tile", m), 0)}
-m1: T.int32 = m0 + ((g - g_start) * {long} + p) * {m_tile}
+m1: T.int32 = m0 + (g - g_start) * {m_group} + p * {m_tile}
 y1: T.int32 = image * y_image + h0 * y_row + w0 * y_pixel + k * {wide} * y_block
 for r in T.serial({wide * v.per_block}):
     if with_bias > 0:
@@ -391,7 +401,7 @@ for c in T.serial(blocks):
     {indent(_over_tiles(long, _place_of("tile", m) + transform), 4)}
 for k in T.serial(k_tiles):
     {indent(multiply, 4)}
-    {indent(_transform_output(v, m, wide, long, activation), 4)}
+    {indent(_transform_output(v, m, wide, long, activation, by_xi=False), 4)}
 """
     return make_kernel(
         f"winograd{m}_tiles{long}x{wide}_{v.tag}" + (f"_{activation}" if activation else ""),
@@ -426,7 +436,7 @@ for turn in T.serial(T.truncdiv(blocks + chunk - 1, chunk)):
     for c in T.serial(c_start, c_stop):
         {indent(filters, 8)}
     {indent(multiply, 4)}
-{_transform_output(v, m, wide, long, activation)}
+{_transform_output(v, m, wide, long, activation, by_xi=True)}
 """
     return make_kernel(
         f"winograd{m}_channels{long}x{wide}_{v.tag}" + f"_{activation}" * bool(activation) + "_transposed" * transposed,
