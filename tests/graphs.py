@@ -106,6 +106,18 @@ class Net:
     def add(self, a: str, b: str) -> str:
         return self._op("Add", a, b)
 
+    def mul(self, a: str, b: str) -> str:
+        return self._op("Mul", a, b)
+
+    def function(self, kind: str, x: str, **attrs: float) -> str:
+        return self._op(kind, x, **attrs)
+
+    def gate(self, x: str, channels: int) -> str:
+        """Squeeze and excitation (Hu et al., arXiv 1709.01507)."""
+        squeezed = self.function("Mish", self.conv(self.global_pool(x), channels, window=1, bias=True))
+        width = self.graph.tensors[x].shape[1]
+        return self.mul(x, self.function("Sigmoid", self.conv(squeezed, width, window=1, bias=True)))
+
     def concat(self, *parts: str, axis=1) -> str:
         return self._op("Concat", *parts, axis=axis)
 
@@ -151,7 +163,20 @@ def branches(batch=2) -> Graph:
     return net.done(net.conv(x, 3, window=2, stride=2, pad=(0, 1, 1, 0)))
 
 
-NETWORKS = {"plain": plain, "normalized": normalized, "branches": branches}
+def gated(batch=2) -> Graph:
+    """Functions that are not 0 at 0, a gate, a factor and an offset per channel and one for all, a quotient of maps."""
+    net = Net((batch, 3, 12, 13))
+    x = net.conv(net.x, 12, bias=True)
+    x = net.mul(x, net.function("Sigmoid", x))
+    x = net.gate(net.function("Clip", net.conv(x, 11, stride=2), low=-1.0, high=6.0), 5)
+    x = net._op("Add", net.mul(net.parameter("scale", (11,), 0.1, 1.0), x), net.parameter("offset", (11,), 0.3))
+    x = net.mul(net._op("Sub", net.function("Exp", net.function("Tanh", x)), x), net.parameter("one", (1,), 0.1, 1.0))
+    x = net._op("Div", x, net.function("Shift", net.function("Softplus", net.conv(x, 11)), offset=1.0))
+    x = net.function("GeluTanh", net.function("Shift", x, offset=-1.0))
+    return net.done(net.gemm(net.flatten(net.average_pool(x)), 4))
+
+
+NETWORKS = {"plain": plain, "normalized": normalized, "branches": branches, "gated": gated}
 
 
 def feeds(graph: Graph, seed: int = 1) -> dict[str, np.ndarray]:

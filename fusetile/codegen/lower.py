@@ -43,6 +43,7 @@ _MODULES = {
     "concat": "shape",
     "slice": "shape",
     "reshape": "shape",
+    "sum_to": "reduce",
 }
 
 

@@ -44,6 +44,28 @@ def zero_border(buffer: Buffer) -> KernelCall:
     return _fill_zero(buffer, planes, size, height, (first, width * pixel))
 
 
+def zero_pads(buffer: Buffer, box: Box) -> tuple[KernelCall, ...]:
+    """Zero the lanes behind the box's last channel in its last block, if there are any."""
+    images, channels, height, width = extents(view4(box))
+    b0, b1 = buffer.block
+    if channels % b1 == 0:
+        return ()
+    if b0 != 1:
+        raise PlanError(f"{buffer.name}: block {buffer.block} has pad lanes in two dimensions")
+    body = """
+for u in T.serial(lo, hi):
+    for h in T.serial(height):
+        for w in T.serial(width):
+            for i in T.serial(first, lanes):
+                Y[u * image + last + h * row + w * lanes + i] = T.Cast(DTYPE, 0)
+""".replace("DTYPE", repr(buffer.dtype))
+    names = ("height", "width", "first", "lanes", "image", "last", "row")
+    kernel = make_kernel(f"zero_pads_{buffer.dtype}", pointers={"Y": buffer.dtype}, ints=names, body=body)
+    image, block, row, _ = buffer.strides
+    ints = (height, width, channels % b1, b1, image, channels // b1 * block, row)
+    return (KernelCall(kernel, images, (ref(buffer, box),), ints),)
+
+
 def _fill_zero(buffer: Buffer, planes: int, size: int, rows: int, kept: tuple[int, int]) -> KernelCall:
     """Zero all of every plane but `kept` = (first element in the first row, elements) of each of `rows` rows."""
     body = f"""

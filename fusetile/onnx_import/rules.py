@@ -5,6 +5,7 @@ Source of the semantics: https://onnx.ai/onnx/operators, read per opset (an attr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
@@ -175,35 +176,133 @@ def _leaky_relu(importer: Importer, node: Node) -> None:
     importer.emit(node, "LeakyRelu", [importer.data(node)], {"alpha": float(node.attrs.get("alpha", 0.01))})
 
 
+def _function(kind: str, **defaults: float) -> Rule:
+    """The rule of a function of one element; the node's attributes have these defaults."""
+
+    def rule(importer: Importer, node: Node) -> None:
+        attrs = {key: float(node.attrs.get(key, value)) for key, value in defaults.items()}
+        importer.emit(node, kind, [importer.data(node)], attrs)
+
+    return rule
+
+
+def _gelu(importer: Importer, node: Node) -> None:
+    match node.attrs.get("approximate", "none"):
+        case "none":
+            importer.emit(node, "Gelu", [importer.data(node)])
+        case "tanh":
+            importer.emit(node, "GeluTanh", [importer.data(node)])
+        case other:
+            raise importer.refuse(node, f"approximate={other!r} is neither 'none' nor 'tanh'")
+
+
+def _clip(importer: Importer, node: Node) -> None:
+    bounds = {"low": -math.inf, "high": math.inf}
+    for i, (key, name) in enumerate((("low", "min"), ("high", "max")), 1):
+        if node.has(i):
+            bounds[key] = float(importer.constant_input(node, i, name))
+        elif name in node.attrs:
+            bounds[key] = float(node.attrs[name])
+    importer.emit(node, "Clip", [importer.data(node)], bounds)
+
+
+def _neg(importer: Importer, node: Node) -> None:
+    importer.emit(node, "Scale", [importer.data(node)], {"factor": -1.0})
+
+
+def _number(importer: Importer, name: str) -> float | None:
+    """The value of an operand that is a constant of one element; what has dimensions may be a weight to train."""
+    array = importer.weight(name)
+    if array is None or array.size != 1 or (array.ndim and name in importer.initializers):
+        return None
+    return float(array.reshape(()))
+
+
+def _operand(importer: Importer, node: Node, i: int) -> str:
+    """Operand i of an arithmetic op: a feature map, or a weight with a number per channel or one for all."""
+    array = importer.weight(node.inputs[i])
+    if array is None:
+        return importer.data(node, i)
+    shape = importer.shape(importer.data(node, 1 - i))
+    sizes = (1,) * (len(shape) - array.ndim) + array.shape
+    if len(sizes) != len(shape) or any(size != 1 for axis, size in enumerate(sizes) if axis != 1):
+        wanted = f"{(1, shape[1], *(1,) * (len(shape) - 2))} or of one element"
+        raise importer.refuse(
+            node, f"its operand {node.inputs[i]!r} has shape {array.shape}; a weight beside {shape} must be {wanted}"
+        )
+    if sizes[1] not in (1, shape[1]):
+        raise importer.refuse(node, f"its operand {node.inputs[i]!r} of shape {array.shape} does not fit {shape}")
+    return importer.parameter(node, i, shape=(sizes[1],))
+
+
+def _arithmetic(importer: Importer, node: Node) -> None:
+    """Add, Sub, Mul or Div; with a number it is a factor or an offset."""
+    numbers = [_number(importer, name) for name in node.inputs]
+    if numbers[0] is None and numbers[1] is None:
+        importer.emit(node, node.kind, [_operand(importer, node, 0), _operand(importer, node, 1)])
+        return
+    first = numbers[0] is not None
+    x, number = importer.data(node, int(first)), numbers[0] if first else numbers[1]
+    assert number is not None
+    if first and node.kind in ("Sub", "Div"):  # the number minus x, or over x
+        kind, attrs = ("Scale", {"factor": -1.0}) if node.kind == "Sub" else ("Reciprocal", {})
+        x = importer.emit(node, kind, [x], attrs, outputs=[importer.fresh(f"{node.outputs[0]}.turned")])
+    if node.kind == "Div" and not first and number == 0:
+        raise importer.refuse(node, f"it divides by {node.inputs[1]!r}, which is 0")
+    match node.kind:
+        case "Mul":
+            importer.emit(node, "Scale", [x], {"factor": number})
+        case "Div":
+            importer.emit(node, "Scale", [x], {"factor": number if first else 1 / number})
+        case "Sub":
+            importer.emit(node, "Shift", [x], {"offset": number if first else -number})
+        case _:
+            importer.emit(node, "Shift", [x], {"offset": number})
+
+
+def _pow(importer: Importer, node: Node) -> None:
+    x, exponent = importer.data(node), _number(importer, node.inputs[1])
+    match exponent:
+        case 1.0:
+            importer.same(node, x)
+        case 2.0:
+            importer.emit(node, "Mul", [x, x])
+        case 0.5:
+            importer.emit(node, "Sqrt", [x])
+        case -1.0:
+            importer.emit(node, "Reciprocal", [x])
+        case _:
+            raise importer.refuse(node, f"the exponent {node.inputs[1]!r} must be one of 2, 1, 0.5 and -1")
+
+
 def _add(importer: Importer, node: Node) -> None:
     for i in (0, 1):
-        if importer.weight(node.inputs[i]) is not None:
+        if importer.weight(node.inputs[i]) is not None and _is_bias(importer, node, bias=i):
             return _add_bias(importer, node, bias=i)
-    importer.emit(node, "Add", [importer.data(node, 0), importer.data(node, 1)])
-    return None
+    return _arithmetic(importer, node)
 
 
-def _add_bias(importer: Importer, node: Node, *, bias: int) -> None:
-    """Conv or Gemm without a bias, then Add of a vector per channel: the same op with a bias."""
+def _is_bias(importer: Importer, node: Node, *, bias: int) -> bool:
+    """Whether an Add gives a bias to the Conv or Gemm before it, which has none and which nothing else reads."""
     x, array = importer.data(node, 1 - bias), importer.weight(node.inputs[bias])
     assert array is not None
     producer = importer.graph.producers().get(x)
     channels, wide = importer.shape(x)[1], (1,) * (len(importer.shape(x)) - 2)
-    along_channels = array.shape in ((1, channels, *wide), (channels, *wide))
-    if (
-        not along_channels
-        or producer is None
-        or producer.kind not in ("Conv", "Gemm")
-        or len(producer.inputs) != 2
-        or importer.uses[node.inputs[1 - bias]] != 1
-        or x != node.inputs[1 - bias]
-    ):
-        raise importer.refuse(
-            node,
-            f"adds {node.inputs[bias]!r} of shape {array.shape} to shape {importer.shape(x)}; supported are two "
-            "feature maps of one shape, and a bias per channel right after a Conv, Gemm or MatMul that has none",
-        )
-    b = importer.parameter(node, bias, shape=(channels,))
+    return (
+        array.shape in ((1, channels, *wide), (channels, *wide))
+        and producer is not None
+        and producer.kind in ("Conv", "Gemm")
+        and len(producer.inputs) == 2
+        and importer.uses[node.inputs[1 - bias]] == 1
+        and x == node.inputs[1 - bias]
+    )
+
+
+def _add_bias(importer: Importer, node: Node, *, bias: int) -> None:
+    """Conv or Gemm without a bias, then Add of a vector per channel: the same op with a bias."""
+    x = importer.data(node, 1 - bias)
+    producer = importer.graph.producers()[x]
+    b = importer.parameter(node, bias, shape=importer.shape(x)[1:2])
     importer.graph.remove(producer)
     importer.emit(node, producer.kind, [*producer.inputs, b], producer.attrs)
 
@@ -320,22 +419,44 @@ def _squeeze(importer: Importer, node: Node) -> None:
 
 
 RULES: dict[str, Rule] = {
+    "Abs": _function("Abs"),
     "Add": _add,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_normalization,
+    "Celu": _function("Celu", alpha=1.0),
+    "Clip": _clip,
     "Concat": _concat,
     "Conv": _conv,
+    "Div": _arithmetic,
     "Dropout": _dropout,
+    "Elu": _function("Elu", alpha=1.0),
+    "Erf": _function("Erf"),
+    "Exp": _function("Exp"),
     "Flatten": _flatten,
+    "Gelu": _gelu,
     "Gemm": _gemm,
     "GlobalAveragePool": _global_average_pool,
+    "HardSigmoid": _function("HardSigmoid", alpha=0.2, beta=0.5),
+    "HardSwish": _function("HardSwish"),
     "Identity": _identity,
     "LeakyRelu": _leaky_relu,
     "MatMul": _mat_mul,
     "MaxPool": _max_pool,
+    "Mish": _function("Mish"),
+    "Mul": _arithmetic,
+    "Neg": _neg,
+    "Pow": _pow,
+    "Reciprocal": _function("Reciprocal"),
     "ReduceMean": _reduce_mean,
     "Relu": _relu,
     "Reshape": _reshape,
+    "Selu": _function("Selu", alpha=1.67326319217681884765625, gamma=1.05070102214813232421875),
+    "Sigmoid": _function("Sigmoid"),
+    "Softplus": _function("Softplus"),
+    "Softsign": _function("Softsign"),
+    "Sqrt": _function("Sqrt"),
     "Squeeze": _squeeze,
+    "Sub": _arithmetic,
+    "Tanh": _function("Tanh"),
     "Transpose": _transpose,
 }

@@ -1,6 +1,6 @@
 """The op table: one row per op kind. A new op is a row in the file of its family."""
 
-from fusetile.ops import conv, loss, norm, pointwise, pool, shape, update
+from fusetile.ops import arithmetic, conv, functions, loss, norm, pointwise, pool, shape, update
 from fusetile.ops.base import ROWS, Axis, Domain, Row, Spec, domain_of, register, row
 
 __all__ = [
@@ -9,8 +9,10 @@ __all__ = [
     "Domain",
     "Row",
     "Spec",
+    "arithmetic",
     "conv",
     "domain_of",
+    "functions",
     "loss",
     "norm",
     "pointwise",

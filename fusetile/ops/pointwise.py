@@ -32,13 +32,6 @@ def elementwise_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence
     return Domain(axes, tuple(reads), (access,))
 
 
-def _same_shapes(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
-    a, b = inputs
-    if a.shape != b.shape:
-        raise UserError(f"operands {a.name!r} of shape {a.shape} and {b.name!r} of shape {b.shape} must have one shape")
-    return same_spec(attrs, inputs)
-
-
 def _relu_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
     # the output tells the sign of the input as well as the input does, and it is the tensor that the next layer keeps;
     # with a negative slope it does not
@@ -126,17 +119,6 @@ register(
         ],
         kernel="elementwise",
         expression="select(x1 > 0, x0, alpha * x0)",
-    )
-)
-register(
-    Row(
-        "Add",
-        _same_shapes,
-        elementwise_domain,
-        lambda op, domain, box, inputs: [inputs[0] + inputs[1]],
-        lambda graph, op, grads: [grads[0], grads[0]],
-        kernel="elementwise",
-        expression="x0 + x1",
     )
 )
 register(

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fusetile.ops import ROWS
+from fusetile.ops.functions import FUNCTIONS
 from tests.codegen.harness import Case, middle, seeded
+from tests.ops.cases import FUNCTION_ATTRS
+
+LAYOUT = {"margin": 1, "border": (1, 2), "pitch": 1}
 
 KINDS = [
     ("Relu", 1, {}),
@@ -24,3 +29,60 @@ def test_maps_in_part(kind, count, attrs):
     random = seeded()
     case = Case(kind, [random.standard_normal((2, 19, 9, 7), np.float32) for _ in range(count)], attrs)
     case.check(middle(case.domain.box, case.domain, channels=8), rtol=0, atol=0, margin=1, border=(1, 2), pitch=1)
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_functions_and_their_gradients(kind):
+    """Of 19 channels: the lanes of the last block stay zero, also where f(0) is not."""
+    random, attrs = seeded(), FUNCTION_ATTRS.get(kind, {})
+    x = 3 * random.standard_normal((2, 19, 9, 7), np.float32)
+    x = np.abs(x) + 0.1 if kind == "Sqrt" else x
+    operands = 1 + sum(name in ROWS[f"{kind}Grad"].expression for name in ("x1", "x2"))
+    for case in (Case(kind, [x], attrs), Case(f"{kind}Grad", [x] * operands, attrs)):
+        case.check(middle(case.domain.box, case.domain, channels=8), **LAYOUT)
+
+
+@pytest.mark.parametrize("kind", ["Exp", "Sigmoid", "Tanh", "Softplus", "Erf", "Gelu", "Mish"])
+def test_functions_far_out(kind):
+    """Large, tiny and infinite arguments; a NaN stays one."""
+    ends = np.array([0, 1e-30, 1e-6, 0.1, 5, 8, 15, 20, 80, 87.5, 88.7, 90, 1e4, 3e38, np.inf], np.float32)
+    x = np.concatenate([ends, -ends[:-1], [np.nan]] if kind in ("Gelu", "Mish") else [ends, -ends, [np.nan]])
+    x = np.broadcast_to(x.astype(np.float32), (1, 3, 1, x.size))
+    finite = x if kind not in ("Gelu", "Mish") else np.where(np.isinf(x), np.float32(3e38), x)
+    Case(kind, [finite], {}).check(rtol=2e-6, atol=1e-6 if kind == "Gelu" else 1e-9)  # 1 + erf(x) cancels
+
+
+MAP = (2, 19, 5, 6)
+FIT = (MAP, (2, 19, 1, 1), (1, 19, 1, 1), (19,), (1,), (2, 1, 5, 6), (1, 1, 1, 1))
+
+
+def positive(random, shape):
+    return np.abs(random.standard_normal(shape, np.float32)) + np.float32(0.5)
+
+
+@pytest.mark.parametrize("kind", ["Add", "Sub", "Mul", "Div"])
+def test_arithmetic_with_broadcasting(kind):
+    random = seeded()
+    pairs = [(MAP, other) for other in FIT] + [((19,), MAP), ((2, 19, 1, 1), (2, 1, 5, 6)), ((4, 11), (11,))]
+    for pair in pairs:
+        case = Case(kind, [positive(random, shape) for shape in pair], {})
+        case.check(**LAYOUT)
+        case.check(middle(case.domain.box, case.domain, channels=8), **LAYOUT)
+
+
+@pytest.mark.parametrize("shape", FIT[1:])
+def test_sums_over_what_another_tensor_lacks(shape):
+    random = seeded()
+    for operands in ((MAP,), (MAP, MAP), (MAP, (19,)), (MAP, (2, 1, 5, 6))):
+        case = Case("SumTo", [positive(random, operand) for operand in operands], {"shape": shape})
+        case.check(rtol=2e-5, **LAYOUT)
+        case.check(middle(case.domain.box, case.domain, channels=8), rtol=2e-5, **LAYOUT)
+    Case("SumTo", [positive(random, (4, 11))], {"shape": (1,) if shape == (1,) else (11,)}).check()
+
+
+def test_inputs_with_few_channels_and_a_number_added():
+    random = seeded()
+    x = positive(random, (2, 3, 5, 6))
+    Case("Shift", [x], {"offset": 2.0}).check(raw=(0,))
+    Case("Mul", [x, positive(random, (3,))], {}).check(raw=(0,))
+    Case("Sigmoid", [x], {}).check(raw=(0,))

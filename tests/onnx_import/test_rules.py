@@ -137,14 +137,90 @@ def test_bias_behind_conv(tmp_path: Path) -> None:
     assert kinds(graph) == ["Conv"] and graph.parameters["b"].value.shape == (4,)
 
 
-def test_added_vector_that_is_no_bias_is_refused(tmp_path: Path) -> None:
+def test_added_vector_that_is_no_bias_is_an_operand(tmp_path: Path) -> None:
     weights = {"w": normal(7, 5), "b": normal(5)}
     used_twice = [node("MatMul", "x w", "z"), node("Add", "z b", "y"), node("Relu", "z", "y2")]
-    with pytest.raises(UnsupportedOp, match=r"Add node 'y'.*right after a Conv, Gemm or MatMul"):
-        import_onnx(save(model(used_twice, {"x": (1, 7)}, ["y", "y2"], weights), tmp_path))
+    graph = check(model(used_twice, {"x": ("N", 7)}, ["y", "y2"], weights), tmp_path)
+    assert kinds(graph) == ["Gemm", "Add", "Relu"] and graph.parameters["b"].trainable
     after_relu = [node("MatMul", "x w", "z"), node("Relu", "z", "r"), node("Add", "r b", "y")]
-    with pytest.raises(UnsupportedOp, match="Add node 'y'"):
-        import_onnx(save(model(after_relu, {"x": (1, 7)}, ["y"], weights), tmp_path))
+    check(model(after_relu, {"x": ("N", 7)}, ["y"], weights), tmp_path)
+
+
+def test_vectors_that_do_not_lie_along_channels_are_refused(tmp_path: Path) -> None:
+    for shape in ((11,), (9, 1), (3, 9, 11), (2, 1, 1, 1)):
+        with pytest.raises(UnsupportedOp, match=r"Mul node 'y'.*must be"):
+            import_onnx(save(model([node("Mul", "x b", "y")], X, ["y"], {"b": normal(*shape)}), tmp_path))
+    with pytest.raises(UnsupportedOp, match="does not fit"):
+        import_onnx(save(model([node("Mul", "x b", "y")], X, ["y"], {"b": normal(2, 1, 1)}), tmp_path))
+
+
+FUNCTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in ("Abs", "Celu", "Elu", "Erf", "Exp", "HardSigmoid", "HardSwish", "Mish", "Neg")),
+    *((kind, {}) for kind in ("Reciprocal", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh", "Gelu")),
+    ("Gelu", {"approximate": "tanh"}),
+    ("Elu", {"alpha": 0.5}),
+    ("Celu", {"alpha": 0.5}),
+    ("HardSigmoid", {"alpha": 0.3, "beta": 0.4}),
+    ("Selu", {"alpha": 1.5, "gamma": 1.1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "attrs"), FUNCTIONS)
+def test_functions(kind: str, attrs: dict[str, Any], tmp_path: Path) -> None:
+    proto = model([node(kind, "x", "y", **attrs)], X, opset=20)
+    proto.ir_version = 9
+    check(proto, tmp_path)
+
+
+def test_clip_in_both_forms(tmp_path: Path) -> None:
+    check(model([node("Clip", "x", "y", min=-0.5, max=0.25)], X, opset=9), tmp_path)
+    bounds = {"low": np.array(-0.5, np.float32), "high": np.array(0.25, np.float32)}
+    for inputs in ("x low high", "x low", "x _ high"):
+        used = {name: value for name, value in bounds.items() if name in inputs}
+        check(model([node("Clip", inputs, "y")], X, weights=used), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Add", "Sub", "Mul", "Div"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1, 1), (3, 1, 1), (1, 3, 1, 1)])
+@pytest.mark.parametrize("order", ["x c", "c x"])
+def test_arithmetic_with_a_number_or_a_weight(kind: str, shape: tuple[int, ...], order: str, tmp_path: Path) -> None:
+    value = np.full(shape, 1.5, np.float32) + np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+    graph = check(
+        model(
+            [node("Add", "x two", "x2"), node(kind, order.replace("x", "x2"), "y")],
+            X,
+            weights={"c": value, "two": np.array(20, np.float32)},
+        ),
+        tmp_path,
+    )
+    assert [p.trainable for p in graph.parameters.values()] == [True] * bool(shape)
+
+
+def test_arithmetic_of_maps_and_gates(tmp_path: Path) -> None:
+    """A squeeze-and-excitation gate, swish, and powers."""
+    nodes = [
+        node("GlobalAveragePool", "x", "p"),
+        node("Sigmoid", "p", "gate"),
+        node("Mul", "x gate", "a"),
+        node("Sigmoid", "a", "s"),
+        node("Mul", "a s", "b"),
+        node("Sub", "b x", "c"),
+        node("Pow", "c two", "d"),
+        node("Add", "d one", "e"),
+        node("Pow", "e half", "f"),
+        node("Div", "c f", "y"),
+    ]
+    weights = {"two": np.array(2, np.float32), "half": np.array([0.5], np.float32), "one": np.array(1, np.float32)}
+    proto = model(nodes, X, weights=weights)
+    weights_as_constants(proto, "half")
+    check(proto, tmp_path)
+
+
+def weights_as_constants(proto: onnx.ModelProto, name: str) -> None:
+    """Turn an initializer into the output of a Constant node."""
+    (tensor,) = (t for t in proto.graph.initializer if t.name == name)
+    proto.graph.initializer.remove(tensor)
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value=tensor))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,9 +10,18 @@ from typing import Any
 import numpy as np
 
 from fusetile.graph import Graph, Op
-from fusetile.ops import Domain, domain_of
+from fusetile.ops import ROWS, Domain, domain_of
+from fusetile.ops.functions import FUNCTIONS
 
 F, V = "filter", "map"
+# attributes of the functions that have some
+FUNCTION_ATTRS: dict[str, dict[str, float]] = {
+    "Celu": {"alpha": 0.7},
+    "Clip": {"low": -0.5, "high": 0.8},
+    "Elu": {"alpha": 0.9},
+    "HardSigmoid": {"alpha": 0.2, "beta": 0.5},
+    "Selu": {"alpha": 1.6, "gamma": 1.1},
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,7 @@ def _pools() -> list[Case]:
 
 MAP, ROW, C = (2, 5, 4, 3), (3, 7), (5,)
 PAIR = (2, 5)
+BROADCAST = ((2, 5, 1, 1), (1, 5, 1, 1), C, (1,), (2, 1, 4, 3), (1, 1, 1, 1))  # what fits MAP
 BIG = np.array([[3.0, -2, 5, 1, 4], [40.0, 60, 70, 50, 45]])  # sums whose variance is positive for a count of 24
 COUNT = {"count": 24}
 RELU = {"activation": "relu", "alpha": 0.0}
@@ -196,6 +207,39 @@ def _others() -> list[Case]:
     ):
         for shape in (MAP, ROW, C):
             cases.append(Case(f"{kind} of rank {len(shape)}", kind, ((shape, V),) * operands, attrs))
+    for kind in FUNCTIONS:
+        attrs = FUNCTION_ATTRS.get(kind, {})
+        positive = {i: np.linspace(0.5, 3, 120, dtype=np.float32).reshape(MAP) for i in range(3) if kind == "Sqrt"}
+        operands = 1 + len(set(re.findall(r"x[12]", ROWS[f"{kind}Grad"].expression)))
+        cases += [
+            Case(kind, kind, ((MAP, V),), attrs, {0: positive[0]} if positive else {}),
+            Case(f"{kind}Grad", f"{kind}Grad", ((MAP, V),) * operands, attrs, {1: positive[1]} if positive else {}),
+        ]
+    for other in (MAP, *BROADCAST):
+        product = {} if other == MAP else {"shape": other}
+        cases += [Case(f"{kind} of {MAP} and {other}", kind, ((MAP, V), (other, V))) for kind in ("Add", "Sub", "Mul")]
+        cases.append(
+            Case(
+                f"Div by {other}",
+                "Div",
+                ((MAP, V), (other, V)),
+                {},
+                {1: 2 + np.arange(np.prod(other)).reshape(other).astype(np.float32)},
+            )
+        )
+        if product:
+            cases += [
+                Case(f"SumTo {other}", "SumTo", ((MAP, V),), product),
+                Case(f"SumTo {other} of a product", "SumTo", ((MAP, V), (MAP, V)), product),
+                Case(f"SumTo {other} of a broadcast product", "SumTo", ((MAP, V), (C, V)), product),
+            ]
+    cases += [
+        Case("Sub of a vector and a map", "Sub", ((C, V), (MAP, V))),
+        Case("Mul of a gate per channel and one per pixel", "Mul", (((2, 5, 1, 1), V), ((2, 1, 4, 3), V))),
+        Case("Mul of rows and a vector", "Mul", ((ROW, V), ((7,), V))),
+        Case("SumTo of rows", "SumTo", ((ROW, V),), {"shape": (7,)}),
+        Case("Shift", "Shift", ((MAP, V),), {"offset": 0.5}),
+    ]
     for shape, what in (((5, 3, 2, 2), F), ((4, 7), F), (C, V)):
         attrs = {"momentum": 0.9, "weight_decay": 0.01}
         state = ((shape, what), (shape, what), ((1,), V))

@@ -13,10 +13,11 @@ from onnx.reference import ReferenceEvaluator
 from fusetile.errors import UserError
 from fusetile.graph import Graph, Parameter
 from fusetile.ops import ROWS
+from fusetile.ops.functions import FUNCTIONS
 from fusetile.passes.differentiate import differentiate
 from fusetile.reference import evaluate
 from tests.onnx_tools import model, node, normal, run_ort
-from tests.ops.cases import CEIL, CEIL_DROPPED, CONVOLUTIONS, POOLS, window
+from tests.ops.cases import CEIL, CEIL_DROPPED, CONVOLUTIONS, FUNCTION_ATTRS, POOLS, window
 
 # -- forward against ONNX Runtime ------------------------------------------------------------------------------------
 
@@ -135,13 +136,18 @@ def test_random_pools(seed: int) -> None:
     close(ours("AveragePool", {"x": x}, average)[0], theirs(node("AveragePool", "x", "y", **options), {"x": x})[0])
 
 
+FIT = ((2, 3, 5, 4), (2, 3, 1, 1), (1, 3, 1, 1), (1,), (2, 1, 5, 4))
+ONNX_NAMES = {"Clip", "Gelu", "GeluTanh", "HardSwish", "Mish", "Sqrt"}  # by other attributes, opsets or data
+
+
 @pytest.mark.parametrize(
     ("kind", "shapes", "attrs"),
     [
         ("GlobalAveragePool", [(2, 3, 5, 4)], {}),
         ("Relu", [(2, 3, 5, 4)], {}),
         ("LeakyRelu", [(2, 3, 5, 4)], {"alpha": 0.125}),
-        ("Add", [(2, 3, 5, 4)] * 2, {}),
+        *((kind, [(2, 3, 5, 4), other], {}) for kind in ("Add", "Sub", "Mul", "Div") for other in FIT),
+        *((kind, [(3, 3, 5, 4)], FUNCTION_ATTRS.get(kind, {})) for kind in FUNCTIONS if kind not in ONNX_NAMES),
         ("Identity", [(3, 4)], {}),
         ("Concat", [(2, 3, 5, 4), (2, 1, 5, 4), (2, 6, 5, 4)], {"axis": 1}),
         ("Concat", [(2, 3, 5, 4), (2, 3, 2, 4)], {"axis": 2}),
@@ -150,6 +156,18 @@ def test_random_pools(seed: int) -> None:
 def test_ops_that_are_onnx_ops(kind: str, shapes: list[tuple[int, ...]], attrs: dict[str, Any]) -> None:
     values = {f"x{i}": normal(*shape, seed=i) for i, shape in enumerate(shapes)}
     close(ours(kind, values, attrs)[0], theirs(node(kind, " ".join(values), "y", **attrs), values)[0])
+
+
+def test_functions_that_onnx_writes_in_another_way() -> None:
+    x = {"x": 4 * normal(2, 3, 5, 4)}
+    bounds = {"low": np.array(-0.5, np.float32), "high": np.array(0.8, np.float32)}
+    close(ours("Clip", x, {"low": -0.5, "high": 0.8})[0], theirs(node("Clip", "x low high", "y"), x | bounds)[0])
+    close(ours("HardSwish", x, {})[0], theirs(node("HardSwish", "x", "y"), x)[0])
+    close(ours("Mish", x, {})[0], theirs(node("Mish", "x", "y"), x)[0])
+    close(ours("Gelu", x, {})[0], theirs(node("Gelu", "x", "y"), x, opset=20)[0])
+    close(ours("GeluTanh", x, {})[0], theirs(node("Gelu", "x", "y", approximate="tanh"), x, opset=20)[0])
+    positive = {"x": np.abs(normal(2, 3, 5, 4))}
+    close(ours("Sqrt", positive, {})[0], theirs(node("Sqrt", "x", "y"), positive)[0])
 
 
 def test_slice_and_reshape() -> None:
@@ -296,7 +314,16 @@ DIFFERENTIABLE: list[tuple[str, list[tuple[tuple[int, ...], str]], dict[str, Any
     ("Relu", [((2, 3, 5, 4), "map")], {}),
     ("LeakyRelu", [((2, 3, 5, 4), "map")], {"alpha": 0.1}),
     ("LeakyRelu", [((3, 4), "map")], {"alpha": -0.4}),
-    ("Add", [((3, 4), "map")] * 2, {}),
+    *((kind, [((2, 3, 5, 4), "map")], FUNCTION_ATTRS.get(kind, {})) for kind in FUNCTIONS if kind != "Sqrt"),
+    ("Sqrt", [((2, 3, 5, 4), "positive")], {}),
+    *(
+        (kind, [((2, 3, 5, 4), "map"), (other, "positive" if kind == "Div" else "map")], {})
+        for kind in ("Add", "Sub", "Mul", "Div")
+        for other in (*FIT, (3,))
+    ),
+    ("Sub", [((3,), "map"), ((2, 3, 5, 4), "map")], {}),
+    ("Mul", [((2, 3, 1, 1), "map"), ((2, 1, 5, 4), "map")], {}),
+    ("Shift", [((3, 4), "map")], {"offset": -2.5}),
     ("Scale", [((3, 4), "map")], {"factor": -2.5}),
     ("Identity", [((3, 4), "map")], {}),
     ("Concat", [((2, 3, 4, 3), "map"), ((2, 1, 4, 3), "map")], {"axis": 1}),
@@ -321,6 +348,8 @@ def differentiated(
             fed["step"] = np.array([2], np.int32)
             continue
         value = rng.standard_normal(shape)
+        if what == "positive":
+            value, what = np.abs(value) + 0.5, "map"
         names.append(graph.add_tensor(f"p{i}", shape, "float32", what))  # type: ignore[arg-type]
         graph.parameters[names[-1]] = Parameter(value, trainable=True)
     if kind == "Normalize":
@@ -396,7 +425,8 @@ def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Conv", [(1, 3, 5, 5), (4, 2, 3, 3)], window(), "does not fit the input"),
         ("Conv", [(1, 3, 2, 5), (4, 3, 3, 3)], window(), "smaller than the window"),
         ("Gemm", [(2, 3), (4, 5)], {}, "does not fit the input"),
-        ("Add", [(2, 3), (2, 1)], {}, "must have one shape"),
+        ("Add", [(2, 3), (2, 2)], {}, "do not fit each other"),
+        ("Mul", [(2, 3, 4, 4), (4,)], {}, "do not fit each other"),
         ("MaxPool", [(2, 3)], {"kernel": (2, 2), **window(), "ceil_mode": False}, r"\[N,C,H,W\]"),
         ("MaxPool", [(1, 1, 1, 9)], {"kernel": (2, 2), **window(), "ceil_mode": False}, "smaller than the pooling"),
         ("MaxPool", [(1, 1, 40, 40)], {"kernel": (17, 16), **window(), "ceil_mode": False}, "256"),
