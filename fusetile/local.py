@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import signal
@@ -21,6 +22,9 @@ from fusetile.onnx_export import export_onnx
 from fusetile.runtime import safetensors
 
 RESULT = "trained.safetensors"
+GRACE_seconds = 5.0
+"""So long after one node has failed the others may take to say what they saw of it."""
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,9 @@ def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path)
             command += ["--save-gradients", str(options.save_gradients)] if options.save_gradients else []
             # the first node owns the terminal; what the others say is kept, and shown if one of them fails
             stream = None if first else subprocess.PIPE
-            processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=stream, text=True))
+            processes.append(
+                subprocess.Popen(command, stderr=subprocess.PIPE, stdout=stream, text=True, preexec_fn=_end_with_parent)
+            )
         _wait(processes, [node.name for node in cluster.nodes])
     finally:
         _stop(processes)
@@ -86,16 +92,27 @@ def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path)
     export_run(out, out / "trained.onnx", model=build / "model.onnx")
 
 
+def _end_with_parent() -> None:
+    """Runs in a new node process: it gets SIGTERM if this one dies, however that happens (prctl(2))."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _wait(processes: Sequence[subprocess.Popen[str]], names: Sequence[str]) -> None:
     """Until all nodes have ended well; raises with the messages of those that did not."""
     interrupted = False
+    failing: float | None = None
     while any(process.poll() is None for process in processes):
         try:
             time.sleep(0.02)
         except KeyboardInterrupt:
             interrupted = True
             _stop(processes)
+        if failing is None and any(process.poll() for process in processes):
+            failing = time.monotonic()
+        if failing is not None and time.monotonic() > failing + GRACE_seconds:
+            break  # a node that failed before it met the others: they still wait for it
     failed = [(name, process) for name, process in zip(names, processes, strict=True) if process.returncode]
+    _stop(processes)
     if interrupted:
         raise KeyboardInterrupt
     if not failed:
