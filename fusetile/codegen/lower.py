@@ -15,9 +15,9 @@ from fusetile.program import Buffer
 
 # Row.kernel -> the module in this package whose function lower_FAMILY lowers it
 _MODULES = {
-    "conv": "conv",
-    "conv_input_grad": "conv",
-    "conv_weight_grad": "conv",
+    "conv": "conv_choice",
+    "conv_input_grad": "conv_choice",
+    "conv_weight_grad": "conv_choice",
     "elementwise": "elementwise",
     "sgd": "update",
     "dropout": "dropout",

@@ -24,17 +24,16 @@ from fusetile.codegen.conv import Epilogue, Sizes
 from fusetile.codegen.conv_tiles import Machine, machine
 from fusetile.codegen.conv_views import Filter, View, blocks, filter_view, padded_view, view
 from fusetile.codegen.targets import Target
+from fusetile.codegen.winograd_parts import PAD, m_strides
 from fusetile.codegen.winograd_source import (
     CHANNELS_INTS,
     FILTER_INTS,
     GRADIENT_INTS,
     INPUT_INTS,
-    PAD,
     TILES_INTS,
     convolve_channels,
     convolve_tiles,
     filter_gradient,
-    m_strides,
     transform_dy,
     transform_filter,
     transform_input,
@@ -45,6 +44,7 @@ from fusetile.program import Buffer
 
 # Scratch per work unit is why there are few: as many as keep 2, 3 and 4 threads evenly busy, or the cores of a Pi.
 UNITS, UNITS_ARM = 12, 4
+LONGEST_ARM = 9
 MIN_CHANNEL_TILES = 4  # fewer tiles of output channels than this would leave threads without work
 MAX_TURNS = 32
 SET = 512  # floats after which addresses may fall into the same sets of the nearest cache
@@ -268,7 +268,7 @@ def _convolve(
 ) -> Lowered:
     cpu, units = machine(target, w.lines), _units(target)
     options = [
-        Convolution(op.name, cpu, units, _tiling(m, sizes, cpu.pixels[wide]), wide, x, w, y, epilogue, transposed)
+        Convolution(op.name, cpu, units, _tiling(m, sizes, longest(cpu, wide)), wide, x, w, y, epilogue, transposed)
         for wide in _widths(cpu, sizes.k_blocks)
     ]
     for one in options:
@@ -371,6 +371,11 @@ def _grouped(tiling: Tiling, tiles: int, longest: int) -> Tiling:
     groups = -(-tiles // longest)
     long = -(-tiles // groups)
     return replace(tiling, long=long, long_groups=tiles - groups * (long - 1), groups=groups)
+
+
+def longest(cpu: Machine, wide: int) -> int:
+    """The most tiles in a group for which a register tile with so many blocks of output channels needs no stack."""
+    return LONGEST_ARM if cpu.vectors.lanes else cpu.pixels[wide]
 
 
 def _widths(cpu: Machine, k_blocks: int) -> list[int]:

@@ -30,7 +30,9 @@ def matrices(m: int, *, gradient: bool = False) -> tuple[Matrix, Matrix, Matrix]
     others = [[q for q in points if q != p] for p in points]
     norms = [prod((p - q for q in rest), start=Fraction(1)) for p, rest in zip(points, others, strict=True)]
     input_matrix = [[*_polynomial(rest), Fraction(0)] for rest in others] + [_polynomial(points)]
-    filter_matrix = [[p**k for k in range(taps)] for p in points] + [[Fraction(int(k == taps - 1)) for k in range(taps)]]
+    filter_matrix = [[p**k for k in range(taps)] for p in points] + [
+        [Fraction(int(k == taps - 1)) for k in range(taps)]
+    ]
     output_matrix = [[p**i for p in points] + [Fraction(int(i == outputs - 1))] for i in range(outputs)]
     for j in range(size - 1):
         if gradient:
@@ -122,7 +124,9 @@ def _either(equal: Sequence[bool], opposite: Sequence[bool]) -> bool:
 
 def _sum(factors: Sequence[Fraction], terms: Sequence[str]) -> str:
     """The sum of factor * term; terms with factor 1 come first, so that the others are fused multiply-adds."""
-    used = sorted(((f, t) for f, t in zip(factors, terms, strict=True) if f), key=lambda pair: (pair[0] != 1, pair[0] != -1))
+    used = sorted(
+        ((f, t) for f, t in zip(factors, terms, strict=True) if f), key=lambda pair: (pair[0] != 1, pair[0] != -1)
+    )
     text = ""
     for factor, term in used:
         sign = " - " if factor == -1 else " + "

@@ -183,6 +183,8 @@ class Case:
             arena = make_arena(before.size)
             arena[:] = before
             run_calls(lowered.calls, placed, arena, threads=count)
+            for buffer in lowered.scratch:  # who used which part of it depends on the threads
+                stored(arena, at[buffer.name])[...] = 0
             results.append(arena)
         after = results[0]
         for other in results[1:]:

@@ -17,13 +17,14 @@ import pytest
 from fusetile.box import Box, volume
 from fusetile.codegen import conv
 from fusetile.codegen.build import build_library
-from fusetile.codegen.calls import KernelCall
+from fusetile.codegen.calls import KernelCall, Lowered
 from fusetile.codegen.conv_source import Tile, tap_convolution, weight_gradient
 from fusetile.codegen.conv_tiles import machine
-from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import TARGETS, Target, host
 from fusetile.codegen.tvm_pipeline import build
 from fusetile.errors import PlanError
+from fusetile.graph import Op
+from fusetile.ops import Domain, row
 from fusetile.program import Buffer, Call
 from fusetile.runtime.native import Library
 from fusetile.runtime.storage import make_arena, pack, unpack
@@ -31,6 +32,13 @@ from tests.codegen.harness import Case, buffer_for, inside, place, stored
 
 Shape = tuple[int, ...]
 WIDTHS = (1, 5, 9, 15)  # of outputs: few, so that few register tiles are compiled
+
+
+def lower(op: Op, domain: Domain, box: Box, *buffers: Sequence[Buffer], target: Target) -> Lowered:
+    """Lower with the direct kernels, whether or not others would be chosen."""
+    inputs, outputs = buffers
+    lowered: Lowered = getattr(conv, f"lower_{row(op.kind).kernel}")(op, domain, box, inputs, outputs, target=target)
+    return lowered
 
 
 @dataclass
