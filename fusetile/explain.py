@@ -39,9 +39,31 @@ def explain_build(build: Path, console: Console, *, as_json: bool) -> None:
         f"{len(plan['nodes'])} node(s), {len(plan['ops'])} ops, {len(plan['transfers'])} messages per step"
     )
     console.print(devices_table(plan))
+    _print_prediction(plan, console)
     console.print("Groups: runs of layers for which no feature map moves between devices", style="bold")
     for number, group in enumerate(plan["groups"], 1):
         _print_group(plan, number, group, console)
+
+
+def _print_prediction(plan: dict[str, Any], console: Console) -> None:
+    """How long a step is predicted to take; of a plan that was searched for also how good it is."""
+    console.print(f"Predicted step: {_milliseconds(plan['step_seconds'])} (event simulation)", highlight=False)
+    search = plan["search"]
+    if search is None:
+        return
+    console.print(
+        f"Analytic model: best plan {_milliseconds(search['model_seconds'])}, no plan of its candidates is below "
+        f"{_milliseconds(search['bound_seconds'])}: gap {100 * search['gap']:.1f} %",
+        highlight=False,
+    )
+    others = search["simulated_seconds"].items()
+    others_text = ", ".join(f"{name} {_milliseconds(seconds)}" for name, seconds in others if name != search["chosen"])
+    if others_text:
+        console.print(f"The best plan of every rule would take: {others_text}", highlight=False)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
 
 
 def devices_table(plan: dict[str, Any]) -> Table:

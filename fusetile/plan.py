@@ -49,12 +49,31 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """What the planner expects of a plan: the simulated step; and of the analytic model, the best plan that was found
+    and a lower bound for all. `others`: the simulated step of the best plan of every rule."""
+
+    rule: str
+    step_seconds: float
+    model_seconds: float
+    bound_seconds: float
+    others: Mapping[str, float]
+
+    @property
+    def gap(self) -> float:
+        """By what part the best plan of the model may be longer than the shortest possible."""
+        return self.model_seconds / self.bound_seconds - 1 if self.bound_seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """A placement for every op of a graph. `settled`: its halos are chosen, nothing is to be grown any more."""
+    """A placement for every op of a graph. `settled`: its halos are chosen, nothing is to be grown any more.
+    `estimate`: if it comes from the planner."""
 
     nodes: int
     placements: Mapping[str, Placement]
     settled: bool = False
+    estimate: Estimate | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan
 from fusetile.passes.schedule import Part, Schedule, Transfer
 from fusetile.plan import Plan
+from fusetile.planner.simulate import step_seconds
 from fusetile.program import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def describe(
         "training": asdict(training) | {"batch": graph.tensors[graph.inputs[0]].shape[0]},
         "channel_block": block,
         "link": asdict(cluster.link),
+        "step_seconds": step_seconds(graph, plan, communication, schedule, cluster),
+        "search": _search(plan),
         "nodes": [
             {
                 "name": node.name,
@@ -72,6 +75,20 @@ def describe(
             for name in schedule.order
         ],
         "transfers": [_transfer(communication, transfer) for transfer in schedule.transfers],
+    }
+
+
+def _search(plan: Plan) -> Description | None:
+    """What the planner knows of the plan that it chose: seconds per step; bound and gap of the analytic model."""
+    estimate = plan.estimate
+    if estimate is None:
+        return None
+    return {
+        "chosen": estimate.rule,
+        "model_seconds": estimate.model_seconds,
+        "bound_seconds": estimate.bound_seconds,
+        "gap": estimate.gap,
+        "simulated_seconds": dict(estimate.others),
     }
 
 

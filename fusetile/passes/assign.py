@@ -27,6 +27,7 @@ from fusetile.passes.place import place, place_updates
 from fusetile.passes.rules import rule_splits
 from fusetile.passes.tile import Split, tile
 from fusetile.plan import Placement, Plan
+from fusetile.planner.choose import best_plan
 
 
 def assign(graph: Graph, *, plan: str, cluster: Cluster, block: int) -> Plan:
@@ -35,8 +36,9 @@ def assign(graph: Graph, *, plan: str, cluster: Cluster, block: int) -> Plan:
         return _read_plan(graph, Path(plan), len(cluster.nodes))
     if plan.startswith("random:") and plan[7:].isdecimal():
         return _random_plan(graph, int(plan[7:]), cluster, block)
-    splits = rule_splits(graph, "mixed" if plan == "auto" else plan, cluster)
-    return place(graph, splits, speeds=cluster.speeds, block=block)
+    if plan == "auto":
+        return best_plan(graph, cluster=cluster, block=block)
+    return place(graph, rule_splits(graph, plan, cluster), speeds=cluster.speeds, block=block)
 
 
 def _read_plan(graph: Graph, path: Path, nodes: int) -> Plan:

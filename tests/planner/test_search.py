@@ -1,0 +1,54 @@
+"""The search against brute force: chains, residual nets, U-shapes, and cores that no elimination of pairs solves."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+
+from fusetile.planner import search
+from fusetile.planner.search import cost_of_choice, minimise
+
+SHAPES = {
+    "chain": [(0, 1), (1, 2), (2, 3), (3, 4)],
+    "residual": [(0, 1), (1, 2), (0, 2), (2, 3), (3, 4), (2, 4)],
+    "U": [(0, 1), (1, 2), (2, 3), (3, 4), (1, 3), (0, 4)],
+    "core of treewidth 3": [*combinations(range(4), 2), (3, 4)],
+    "core of treewidth 4": list(combinations(range(5), 2)),
+    "apart": [(0, 1), (2, 3)],
+}
+
+
+def instance(shape: str, seed: int):  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 5, 5)
+    nodes = [rng.random(size) for size in sizes]
+    nodes[seed % 5][1:] = np.inf  # forbidden choices
+    edges = {(u, v): rng.random((sizes[u], sizes[v])) * (rng.random() < 0.8) for u, v in SHAPES[shape]}
+    return nodes, edges
+
+
+def brute_force(nodes, edges) -> float:  # type: ignore[no-untyped-def]
+    return min(cost_of_choice(nodes, edges, choice) for choice in product(*(range(len(table)) for table in nodes)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_search_equals_brute_force(shape: str) -> None:
+    for seed in range(60):
+        nodes, edges = instance(shape, seed)
+        found = minimise(nodes, edges)
+        best = brute_force(nodes, edges)
+        assert found.cost == pytest.approx(best) == cost_of_choice(nodes, edges, found.choice)
+        assert found.bound == pytest.approx(best)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_too_wide_for_tables_is_an_integer_program(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "LARGEST_TABLE_entries", 6)
+    for seed in range(8):
+        nodes, edges = instance(shape, seed)
+        found = minimise(nodes, edges)
+        best = brute_force(nodes, edges)
+        assert found.cost == pytest.approx(best)
+        assert found.bound <= best + 1e-9 and found.bound == pytest.approx(best, abs=1e-4)
