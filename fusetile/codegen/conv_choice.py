@@ -115,10 +115,11 @@ def lower_conv_weight_grad(
 
 
 def _is_winograd(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], weights: Buffer) -> bool:
-    """Whether Winograd kernels can do these iterations: 3x3, stride and dilation 1, whole blocks of channels."""
+    """Whether Winograd kernels can do these iterations: 3x3, stride and dilation 1, one group, whole blocks."""
     return (
         op.attrs.get("strides") == (1, 1)
         and op.attrs["dilations"] == (1, 1)
+        and op.attrs.get("groups", 1) == 1
         and extents(weights.box)[2:] == (3, 3)
         and weights.block[0] == weights.block[1]
         and volume(box) > 0
