@@ -131,7 +131,7 @@ class _Builder:
         for unit in sorted({self.geometry.ops[reader.name].unit for reader in readers}):
             ops = [reader for reader in readers if self.geometry.ops[reader.name].unit == unit]
             need = self.geometry.need(name, [op.name for op in ops])
-            awaited = not all(op.kind in _LATE or op.phase == UPDATE for op in ops)
+            awaited = any(op.phase != UPDATE for op in ops)
             awaited &= not (home.forward and all(op.phase != FORWARD for op in ops)) and not home.persists
             busy, messages = self._transfer(home, need, same=unit == home.unit)
             wait = np.where(messages > 0, busy + self.link.latency_seconds, 0.0) if awaited else np.zeros_like(busy)

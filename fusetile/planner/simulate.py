@@ -21,8 +21,8 @@ from fusetile.graph import Graph
 from fusetile.passes.communicate import Communication
 from fusetile.passes.schedule import Await, Compute, Pack, Place, Post, Schedule, Ship
 from fusetile.plan import Plan
-from fusetile.runtime.wire import CHUNK_bytes
 
+CHUNK_bytes = 1 << 16  # the runtime's
 MESSAGE_seconds = 0.1e-3
 """What a message keeps a link busy for besides its bytes: system calls at both ends, the frame's header."""
 

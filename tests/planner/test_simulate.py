@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fusetile.cluster import Link
-from fusetile.planner.simulate import Message, MESSAGE_seconds, Work, play
-from fusetile.runtime.wire import CHUNK_bytes
+from fusetile.planner.simulate import CHUNK_bytes, Message, MESSAGE_seconds, Work, play
+from fusetile.runtime import wire
 
 LINK = Link(1e6, 0.01)
 CHUNK_seconds = CHUNK_bytes / 1e6
@@ -63,3 +63,7 @@ def test_an_urgent_message_overtakes_a_long_one_after_a_chunk() -> None:
 def test_a_schedule_that_waits_for_itself_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="waits for itself"):
         play([[Work(awaits=(0,)), Work(ships=(0,))], [Work(posts=(0,))]], [Message(0, 1, 10)], LINK)
+
+
+def test_chunks_are_those_of_the_runtime() -> None:
+    assert CHUNK_bytes == wire.CHUNK_bytes
