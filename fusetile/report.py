@@ -93,8 +93,11 @@ def _search(plan: Plan) -> Description | None:
 
 
 def hash_of(description: Description, model: bytes) -> str:
-    """Identifies a plan together with its model: nodes only work with peers that have the same."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode() + model).hexdigest()
+    """Identifies a plan together with its model: nodes only work with peers that have the same. Addresses are no part of
+    it: a local run takes whatever ports are free, and its results, which hold the hash, are the same bits each time."""
+    nodes = [{key: value for key, value in node.items() if key != "address"} for node in description["nodes"]]
+    document = json.dumps({**description, "nodes": nodes}, sort_keys=True)
+    return hashlib.sha256(document.encode() + model).hexdigest()
 
 
 def predicted_seconds(graph: Graph, plan: Plan, cluster: Cluster) -> list[float]:
