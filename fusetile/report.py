@@ -93,8 +93,8 @@ def _search(plan: Plan) -> Description | None:
 
 
 def hash_of(description: Description, model: bytes) -> str:
-    """Identifies a plan together with its model: nodes only work with peers that have the same. Addresses are no part of
-    it: a local run takes whatever ports are free, and its results, which hold the hash, are the same bits each time."""
+    """Identifies a plan together with its model: nodes only work with peers that have the same. Addresses are not part
+    of it: a local run takes whatever ports are free, and its results, which hold the hash, must be the same bits."""
     nodes = [{key: value for key, value in node.items() if key != "address"} for node in description["nodes"]]
     document = json.dumps({**description, "nodes": nodes}, sort_keys=True)
     return hashlib.sha256(document.encode() + model).hexdigest()

@@ -6,13 +6,13 @@ import json
 import math
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fusetile.errors import UserError
+from fusetile.errors import FusetileError, UserError
 
 _LINE_every_seconds = 5.0
 
@@ -64,8 +64,13 @@ class Progress:
     def step(self, record: StepRecord) -> None:
         """A step is done."""
         if self._file is not None:
-            self._file.write(record.json() + "\n")
-            self._file.flush()
+            try:
+                self._file.write(record.json() + "\n")
+                self._file.flush()
+            except OSError as error:
+                with suppress(OSError):  # it would try to write the rest
+                    self._file.close()
+                raise FusetileError(f"can't write the log {self._file.name}: {error.strerror}") from error
         if self._bar is not None:
             if record.step == 1:
                 self._stack.enter_context(self._bar)

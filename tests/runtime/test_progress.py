@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fusetile.errors import UserError
+from fusetile.errors import FusetileError, UserError
 from fusetile.runtime.progress import Progress, StepRecord
 
 
@@ -50,3 +50,12 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_a_log_that_can_not_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't write the log"):
         Progress(1, show=False, log=tmp_path)
+
+
+def test_a_full_disk_is_told_with_the_log() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("needs /dev/full")
+    message = "can't write the log /dev/full: No space left"
+    with pytest.raises(FusetileError, match=message), Progress(1, show=False, log=full) as progress:
+        progress.step(StepRecord(1, 0.5, 0.25, 4))
