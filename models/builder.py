@@ -38,13 +38,14 @@ class Builder:
         stride: int = 1,
         pad: int | None = None,
         bias: bool = True,
+        groups: int = 1,
     ) -> str:
         """Square convolution; by default padded so that stride 1 keeps the size."""
         in_channels, *sizes = self.shapes[x]
         pad = kernel // 2 if pad is None else pad
-        inputs = [x, *self._filter(name, (channels, in_channels, kernel, kernel), bias)]
+        inputs = [x, *self._filter(name, (channels, in_channels // groups, kernel, kernel), bias)]
         shape = (channels, *((size + 2 * pad - kernel) // stride + 1 for size in sizes))
-        return self._node("Conv", name, inputs, shape, **_window(kernel, stride, pad), dilations=[1, 1], group=1)
+        return self._node("Conv", name, inputs, shape, **_window(kernel, stride, pad), dilations=[1, 1], group=groups)
 
     def batch_norm(self, name: str, x: str) -> str:
         """BatchNormalization in its inference form, which most exports have."""
@@ -55,6 +56,11 @@ class Builder:
 
     def relu(self, name: str, x: str) -> str:
         return self._node("Relu", name, [x], self.shapes[x])
+
+    def relu6(self, name: str, x: str) -> str:
+        """Clip to 0 .. 6, as PyTorch exports ReLU6."""
+        bounds = [self._weight(f"{name}.{key}", np.array(value)) for key, value in (("min", 0), ("max", 6))]
+        return self._node("Clip", name, [x, *bounds], self.shapes[x])
 
     def leaky_relu(self, name: str, x: str, *, alpha: float) -> str:
         return self._node("LeakyRelu", name, [x], self.shapes[x], alpha=alpha)

@@ -27,13 +27,14 @@ class Net:
         self.count += 1
         return self.graph.add(kind, inputs, attrs=attrs, stem=f"{kind.lower()}{self.count}", origin=f"{kind} node")[0]
 
-    def conv(self, x: str, k: int, window=3, stride=1, pad=None, dilation=1, bias=False) -> str:
+    def conv(self, x: str, k: int, window=3, stride=1, pad=None, dilation=1, bias=False, groups=1) -> str:
         r, s = window if isinstance(window, tuple) else (window, window)
         pads = pad if isinstance(pad, tuple) else (r // 2 if pad is None else pad,) * 4
-        c = self.graph.tensors[x].shape[1]
+        c = self.graph.tensors[x].shape[1] // groups
         inputs = [x, self.parameter("w", (k, c, r, s), (2 / (c * r * s)) ** 0.5)]
         inputs += [self.parameter("b", (k,), 0.1)] if bias else []
-        return self._op("Conv", *inputs, strides=(stride, stride), dilations=(dilation, dilation), pads=pads)
+        window = {"strides": (stride, stride), "dilations": (dilation, dilation), "pads": pads}
+        return self._op("Conv", *inputs, **window, **({"groups": groups} if groups > 1 else {}))
 
     def gemm(self, x: str, k: int, bias=True) -> str:
         c = self.graph.tensors[x].shape[1]
@@ -176,7 +177,18 @@ def gated(batch=2) -> Graph:
     return net.done(net.gemm(net.flatten(net.average_pool(x)), 4))
 
 
-NETWORKS = {"plain": plain, "normalized": normalized, "branches": branches, "gated": gated}
+def grouped(batch=2) -> Graph:
+    """Depthwise convolutions with one output per channel and with two, groups smaller than a block, a residual."""
+    net = Net((batch, 3, 9, 8))
+    x = net.relu(net.conv(net.conv(net.x, 6, groups=3), 12, window=1, bias=True))
+    a = net.function("Clip", net.batch_norm(net.conv(x, 12, groups=12)), low=0.0, high=6.0)
+    x = net.add(x, net.conv(a, 12, window=1))
+    x = net.relu(net.conv(x, 24, window=(3, 2), stride=2, pad=(1, 0, 1, 1), groups=12, bias=True))
+    x = net.leaky(net.conv(x, 20, window=(1, 2), pad=0, groups=4))
+    return net.done(net.gemm(net.flatten(net.global_pool(x)), 4))
+
+
+NETWORKS = {"plain": plain, "normalized": normalized, "branches": branches, "gated": gated, "grouped": grouped}
 
 
 def feeds(graph: Graph, seed: int = 1) -> dict[str, np.ndarray]:

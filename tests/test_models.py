@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
-from models import lenet, resnet18, vgg_small, yolov2
+from models import lenet, mobilenetv2, resnet18, vgg_small, yolov2
 from tests.onnx_tools import normal, run_ort, save
 
 Build = Callable[..., onnx.ModelProto]
@@ -24,6 +24,7 @@ TINY = [
     (lenet.build, {"size": 14, "width": 0.5}, (10,)),
     (vgg_small.build, {"size": 17, "width": 0.25, "classes": 3}, (3,)),
     (resnet18.build, {"size": 33, "width": 0.1, "classes": 4}, (4,)),
+    (mobilenetv2.build, {"size": 40, "width": 0.2, "classes": 4}, (4,)),
     (yolov2.build, {"size": 48, "width": 1 / 16}, (16, 3, 3)),
     (yolov2.build, {"size": 50, "width": 1 / 64, "layers": 25, "classes": 7}, (7, 1, 1)),
 ]
@@ -48,6 +49,8 @@ def trainable(proto: onnx.ModelProto) -> int:
 def test_sizes_are_those_of_the_papers() -> None:
     assert trainable(lenet.build()) == 61_706
     assert trainable(resnet18.build(size=64)) == 11_689_512  # torchvision's count
+    # torchvision's count, and the bounds of 35 ReLU6
+    assert trainable(mobilenetv2.build(size=32)) == 3_504_872 + 2 * 35
     assert trainable(yolov2.build(size=32)) == 3_424_160 and len(yolov2.LAYERS) == 25
 
 
@@ -63,7 +66,7 @@ def test_weights_have_the_scale_of_he_initialization() -> None:
     assert w.std() == pytest.approx(np.sqrt(2 / prod(w.shape[1:])), rel=0.01) and abs(w.mean()) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["lenet", "vgg_small", "resnet18", "yolov2"])
+@pytest.mark.parametrize("name", ["lenet", "vgg_small", "resnet18", "yolov2", "mobilenetv2"])
 def test_command_line(name: str, tmp_path: Path) -> None:
     out = tmp_path / f"{name}.onnx"
     command = f"-m models.{name} --size 64 --width 0.1 --classes 3 --batch 2 --seed 1 -o {out}"

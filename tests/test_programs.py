@@ -19,7 +19,7 @@ from fusetile.program import Buffer, Run
 from fusetile.reference import evaluate
 from fusetile.runtime.storage import unpack
 from fusetile.trace import Trace
-from models import lenet, resnet18, vgg_small, yolov2
+from models import lenet, mobilenetv2, resnet18, vgg_small, yolov2
 from tests.graphs import NETWORKS, Net, feeds
 from tests.local_cluster import Device, LocalCluster
 from tests.onnx_tools import save
@@ -143,6 +143,14 @@ def test_single_channels(plan: str, nodes: int, tmp_path: Path) -> None:
     graph = net.done(net.gemm(net.flatten(net.max_pool(net.conv(x, 1, bias=True))), 1))
     graph = net.done(net.conv(x, 1, bias=True)) if plan == "grid:2x1" else graph
     check_steps(graph, LocalCluster(build(graph, tmp_path, plan, nodes)), steps=2)
+
+
+@pytest.mark.slow
+def test_reduced_mobilenetv2(tmp_path: Path) -> None:
+    """With BatchNorm frozen: over the 8 values that maps of 2x2 have, 52 of them in a row amplify rounding errors."""
+    path = save(mobilenetv2.build(size=40, width=0.2, classes=4), tmp_path)
+    graph = import_onnx(path, batch=2, bn="frozen")
+    check_steps(graph, LocalCluster(build(graph, tmp_path, "grid:2x1", 2)), steps=1)
 
 
 def test_a_plan_from_a_file_gives_the_same_programs(tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ _MODULES = {
     "slice": "shape",
     "reshape": "shape",
     "sum_to": "reduce",
+    "grouped_conv": "grouped",
+    "grouped_conv_input_grad": "grouped",
+    "grouped_conv_weight_grad": "grouped",
 }
 
 
@@ -58,6 +61,8 @@ def lower(
     if volume(box) == 0:
         return Lowered()
     family = row(op.kind).kernel
+    if op.attrs.get("groups", 1) > 1:
+        family = f"grouped_{family}"
     for output, i in row(op.kind).in_place:
         if output < len(outputs) and outputs[output] != inputs[i]:
             raise PlanError(f"{op.name}: output {outputs[output].name} must lie in input {inputs[i].name}")

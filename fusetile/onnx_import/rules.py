@@ -58,14 +58,15 @@ def _window(importer: Importer, node: Node, x: str, kernel: Sequence[int]) -> di
 
 
 def _conv(importer: Importer, node: Node) -> None:
-    if (group := node.attrs.get("group", 1)) != 1:
-        raise importer.refuse(node, f"group={group} is not supported; only group=1 is")
+    if (groups := node.attrs.get("group", 1)) < 1:
+        raise importer.refuse(node, f"group={groups} must be at least 1")
     x, w = importer.data(node), importer.parameter(node, 1, rank=4)
     out_channels, _, *kernel = importer.shape(w)
     if list(node.attrs.get("kernel_shape", kernel)) != kernel:
         raise importer.refuse(node, f"kernel_shape {node.attrs['kernel_shape']} is not that of its weights, {kernel}")
     bias = [importer.parameter(node, 2, shape=(out_channels,))] if node.has(2) else []
-    importer.emit(node, "Conv", [x, w, *bias], _window(importer, node, x, kernel))
+    attrs = _window(importer, node, x, kernel) | ({"groups": groups} if groups > 1 else {})
+    importer.emit(node, "Conv", [x, w, *bias], attrs)
 
 
 def _pool(importer: Importer, node: Node) -> tuple[str, dict[str, Any]]:

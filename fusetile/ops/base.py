@@ -29,11 +29,13 @@ Array = np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of an iteration domain."""
+    """One axis of an iteration domain. `group`: its channels come in groups of so many, each of which goes with so
+    many channels of another operand; it is cut only where a channel block begins in both."""
 
     name: str
     size: int
     kind: Literal["parallel", "reduction"] = "parallel"
+    group: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,21 @@ class Spread:
         return (first, (stop - 1 + self.pad) // self.stride + 1)
 
 
-Dim = All | Along | Window | Spread
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Every `per` iterations of the axis, begun or whole, go with `times` indices."""
+
+    axis: str
+    size: int
+    per: int
+    times: int = 1
+
+    def interval(self, iterations: Mapping[str, Interval]) -> Interval:
+        start, stop = iterations[self.axis]
+        return (start // self.per * self.times, -(-stop // self.per) * self.times)
+
+
+Dim = All | Along | Window | Spread | Groups
 Access = tuple[Dim, ...]
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import gcd, lcm
 
 import numpy as np
 
 from fusetile.box import Box, empty, volume
-from fusetile.ops import Domain
+from fusetile.ops import Axis, Domain
 from fusetile.plan import Placement
 
 CHANNEL_AXES = ("k", "c")
@@ -72,7 +73,14 @@ def _intervals(
         return []
     rows = np.moveaxis(grid, i, 0).reshape(grid.shape[i], -1)
     weights = [sum(speeds[device] for device in row) for row in rows]
-    return cut(domain.axes[domain.axis(axis)].size, weights, block if axis in CHANNEL_AXES else 1)
+    cut_axis = domain.axes[domain.axis(axis)]
+    return cut(cut_axis.size, weights, granule(cut_axis, block) if axis in CHANNEL_AXES else 1)
+
+
+def granule(axis: Axis, block: int) -> int:
+    """Where channels may be cut: at multiples of so many. Those that belong to them elsewhere fill whole blocks too."""
+    per, times = axis.group
+    return per * lcm(block // gcd(block, per), block // gcd(block, times))
 
 
 def shard(box: Box, *, holders: Sequence[int], speeds: Sequence[float], block: int) -> dict[int, Box]:

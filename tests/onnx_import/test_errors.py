@@ -156,7 +156,8 @@ def test_all_unsupported_ops_are_named_at_once(tmp_path: Path) -> None:
 
 
 FORMS = [
-    (node("Conv", "x w", "y", "n", group=2), {"w": normal(4, 2, 3, 3)}, "group=2"),
+    (node("Conv", "x w", "y", "n", group=2), {"w": normal(4, 3, 3, 3)}, "does not fit .* in 2 groups"),
+    (node("Conv", "x w", "y", "n", group=0), {"w": normal(4, 4, 3, 3)}, "group=0 must be at least 1"),
     (node("Conv", "x w", "y", "n"), {"w": normal(4, 3, 3, 3)}, r"'w' of shape \(4, 3, 3, 3\) does not fit"),
     (node("Conv", "x w", "y", "n"), {"w": normal(4, 4, 9, 9)}, "smaller than the window"),
     (node("Conv", "x w", "y", "n"), {"w": normal(4, 4, 3)}, "expected 4 dimensions"),

@@ -49,6 +49,13 @@ def test_conv(attrs: dict[str, Any], bias: bool, tmp_path: Path) -> None:
     check(model([node("Conv", " ".join(["x", *weights]), "y", **attrs)], X, weights=weights), tmp_path)
 
 
+@pytest.mark.parametrize("channels", [3, 6])
+def test_depthwise_conv(channels: int, tmp_path: Path) -> None:
+    conv = node("Conv", "x w b", "y", group=3, pads=[1, 1, 1, 1], strides=[2, 2])
+    graph = check(model([conv], X, weights={"w": normal(channels, 1, 3, 3), "b": normal(channels)}), tmp_path)
+    assert graph.ops["y"].attrs["groups"] == 3
+
+
 def test_same_padding_counts_dilation(tmp_path: Path) -> None:  # which ONNX Runtime refuses
     conv = node("Conv", "x w", "y", auto_pad="SAME_UPPER", dilations=[2, 3])
     graph = import_onnx(save(model([conv], X, weights={"w": normal(4, 3, 3, 2)}), tmp_path))

@@ -75,6 +75,10 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]]
     "dilated and strided": ((1, 2, 11, 9), (2, 2, 2, 3), window((2, 1), (1, 2, 1, 2), (3, 2))),
     "wide pads": ((1, 1, 3, 3), (2, 1, 3, 3), window(1, (2, 2, 2, 2))),
     "one pixel": ((2, 3, 1, 1), (4, 3, 1, 1), window()),
+    "depthwise": ((2, 5, 6, 7), (5, 1, 3, 3), window(1, (1, 1, 1, 1)) | {"groups": 5}),
+    "depthwise, strided": ((1, 3, 8, 7), (3, 1, 3, 2), window((2, 3), (0, 1, 2, 1), (2, 1)) | {"groups": 3}),
+    "depthwise, two outputs per channel": ((2, 3, 5, 4), (6, 1, 3, 3), window(2, (1, 1, 1, 1)) | {"groups": 3}),
+    "in groups": ((2, 6, 5, 4), (9, 2, 3, 3), window(1, (1, 0, 1, 2)) | {"groups": 3}),
 }
 POOLS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "2x2": ((2, 3, 6, 8), {"kernel": (2, 2), **window(2)}),

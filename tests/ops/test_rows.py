@@ -44,7 +44,8 @@ def theirs(proto_node: NodeProto, values: Mapping[str, np.ndarray], opset: int =
 
 
 def onnx_window(attrs: Mapping[str, Any], kernel: tuple[int, ...]) -> dict[str, Any]:
-    return {"kernel_shape": kernel, **{key: list(attrs[key]) for key in ("strides", "dilations", "pads")}}
+    groups = {"group": attrs["groups"]} if "groups" in attrs else {}
+    return {"kernel_shape": kernel, **{key: list(attrs[key]) for key in ("strides", "dilations", "pads")}, **groups}
 
 
 def close(found: np.ndarray, expected: np.ndarray) -> None:

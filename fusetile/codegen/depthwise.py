@@ -1,0 +1,220 @@
+"""Convolutions with one input and one output channel per group, and their gradients: vectors of channels.
+
+The weights of a channel block lie together, [K/B][1][R][S][1][B], so that every tap is one vector. As for dense
+convolutions, forward and input gradient are one kernel, and a gradient of stride s is s * s phases.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fusetile.box import Box, extents, view4, volume
+from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, make_kernel, ref, vectors
+from fusetile.codegen.conv_views import NO_TAPS, Taps, View, filter_view, moved, padded_view, phases, taps_of, view
+from fusetile.codegen.mapped import loops_over
+from fusetile.graph import Op
+from fusetile.ops.base import Domain
+from fusetile.program import Buffer
+
+TILE = 4  # pixels at once, for which the weights are loaded once
+UNROLLED = 49  # taps; larger windows are loops
+_ACTIVATIONS = {
+    "": "{}",
+    "relu": "T.Select({0} < T.float32(0), T.float32(0), {0})",
+    "leaky_relu": "T.Select({0} > T.float32(0), {0}, alpha * {0})",
+}
+_X = ("x_image", "x_block", "x_row", "x_pixel", "x_tap_h", "x_tap_w")
+_W = ("w_block", "w_tap_h", "w_tap_w")
+_Y = ("y_image", "y_block", "y_row", "y_pixel")
+_UNIT = """
+bands: T.int32 = (rows + band - 1) // band
+n: T.int32 = u // bands // blocks
+k: T.int32 = u // bands % blocks
+"""
+
+
+def forward(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer) -> Lowered:
+    """y = activation(bias + x * w)."""
+    x, w, *bias = inputs
+    weights, written = filter_view(w, domain.need(box, 1)), domain.output(box)
+    source, taps = View(ref(x), 0, 0, 0, 0), NO_TAPS
+    if volume(domain.need(box, 0)):  # else there is nothing but padding
+        source, taps = padded_view(domain, box, 0, x), taps_of(op.attrs, weights.window)
+    strides = (weights.k, weights.tap_h, weights.tap_w)
+    add = ref(bias[0], domain.need(box, 2)) if bias else None
+    activation = (op.attrs.get("activation", ""), float(op.attrs.get("alpha", 0.0)))
+    call = _convolve(source, (weights.start, strides), view(output, written), taps, written, output, add, activation)
+    return Lowered((call,))
+
+
+def input_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer) -> Lowered:
+    """dx from dy and the weights, whose taps are gone through backwards."""
+    dy, w = inputs
+    need, written = domain.need(box, 0), domain.output(box)
+    weights, dx, calls = filter_view(w, domain.need(box, 1)), view(output, written), []
+    for h in phases(op.attrs, 0, written[2], weights.window[0]):
+        for v in phases(op.attrs, 1, written[3], weights.window[1]):
+            source, taps, start = View(ref(dy), 0, 0, 0, 0), NO_TAPS, weights.start
+            if h.taps and v.taps and volume(need):
+                source = view(dy, (*need[:2], h.touched, v.touched))
+                taps = Taps((h.taps, v.taps), (h.step, v.step))
+                first = (weights.window[0] - 1 - h.flipped, weights.window[1] - 1 - v.flipped)
+                start = moved(start, first[0] * weights.tap_h + first[1] * weights.tap_w)
+            strides = (weights.k, -h.every * weights.tap_h, -v.every * weights.tap_w)
+            result = dx.moved(h.first * dx.row + v.first * dx.pixel)
+            result = replace(result, row=h.stride * dx.row, pixel=v.stride * dx.pixel)
+            part = (*written[:2], (0, h.count), (0, v.count))
+            calls.append(_convolve(source, (start, strides), result, taps, part, output, None, ("", 0.0)))
+    return Lowered(tuple(calls))
+
+
+def weight_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer) -> Lowered:
+    """dw from x and dy: a partial sum per band of rows, then their sums in order."""
+    x, dy = inputs
+    touched, block = domain.need(box, 1), dy.block[1]
+    dw, right, loops = filter_view(output, domain.output(box)), view(dy, touched), loops_over(touched, block)
+    taps, columns = taps_of(op.attrs, dw.window), loops.columns
+    if volume(domain.need(box, 0)):
+        left = padded_view(domain, box, 0, x)
+    else:  # nothing but padding: no pixels, so zeros
+        left, columns = View(ref(x), 0, 0, 0, 0), 0
+    partial = Buffer(f"{op.name}.partial", ((0, loops.units * dw.taps * block),))
+    ints = (loops.blocks, loops.rows, columns, loops.band, *_reads(left, taps))
+    ints += (right.image, right.block, right.row, right.pixel)
+    kernel = _gradient(dw.window, block)
+    summed = KernelCall(kernel, loops.units, (left.start, right.start, ref(partial)), ints)
+    numbers = (loops.images, loops.blocks, loops.bands, dw.taps, dw.k)
+    finish = KernelCall(_finish(block), loops.blocks, (ref(partial), dw.start), numbers)
+    return Lowered((summed, finish), (partial,))
+
+
+def _reads(x: View, taps: Taps) -> tuple[int, ...]:
+    """The strides _X of a window over x."""
+    row, pixel = taps.stride[0] * x.row, taps.stride[1] * x.pixel
+    return (x.image, x.block, row, pixel, taps.step[0] * x.row, taps.step[1] * x.pixel)
+
+
+def _convolve(
+    x: View,
+    w: tuple[Ref, tuple[int, int, int]],
+    y: View,
+    taps: Taps,
+    written: Box,
+    output: Buffer,
+    bias: Ref | None,
+    activation: tuple[str, float],
+) -> KernelCall:
+    block = output.block[1]
+    _, _, rows, columns = extents(view4(written))
+    loops = loops_over(written, block)
+    start, strides = w
+    ints = (loops.blocks, rows, columns, loops.band, *_reads(x, taps), *strides, y.image, y.block, y.row, y.pixel)
+    kernel = _convolution(taps.count, block, activation[0], with_bias=bias is not None)
+    pointers = (x.start, start, bias or start, y.start)
+    return KernelCall(kernel, loops.units, pointers, ints, (activation[1],))
+
+
+def _over_taps(window: tuple[int, int], statement: str) -> str:
+    """Statements for all taps a, b: written out, or as loops."""
+    if window[0] * window[1] > UNROLLED:
+        loops = f"for a in T.serial({window[0]}):\n    for b in T.serial({window[1]}):\n"
+        return loops + textwrap.indent(statement.format(a="a", b="b", tap=f"(a * {window[1]} + b)"), " " * 8)
+    taps = [(a, b) for a in range(window[0]) for b in range(window[1])]
+    return "".join(statement.format(a=a, b=b, tap=a * window[1] + b) for a, b in taps)
+
+
+def _convolution(window: tuple[int, int], block: int, activation: str, *, with_bias: bool) -> Kernel:
+    def pixels(count: int, first: str) -> str:
+        lanes = range(count)
+        start = f"BIAS[k * {block} + v]" if with_bias else "T.float32(0)"
+        x = "X[x0 + ({first} + {p}) * x_pixel + {{a}} * x_tap_h + {{b}} * x_tap_w + v]"
+        weight = "W[k * w_block + {a} * w_tap_h + {b} * w_tap_w + v]"
+        taps = vectors(
+            [f"s{p}[v] = s{p}[v] + {x.format(first=first, p=p)} * {weight}" for p in lanes],
+            block,
+        )
+        store = [
+            f"Y[y0 + ({first} + {p}) * y_pixel + v] = {_ACTIVATIONS[activation].format(f's{p}[v]')}" for p in lanes
+        ]
+        return vectors([f"s{p}[v] = {start}" for p in lanes], block) + _over_taps(window, taps) + vectors(store, block)
+
+    body = f"""
+for u in T.serial(lo, hi):
+{textwrap.indent(_UNIT.strip(), " " * 4)}
+    for r in T.serial(T.min(band, rows - u % bands * band)):
+        h: T.int32 = u % bands * band + r
+        x0: T.int32 = n * x_image + k * x_block + h * x_row
+        y0: T.int32 = n * y_image + k * y_block + h * y_row
+        for q in T.serial(columns // {TILE}):
+{textwrap.indent(pixels(TILE, f"q * {TILE}"), " " * 12)}
+        for q in T.serial(columns % {TILE}):
+{textwrap.indent(pixels(1, f"columns // {TILE} * {TILE} + q"), " " * 12)}
+"""
+    name = f"depthwise_{window[0]}x{window[1]}{'_bias' * with_bias}{'_' * bool(activation)}{activation}_{block}"
+    return make_kernel(
+        name,
+        pointers=dict.fromkeys(("X", "W", "BIAS", "Y"), "float32"),
+        ints=("blocks", "rows", "columns", "band", *_X, *_W, *_Y),
+        floats=("alpha",),
+        scratch={f"s{p}": ((block,), "float32") for p in range(TILE)},
+        body=body,
+    )
+
+
+def _gradient(window: tuple[int, int], block: int) -> Kernel:
+    taps = window[0] * window[1]
+    add = (
+        f"sums[{{tap}} * {block} + v] = sums[{{tap}} * {block} + v]"
+        " + X[x0 + w * x_pixel + {a} * x_tap_h + {b} * x_tap_w + v] * DY[y0 + w * y_pixel + v]"
+    )
+    clear = f"for t in T.serial({taps}):\n" + textwrap.indent(
+        vectors([f"sums[t * {block} + v] = T.float32(0)"], block), "    "
+    )
+    store = f"for t in T.serial({taps}):\n" + textwrap.indent(
+        vectors([f"PARTIAL[(u * {taps} + t) * {block} + v] = sums[t * {block} + v]"], block), "    "
+    )
+    body = f"""
+for u in T.serial(lo, hi):
+{textwrap.indent(_UNIT.strip(), " " * 4)}
+{textwrap.indent(clear, " " * 4)}
+    for r in T.serial(T.min(band, rows - u % bands * band)):
+        h: T.int32 = u % bands * band + r
+        x0: T.int32 = n * x_image + k * x_block + h * x_row
+        y0: T.int32 = n * y_image + k * y_block + h * y_row
+        for w in T.serial(columns):
+{textwrap.indent(_over_taps(window, vectors([add], block)), " " * 12)}
+{textwrap.indent(store, " " * 4)}
+"""
+    return make_kernel(
+        f"depthwise_gradient_{window[0]}x{window[1]}_{block}",
+        pointers=dict.fromkeys(("X", "DY", "PARTIAL"), "float32"),
+        ints=("blocks", "rows", "columns", "band", *_X, *_Y),
+        scratch={"sums": ((taps * block,), "float32")},
+        body=body,
+    )
+
+
+def _finish(block: int) -> Kernel:
+    add = vectors(
+        [f's[v] = s[v] + T.Cast("float64", PARTIAL[(((n * blocks + k) * bands + i) * taps + t) * {block} + v])'], block
+    )
+    body = f"""
+for k in T.serial(lo, hi):
+    for t in T.serial(taps):
+        for v in T.vectorized({block}):
+            s[v] = T.float64(0)
+        for n in T.serial(images):
+            for i in T.serial(bands):
+{textwrap.indent(add, " " * 16)}
+        for v in T.vectorized({block}):
+            DW[k * w_block + t * {block} + v] = T.Cast("float32", s[v])
+"""
+    return make_kernel(
+        f"depthwise_finish_{block}",
+        pointers={"PARTIAL": "float32", "DW": "float32"},
+        ints=("images", "blocks", "bands", "taps", "w_block"),
+        scratch={"s": ((block,), "float64")},
+        body=body,
+    )
