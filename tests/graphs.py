@@ -188,7 +188,27 @@ def grouped(batch=2) -> Graph:
     return net.done(net.gemm(net.flatten(net.global_pool(x)), 4))
 
 
-NETWORKS = {"plain": plain, "normalized": normalized, "branches": branches, "gated": gated, "grouped": grouped}
+def up_and_down(batch=2) -> Graph:
+    """A small U-Net: pooling, a transposed convolution, and a join with the map from above."""
+    net = Net((batch, 2, 10, 9))
+    above = net.relu(net.conv(net.x, 9, bias=True))
+    x = net.relu(net.conv(net.max_pool(above), 17))
+    w = net.parameter("w", (17, 9, 3, 2), 0.15)
+    x = net._op(
+        "ConvInputGrad", x, w, strides=(2, 2), dilations=(1, 1), pads=(1, 0, 1, 0), input_shape=(batch, 9, 10, 9)
+    )
+    x = net.relu(net._op("Add", x, net.parameter("b", (9,), 0.1)))
+    return net.done(net.conv(net.concat(x, above), 3, window=1))
+
+
+NETWORKS = {
+    "plain": plain,
+    "normalized": normalized,
+    "branches": branches,
+    "gated": gated,
+    "grouped": grouped,
+    "up_and_down": up_and_down,
+}
 
 
 def feeds(graph: Graph, seed: int = 1) -> dict[str, np.ndarray]:

@@ -69,6 +69,36 @@ def _conv(importer: Importer, node: Node) -> None:
     importer.emit(node, "Conv", [x, w, *bias], attrs)
 
 
+def _conv_transpose(importer: Importer, node: Node) -> None:
+    """The input gradient of a convolution, as an op of the forward pass; a bias is added."""
+    if node.attrs.get("auto_pad", "NOTSET") != "NOTSET" or "output_shape" in node.attrs:
+        raise importer.refuse(node, "auto_pad and output_shape are not supported; export it with explicit pads")
+    x, w = importer.data(node), importer.parameter(node, 1, rank=4)
+    shape, (channels, filters, *kernel) = importer.shape(x), importer.shape(w)
+    attrs = _window(importer, node, x, kernel)
+    groups, extra = node.attrs.get("group", 1), tuple(node.attrs.get("output_padding", (0, 0)))
+    if shape[1] != channels or groups < 1 or channels % groups:
+        raise importer.refuse(node, f"weights {importer.shape(w)} in {groups} groups do not fit the input {shape}")
+    if len(extra) != 2 or any(not 0 <= more < stride for more, stride in zip(extra, attrs["strides"], strict=True)):
+        raise importer.refuse(node, f"output_padding {extra} must be less than the strides {attrs['strides']}")
+    sizes = [
+        (size - 1) * stride - attrs["pads"][i] - attrs["pads"][i + 2] + dilation * (taps - 1) + 1 + extra[i]
+        for i, (size, stride, dilation, taps) in enumerate(
+            zip(shape[2:], attrs["strides"], attrs["dilations"], kernel, strict=True)
+        )
+    ]
+    if min(sizes) < 1:
+        raise importer.refuse(node, f"pads {attrs['pads']} leave nothing of its output")
+    attrs |= {"input_shape": (shape[0], filters * groups, *sizes)} | ({"groups": groups} if groups > 1 else {})
+    if not node.has(2):
+        importer.emit(node, "ConvInputGrad", [x, w], attrs)
+        return
+    bias = importer.parameter(node, 2, shape=(filters * groups,))
+    plain = importer.fresh(f"{node.outputs[0]}.plain")
+    y = importer.emit(node, "ConvInputGrad", [x, w], attrs, outputs=[plain])
+    importer.emit(node, "Add", [y, bias])
+
+
 def _pool(importer: Importer, node: Node) -> tuple[str, dict[str, Any]]:
     x, kernel = importer.data(node), tuple(node.attrs["kernel_shape"])
     attrs = {"kernel": kernel, **_window(importer, node, x, kernel)}
@@ -428,6 +458,7 @@ RULES: dict[str, Rule] = {
     "Clip": _clip,
     "Concat": _concat,
     "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
     "Div": _arithmetic,
     "Dropout": _dropout,
     "Elu": _function("Elu", alpha=1.0),

@@ -169,6 +169,18 @@ def _conv_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | N
     return [dx, dw, *db]
 
 
+def _transposed_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    """Of an input gradient in the forward pass, which is a transposed convolution: the roles are swapped."""
+    dy, (x, w) = grads[0], op.inputs
+    assert dy is not None
+    common: dict[str, Any] = {"phase": BACKWARD, "origin": op.origin}
+    window = {key: op.attrs[key] for key in ("strides", "dilations", "pads", "groups") if key in op.attrs}
+    kernel = graph.tensors[w].shape[2:]
+    (dx,) = graph.add("Conv", [dy, w], attrs=window, stem=f"grad.{x}", **common)
+    (dw,) = graph.add("ConvWeightGrad", [dy, x], attrs={**window, "kernel_shape": kernel}, stem=f"grad.{w}", **common)
+    return [dx, dw]
+
+
 # -- input gradient --------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +296,7 @@ for _kind in ("Conv", "Gemm"):
             lambda attrs, inputs: [Spec(attrs["input_shape"])],
             _input_grad_domain,
             _input_grad,
+            _transposed_vjp if _kind == "Conv" else None,
             flops=_flops,
             kernel="conv_input_grad",
             padded=(0,),

@@ -56,6 +56,21 @@ def test_depthwise_conv(channels: int, tmp_path: Path) -> None:
     assert graph.ops["y"].attrs["groups"] == 3
 
 
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {},
+        {"strides": [2, 2], "kernel_shape": [3, 2]},
+        {"strides": [2, 3], "pads": [1, 0, 0, 1], "output_padding": [1, 2], "dilations": [1, 2]},
+        {"strides": [2, 2], "group": 3, "pads": [1, 1, 1, 0]},
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_conv_transpose(attrs: dict[str, Any], bias: bool, tmp_path: Path) -> None:
+    weights = {"w": normal(3, 4, 3, 2)} | ({"b": normal(4 * attrs.get("group", 1))} if bias else {})
+    check(model([node("ConvTranspose", " ".join(["x", *weights]), "y", **attrs)], X, weights=weights), tmp_path)
+
+
 def test_same_padding_counts_dilation(tmp_path: Path) -> None:  # which ONNX Runtime refuses
     conv = node("Conv", "x w", "y", auto_pad="SAME_UPPER", dilations=[2, 3])
     graph = import_onnx(save(model([conv], X, weights={"w": normal(4, 3, 3, 2)}), tmp_path))

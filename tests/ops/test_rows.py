@@ -305,6 +305,14 @@ def test_dropout_keeps_the_expectation_and_depends_on_seed_site_and_step() -> No
 DIFFERENTIABLE: list[tuple[str, list[tuple[tuple[int, ...], str]], dict[str, Any]]] = [
     *(("Conv", [(x, "map"), (w, "filter"), ((w[0],), "map")], attrs) for x, w, attrs in CONVOLUTIONS.values()),
     ("Gemm", [((3, 7), "map"), ((4, 7), "filter"), ((4,), "map")], {}),
+    *(
+        ("ConvInputGrad", [((2, 4, 3, 2), "map"), ((4, 3, 3, 2), "filter")], attrs)
+        for attrs in (
+            window(2, (1, 0, 1, 0)) | {"input_shape": (2, 3, 5, 4)},
+            window(2, (1, 0, 1, 0)) | {"input_shape": (2, 3, 6, 5)},
+            window((1, 2), (0, 1, 0, 1), (2, 1)) | {"input_shape": (2, 6, 7, 2), "groups": 2},
+        )
+    ),
     *(("MaxPool", [(x, "map")], {"ceil_mode": False, **attrs}) for x, attrs in MAXIMA.values()),
     *(
         ("AveragePool", [(x, "map")], {"ceil_mode": False, **attrs, "count_include_pad": include})
