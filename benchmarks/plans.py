@@ -73,7 +73,7 @@ def main() -> None:
                     f"{100 * estimate.gap:.1f} %",
                     f"{planning:.1f} s",
                 )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

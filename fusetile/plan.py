@@ -62,7 +62,7 @@ class Estimate:
     @property
     def gap(self) -> float:
         """By what part the best plan of the model may be longer than the shortest possible."""
-        return self.model_seconds / self.bound_seconds - 1 if self.bound_seconds else 0.0
+        return max(0.0, self.model_seconds / self.bound_seconds - 1) if self.bound_seconds else 0.0
 
 
 @dataclass(frozen=True, slots=True)
