@@ -190,15 +190,16 @@ def grouped(batch=2) -> Graph:
 
 def up_and_down(batch=2) -> Graph:
     """A small U-Net: pooling, a transposed convolution, and a join with the map from above."""
-    net = Net((batch, 2, 10, 9))
+    net = Net((batch, 2, 10, 8))
     above = net.relu(net.conv(net.x, 9, bias=True))
     x = net.relu(net.conv(net.max_pool(above), 17))
     w = net.parameter("w", (17, 9, 3, 2), 0.15)
     x = net._op(
-        "ConvInputGrad", x, w, strides=(2, 2), dilations=(1, 1), pads=(1, 0, 1, 0), input_shape=(batch, 9, 10, 9)
+        "ConvInputGrad", x, w, strides=(2, 2), dilations=(1, 1), pads=(1, 0, 1, 0), input_shape=(batch, 9, 10, 8)
     )
     x = net.relu(net._op("Add", x, net.parameter("b", (9,), 0.1)))
-    return net.done(net.conv(net.concat(x, above), 3, window=1))
+    x = net.concat(net.conv(x, 5), above, net._op("Upsample", net.conv(net.max_pool(x), 5), factors=(2, 2)))
+    return net.done(net.conv(x, 3, window=1))
 
 
 NETWORKS = {

@@ -44,6 +44,7 @@ _MODULES = {
     "slice": "shape",
     "reshape": "shape",
     "sum_to": "reduce",
+    "upsample": "resize",
     "grouped_conv": "grouped",
     "grouped_conv_input_grad": "grouped",
     "grouped_conv_weight_grad": "grouped",

@@ -144,6 +144,36 @@ def _reduce_mean(importer: Importer, node: Node) -> None:
         _reshape_to(importer, node, mean, shape[:2])
 
 
+def _resize(importer: Importer, node: Node) -> None:
+    """Nearest-neighbour upsampling by whole factors, in the forms in which all roundings agree."""
+    x = importer.data(node)
+    shape = importer.shape(x)
+    if node.has(3):
+        sizes = [int(size) for size in importer.constant_input(node, 3, "sizes")]
+        factors = [size / old for size, old in zip(sizes[-2:], shape[-2:], strict=True)]
+        same = len(sizes) == len(shape) == 4 and sizes[1] == shape[1]
+    else:
+        i = 1 if node.opset < 11 else 2
+        array = importer.weight(node.inputs[i])
+        if array is None:
+            raise importer.refuse(node, f"its scales ({node.inputs[i]!r}) must be a constant")
+        scales = array.tolist()
+        factors, same = scales[-2:], len(scales) == len(shape) == 4 and scales[:2] == [1, 1]
+    form = (
+        node.attrs.get("coordinate_transformation_mode", "asymmetric" if node.opset < 11 else "half_pixel"),
+        node.attrs.get("nearest_mode", "floor" if node.opset < 11 else "round_prefer_floor"),
+    )
+    forms = (("asymmetric", "floor"), ("half_pixel", "round_prefer_floor"))
+    whole = all(factor >= 1 and factor == int(factor) for factor in factors)
+    if not same or not whole or form not in forms or node.attrs.get("mode", "nearest") != "nearest":
+        raise importer.refuse(
+            node,
+            f"mode {node.attrs.get('mode', 'nearest')!r}, {form} by {factors} is not supported; only nearest by whole "
+            f"factors of height and width is, with {' or '.join(map(str, forms))}",
+        )
+    importer.emit(node, "Upsample", [x], {"factors": tuple(int(factor) for factor in factors)})
+
+
 # -- normalization and dropout ---------------------------------------------------------------------------------------
 
 
@@ -482,6 +512,7 @@ RULES: dict[str, Rule] = {
     "ReduceMean": _reduce_mean,
     "Relu": _relu,
     "Reshape": _reshape,
+    "Resize": _resize,
     "Selu": _function("Selu", alpha=1.67326319217681884765625, gamma=1.05070102214813232421875),
     "Sigmoid": _function("Sigmoid"),
     "Softplus": _function("Softplus"),

@@ -71,6 +71,19 @@ def test_conv_transpose(attrs: dict[str, Any], bias: bool, tmp_path: Path) -> No
     check(model([node("ConvTranspose", " ".join(["x", *weights]), "y", **attrs)], X, weights=weights), tmp_path)
 
 
+@pytest.mark.parametrize("form", [("asymmetric", "floor"), ("half_pixel", "round_prefer_floor")])
+def test_resize_by_whole_factors(form: tuple[str, str], tmp_path: Path) -> None:
+    attrs = {"mode": "nearest", "coordinate_transformation_mode": form[0], "nearest_mode": form[1]}
+    for factors in ((2, 2), (3, 4), (1, 5)):
+        weights = {"scales": np.array([1, 1, *factors], np.float32)}
+        check(model([node("Resize", "x _ scales", "y", **attrs)], X, weights=weights), tmp_path)
+    sizes = {"sizes": np.array([2, 3, 18, 33])}
+    check(model([node("Resize", "x _ _ sizes", "y", **attrs)], {"x": (2, 3, 9, 11)}, weights=sizes), tmp_path)
+    halves = {"scales": np.array([1, 1, 1.5, 2], np.float32)}
+    with pytest.raises(UnsupportedOp, match="only nearest by whole factors"):
+        import_onnx(save(model([node("Resize", "x _ scales", "y", **attrs)], X, weights=halves), tmp_path))
+
+
 def test_same_padding_counts_dilation(tmp_path: Path) -> None:  # which ONNX Runtime refuses
     conv = node("Conv", "x w", "y", auto_pad="SAME_UPPER", dilations=[2, 3])
     graph = import_onnx(save(model([conv], X, weights={"w": normal(4, 3, 3, 2)}), tmp_path))
