@@ -166,10 +166,10 @@ def test_the_tail_behind_a_grid_is_cut_by_channels() -> None:
     assert cut_axes["Conv"] == {"h", "w"} and cut_axes["Gemm"] <= {"k"} and cut_axes["MaxPool"] == {"h", "w"}
 
 
-def test_auto_cuts_samples_if_there_are_enough_and_else_tiles() -> None:
+def test_mixed_cuts_samples_if_there_are_enough_and_else_tiles() -> None:
     for nodes, axis in ((2, "n"), (4, "h")):
         graph = training("plain")
-        placed = assign(graph, plan="auto", cluster=local_cluster(nodes), block=8)
+        placed = assign(graph, plan="mixed", cluster=local_cluster(nodes), block=8)
         first = next(op for op in graph.ops.values() if op.kind == "Conv")
         i = domain_of(graph, first).axis(axis)
         assert len({box[i] for box in placed.placements[first.name].own if volume(box)}) > 1
