@@ -24,7 +24,7 @@ from fusetile.codegen.conv import Epilogue, Sizes
 from fusetile.codegen.conv_tiles import Machine, machine
 from fusetile.codegen.conv_views import Filter, View, blocks, filter_view, padded_view, view
 from fusetile.codegen.targets import Target
-from fusetile.codegen.winograd_parts import PAD, m_strides
+from fusetile.codegen.winograd_parts import m_strides
 from fusetile.codegen.winograd_source import (
     CHANNELS_INTS,
     FILTER_INTS,
@@ -38,55 +38,21 @@ from fusetile.codegen.winograd_source import (
     transform_filter,
     transform_input,
 )
+from fusetile.codegen.winograd_tiles import (
+    MAX_TURNS,
+    MIN_CHANNEL_TILES,
+    Tiling,
+    grouped,
+    longest,
+    padded,
+    power_of_two,
+    tiled,
+    units_of,
+    widths,
+)
 from fusetile.graph import Op
 from fusetile.ops.base import Domain
 from fusetile.program import Buffer
-
-# Scratch per work unit is why there are few: as many as keep 2, 3 and 4 threads evenly busy, or the cores of a Pi.
-UNITS, UNITS_ARM = 12, 4
-LONGEST_ARM = 9
-MIN_CHANNEL_TILES = 4  # fewer tiles of output channels than this would leave threads without work
-MAX_TURNS = 32
-SET = 512  # floats after which addresses may fall into the same sets of the nearest cache
-
-
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """Tiles of m x m pixels over `sizes`, in groups of `long` (`long_groups` of them) or one less."""
-
-    m: int
-    sizes: Sizes
-    long: int
-    long_groups: int
-    groups: int
-
-    @property
-    def down(self) -> int:
-        return -(-self.sizes.rows // self.m)
-
-    @property
-    def across(self) -> int:
-        return -(-self.sizes.columns // self.m)
-
-    @property
-    def tiles(self) -> int:
-        return self.sizes.images * self.down * self.across
-
-    @property
-    def products(self) -> int:
-        return (self.m + 2) ** 2
-
-    def ints(self) -> dict[str, int]:
-        """What kernels need to find the tiles of a group, and the pixels of a tile."""
-        return {
-            "groups": self.groups,
-            "long": self.long,
-            "long_groups": self.long_groups,
-            "down": self.down,
-            "across": self.across,
-            "rows": self.sizes.rows,
-            "columns": self.sizes.columns,
-        }
 
 
 def lower_conv(
@@ -130,25 +96,25 @@ def lower_conv_weight_grad(
     c_blocks, k_blocks = (blocks(written[1], outputs[0].block[1]), blocks(written[0], outputs[0].block[0]))
     sizes = Sizes(images, rows, columns, k_blocks, c_blocks)
     left, right = padded_view(domain, box, 0, x), view(dy, touched)
-    whole = _tiling(m, sizes, cpu.vectors.block)
-    wide = _widths(cpu, k_blocks)[-1]
+    whole = tiled(m, sizes, cpu.vectors.block)
+    wide = widths(cpu, k_blocks)[-1]
     row = wide * cpu.vectors.block
-    lines = _power_of_two(min(cpu.lines[wide], cpu.vectors.block))
+    lines = power_of_two(min(cpu.lines[wide], cpu.vectors.block))
     # a tile of output channels of Z stays in the outer cache
     turn = max(-(-whole.tiles // MAX_TURNS), cpu.outer_bytes // 2 // (4 * whole.products * row), 1)
     turns = -(-whole.tiles // turn)
     most = -(-whole.tiles // turns)
-    v_block, z_k = _padded(most * cpu.vectors.block), _padded(most * row)
-    v_xi, z_xi = _padded(c_blocks * v_block), _padded(k_blocks // wide * z_k)
+    v_block, z_k = padded(most * cpu.vectors.block), padded(most * row)
+    v_xi, z_xi = padded(c_blocks * v_block), padded(k_blocks // wide * z_k)
     items = k_blocks // wide * c_blocks * (cpu.vectors.block // lines)
-    units, d_unit = min(_units(target), items), whole.products * lines * row
+    units, d_unit = min(units_of(target), items), whole.products * lines * row
     v = _scratch(f"{op.name}.inputs", whole.products * v_xi)
     z = _scratch(f"{op.name}.gradients", whole.products * z_xi)
     d = _scratch(f"{op.name}.products", units * d_unit)
     calls = []
     for i in range(turns):
         first, stop = (whole.tiles * j // turns for j in (i, i + 1))
-        tiling = _grouped(whole, stop - first, cpu.vectors.block)
+        tiling = grouped(whole, stop - first, cpu.vectors.block)
         for kernel, source, start, count, across, xi_stride, block_stride in (
             (transform_input, left, v, c_blocks, 1, v_xi, v_block),
             (transform_dy, right, z, k_blocks, wide, z_xi, z_k),
@@ -221,7 +187,7 @@ class Convolution:
     @property
     def v_xi(self) -> int:
         """Floats of V from one xi to the next."""
-        return _padded(self.tiling.sizes.c_blocks * self.tiling.long * self.block)
+        return padded(self.tiling.sizes.c_blocks * self.tiling.long * self.block)
 
     def m_group(self, *, by_xi: bool) -> int:
         """Floats of M for a group of tiles."""
@@ -266,10 +232,10 @@ def _convolve(
     *,
     transposed: bool = False,
 ) -> Lowered:
-    cpu, units = machine(target, w.lines), _units(target)
+    cpu, units = machine(target, w.lines), units_of(target)
     options = [
-        Convolution(op.name, cpu, units, _tiling(m, sizes, longest(cpu, wide)), wide, x, w, y, epilogue, transposed)
-        for wide in _widths(cpu, sizes.k_blocks)
+        Convolution(op.name, cpu, units, tiled(m, sizes, longest(cpu, wide)), wide, x, w, y, epilogue, transposed)
+        for wide in widths(cpu, sizes.k_blocks)
     ]
     for one in options:
         if one.has_many_channels and one.k_tiles >= MIN_CHANNEL_TILES:
@@ -281,7 +247,7 @@ def _over_tiles(one: Convolution) -> Lowered:
     """Many tiles: U as a whole."""
     tiling, v_group = one.tiling, one.tiling.products * one.v_xi
     c_blocks = tiling.sizes.c_blocks
-    u_xi = _padded(c_blocks * one.block * one.row)
+    u_xi = padded(c_blocks * one.block * one.row)
     m_group = one.m_group(by_xi=False)
     fitting = one.cpu.outer_bytes * 3 // 4 // (4 * (v_group + m_group))
     block_groups = max(1, min(fitting, -(-tiling.groups // one.units)))
@@ -320,7 +286,7 @@ def _over_channels(one: Convolution) -> Lowered:
     chunk_bytes = 4 * tiling.products * one.block * one.row
     chunks = -(-c_blocks // max(1, one.cpu.outer_bytes * max(one.wide, 2) // 8 // chunk_bytes))
     chunk = -(-c_blocks // chunks)
-    u_xi = _padded(chunk * one.block * one.row)
+    u_xi = padded(chunk * one.block * one.row)
     items = one.k_tiles * ranges
     units = min(one.units, items)
     v = _scratch(f"{one.name}.inputs", tiling.groups * tiling.products * one.v_xi)
@@ -359,43 +325,6 @@ def _over_channels(one: Convolution) -> Lowered:
 
 
 # -- what all share ---------------------------------------------------------------------------------------------------
-
-
-def _tiling(m: int, sizes: Sizes, longest: int) -> Tiling:
-    empty = Tiling(m, sizes, 1, 0, 0)
-    return _grouped(empty, empty.tiles, longest)
-
-
-def _grouped(tiling: Tiling, tiles: int, longest: int) -> Tiling:
-    """So many of the tiles in groups of at most `longest`, that differ by at most one."""
-    groups = -(-tiles // longest)
-    long = -(-tiles // groups)
-    return replace(tiling, long=long, long_groups=tiles - groups * (long - 1), groups=groups)
-
-
-def longest(cpu: Machine, wide: int) -> int:
-    """The most tiles in a group for which a register tile with so many blocks of output channels needs no stack."""
-    return LONGEST_ARM if cpu.vectors.lanes else cpu.pixels[wide]
-
-
-def _widths(cpu: Machine, k_blocks: int) -> list[int]:
-    """How many blocks of output channels a register tile may have, widest first. On x86 two use every load of an input
-    twice."""
-    widths = (1,) if cpu.vectors.lanes else (4, 2) if 4 in cpu.pixels else (2,)
-    return [wide for wide in widths if k_blocks % wide == 0] or [1]
-
-
-def _units(target: Target) -> int:
-    return UNITS_ARM if target.width == 4 else UNITS
-
-
-def _power_of_two(limit: int) -> int:
-    return 1 << (limit.bit_length() - 1)
-
-
-def _padded(stride: int) -> int:
-    """A distance between streams that go side by side, at least `stride`, that does not put them in one cache set."""
-    return stride + PAD if stride % SET < PAD or stride % SET > SET - PAD else stride
 
 
 def _scratch(name: str, elements: int) -> Buffer:

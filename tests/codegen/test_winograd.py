@@ -19,6 +19,7 @@ from fusetile.codegen.targets import TARGETS
 from fusetile.codegen.tvm_pipeline import build
 from fusetile.codegen.winograd_math import both_sides, matrices
 from fusetile.codegen.winograd_source import convolve_channels, convolve_tiles, filter_gradient
+from fusetile.codegen.winograd_tiles import longest
 from fusetile.reference import run_op
 from tests.codegen import harness
 from tests.codegen.harness import TARGET, Case, middle, seeded
@@ -189,7 +190,7 @@ def test_what_winograd_cannot_do_is_direct(use, monkeypatch):
 def test_multiplication_on_arm_needs_no_stack(name, m):
     """Loops of multiplications multiply by element and keep everything in registers."""
     cpu = machine(TARGETS[name], 8)
-    long = winograd.longest(cpu, 1)
+    long = longest(cpu, 1)
     for kernel in (
         convolve_tiles(vectors=cpu.vectors, m=m, wide=1, long=long),
         convolve_channels(vectors=cpu.vectors, m=m, wide=1, long=long),
