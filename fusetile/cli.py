@@ -110,8 +110,8 @@ PlanOption = Annotated[
     str,
     typer.Option(
         "--plan",
-        help="How layers are cut over the devices: auto, single, batch (samples), grid:RxC (tiles of the image), "
-        "channel (output channels), random:SEED, or a plan.json.",
+        help="How layers are cut over the devices: auto (a search for the fastest), single, batch (samples), "
+        "grid:RxC (tiles of the image), channel (output channels), random:SEED, or a plan.json.",
         rich_help_panel="Plan",
     ),
 ]
