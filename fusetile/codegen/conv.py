@@ -39,7 +39,6 @@ from fusetile.codegen.filter_source import (
     gather_rows,
     sum_parts,
     transpose_filter,
-    widen,
 )
 from fusetile.codegen.targets import Target
 from fusetile.graph import Op
@@ -86,14 +85,11 @@ def lower_conv(
     source, taps = _nothing(x), NO_TAPS
     if volume(domain.need(box, 0)):  # else there is nothing but padding
         source, taps = padded_view(domain, box, 0, x), taps_of(op.attrs, weights.window)
-    before = Lowered()
     epilogue = Epilogue(None, op.attrs.get("activation", ""), float(op.attrs.get("alpha", 0.0)))
     if bias and channels[0] == 0:
         epilogue = replace(epilogue, bias=ref(bias[0], domain.need(box, 2)))
-        if bias[0].block[1] < m.vectors.block:
-            before, epilogue = _widened(op, m, epilogue)
     y = view(outputs[0], written)
-    return _join(before, _convolve_maps(op, m, source, weights, y, taps, sizes, epilogue))
+    return _convolve_maps(op, m, source, weights, y, taps, sizes, epilogue)
 
 
 def lower_conv_input_grad(
@@ -319,14 +315,6 @@ def _convolve_maps(
     x, y = View(ref(scratch), 0, images * size, 0, size), replace(y, image=0, pixel=y.image)
     calls = _convolve(m, x, w, y, Taps((1, 1)), replace(sizes, images=1, columns=images), epilogue)
     return Lowered((gather, *calls), (scratch,))
-
-
-def _widened(op: Op, m: Machine, epilogue: Epilogue) -> tuple[Lowered, Epilogue]:
-    """A bias of one element, which is stored without its block, as a block in scratch."""
-    assert epilogue.bias is not None
-    scratch = _scratch(f"{op.name}.bias", m.vectors.block)
-    call = KernelCall(widen(block=m.vectors.block), 1, (epilogue.bias, ref(scratch)))
-    return Lowered((call,), (scratch,)), replace(epilogue, bias=ref(scratch))
 
 
 def _join(first: Lowered, second: Lowered) -> Lowered:

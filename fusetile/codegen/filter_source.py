@@ -5,7 +5,6 @@ Where a convolution needs an operand in another order, or a result in pieces:
     transpose_filter   w -> the weights of the input gradient: channels swapped, window flipped
     sum_parts          partial weight gradients -> their sum
     gather_rows        [N][C/B][B] -> [C/B][N][B]
-    widen              one element -> a block
     dot_rows           input gradient of the fully connected layer, straight from its weights
 """
 
@@ -109,18 +108,6 @@ for c in T.serial(lo, hi):
             t[(c * images + n) * block + e] = x[n * x_image + c * x_block + e]
 """
     return make_kernel("gather_rows", pointers=dict.fromkeys(("x", "t"), "float32"), body=body, ints=GATHER_INTS)
-
-
-@cache
-def widen(*, block: int) -> Kernel:
-    """t = one element and the zeros that fill its block. One work unit. Pointers x, t."""
-    body = f"""
-for unit in T.serial(lo, hi):
-    t[0] = x[0]
-    for e in T.serial(1, {block}):
-        t[e] = T.float32(0)
-"""
-    return make_kernel(f"widen_b{block}", pointers=dict.fromkeys(("x", "t"), "float32"), body=body)
 
 
 @cache

@@ -104,7 +104,7 @@ def buffer_for(
         step = block if axis == 1 or (axis == 0 and (tensor.kind == "filter" or len(shape) == 1)) else 1
         low, high = (axis_box := grow(box, axis, margin * step, shape[axis]))[axis]
         box = (*axis_box[:axis], (low - low % step, high), *axis_box[axis + 1 :])
-    if tensor.dtype == "int32" or shape == (1,):
+    if tensor.dtype == "int32":
         return Buffer(name, box, tensor.dtype)
     if tensor.kind == "filter":
         lanes = (block, min(shape[1], block)) if len(shape) >= 2 else (1, block)
