@@ -97,15 +97,15 @@ class Geometry:
         needs = []
         for i, tensor in enumerate(inputs):
             exact: dict[Box, Box] = {}
-            read = _mapped(boxes, lambda box, i=i: domain.need(box, i), exact)  # type: ignore[misc]
+            read = _mapped(boxes, lambda box, i=i: domain.need(box, i), exact)
             traffic += np.dtype(tensor.dtype).itemsize * volumes(read)
             whole_blocks = {box: aligned(need, tensor, self._block) for box, need in exact.items()}
             needs.append(_mapped(boxes, whole_blocks.__getitem__, {}))
         partial = np.array([_is_partial(domain, placement) for placement in placements])
         outputs = []
         for i, name in enumerate(op.outputs):
-            made = _mapped(boxes, lambda box, i=i: domain.output(box, i), {})  # type: ignore[misc]
-            own = _mapped([placement.own for placement in placements], lambda box, i=i: domain.output(box, i), {})  # type: ignore[misc]
+            made = _mapped(boxes, lambda box, i=i: domain.output(box, i), {})
+            own = _mapped([placement.own for placement in placements], lambda box, i=i: domain.output(box, i), {})
             traffic += np.dtype(graph.tensors[name].dtype).itemsize * volumes(made)
             outputs.append((np.where(partial[:, None, None, None], own, made), own))
         return _Traced(work, traffic, tuple(needs), partial, tuple(outputs))

@@ -7,7 +7,7 @@ into memory where they can be: .npy files, and the members of an .npz that `nump
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,7 +85,7 @@ def _open(path: Path) -> Mapping[str, np.ndarray]:
 
 def _load(file: Path) -> np.ndarray:
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        return np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"can't read {file} as an array: {error}") from error
 
@@ -102,7 +102,7 @@ class _Archive(Mapping[str, np.ndarray]):
                 if info.filename.endswith(".npy")
             }
 
-    def __iter__(self) -> Iterable[str]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[str]:
         return iter(self._members)
 
     def __len__(self) -> int:
@@ -117,7 +117,7 @@ class _Archive(Mapping[str, np.ndarray]):
                 if mapped is not None:
                     return mapped
             with np.load(self._path, allow_pickle=False) as archive:
-                return archive[name]  # type: ignore[no-any-return]
+                return archive[name]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"can't read the array {name!r} of {self._path}: {error}") from error
 
