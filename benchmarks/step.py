@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from fusetile.cluster import local_cluster
-from fusetile.compile import Training, compile_model
+from fusetile.compile import compile_model
+from fusetile.options import Training
 
 WARM_UP = 3
 

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -23,15 +22,13 @@ from fusetile.codegen.targets import Target
 from fusetile.errors import UserError
 from fusetile.graph import Graph
 from fusetile.onnx_import.files import self_contained
+from fusetile.options import Training
 from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan
 from fusetile.plan import Plan
 from fusetile.program import Program, to_json
 from fusetile.report import Description, hash_of
-
-if TYPE_CHECKING:
-    from fusetile.compile import Training
 
 
 def write_bundle(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from fusetile.bundle import write_bundle
 from fusetile.cluster import Cluster
@@ -13,6 +11,7 @@ from fusetile.codegen.emit import emit
 from fusetile.codegen.targets import target_named
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
+from fusetile.options import Training
 from fusetile.passes.add_optimizer import add_optimizer
 from fusetile.passes.assign import assign
 from fusetile.passes.buffers import buffers
@@ -20,7 +19,7 @@ from fusetile.passes.communicate import communicate
 from fusetile.passes.differentiate import differentiate
 from fusetile.passes.fit import fit
 from fusetile.passes.fuse import fuse
-from fusetile.passes.group import Halo, group
+from fusetile.passes.group import group
 from fusetile.passes.prune import prune
 from fusetile.passes.rematerialize import rematerialize
 from fusetile.passes.schedule import schedule
@@ -43,23 +42,6 @@ PASSES = (
     "plan_memory",
     "bundle",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
-    """What is trained and how; defaults are the command line's."""
-
-    loss: str = "cross-entropy"
-    batch: int | None = None
-    optimizer: str = "sgd"
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    bn: Literal["train", "frozen"] = "train"
-    dropout: float | None = None
-    seed: int = 0
-    plan: str = "auto"
-    halo: Halo = "auto"
 
 
 def compile_model(

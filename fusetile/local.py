@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,36 +19,13 @@ import numpy as np
 from fusetile.cluster import Cluster
 from fusetile.errors import PeerFailure, UserError
 from fusetile.onnx_export import export_onnx
+from fusetile.options import RunOptions
 from fusetile.runtime import safetensors
 
 RESULT = "trained.safetensors"
 GRACE_seconds = 5.0
 """So long after one node has failed the others may take to say what they saw of it."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """Options of a run, as on the command line."""
-
-    data: Path
-    steps: int | None = None
-    epochs: int | None = None
-    no_shuffle: bool = False
-    threads: int | None = None
-    log: Path | None = None
-    save_gradients: Path | None = None
-
-    def arguments(self) -> list[str]:
-        """For fusetile-runtime on any node."""
-        given = [
-            ("--data", self.data),
-            ("--steps", self.steps),
-            ("--epochs", self.epochs),
-            ("--threads", self.threads),
-        ]
-        found = [part for name, value in given if value is not None for part in (name, str(value))]
-        return found + (["--no-shuffle"] if self.no_shuffle else [])
 
 
 def free_ports(count: int) -> list[int]:

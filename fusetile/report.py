@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,15 +15,13 @@ from fusetile.cluster import Cluster
 from fusetile.cost import cost_of, seconds_on
 from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import domain_of
+from fusetile.options import Training
 from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan
 from fusetile.passes.schedule import Part, Schedule, Transfer
 from fusetile.plan import Plan
 from fusetile.planner.simulate import step_seconds
 from fusetile.program import SCHEMA_VERSION
-
-if TYPE_CHECKING:
-    from fusetile.compile import Training
 
 Description = dict[str, Any]
 

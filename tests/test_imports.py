@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": BASE | {"ops"},
     "ops": BASE | {"graph"},
     "trace": {"graph"},
+    "options": {"errors"},
     "reference": BASE | {"graph", "ops"},
     "cluster": {"errors"},
     "cost": BASE | {"graph", "ops", "cluster"},
@@ -34,10 +35,23 @@ ALLOWED: dict[str, set[str]] = {
     "planner": BASE | {"graph", "ops", "cluster", "cost", "passes"},
     "plan_executor": BASE | {"graph", "ops", "passes", "reference"},
     "codegen": BASE | {"graph", "ops", "cluster", "passes"},
-    "report": BASE | {"graph", "ops", "cluster", "cost", "passes", "planner"},
-    "bundle": BASE | {"graph", "ops", "cluster", "cost", "onnx_import", "passes", "codegen", "report", "runtime"},
+    "report": BASE | {"options", "graph", "ops", "cluster", "cost", "passes", "planner"},
+    "bundle": BASE
+    | {"options", "graph", "ops", "cluster", "cost", "onnx_import", "passes", "codegen", "report", "runtime"},
     "compile": BASE
-    | {"graph", "trace", "cluster", "cost", "onnx_import", "passes", "codegen", "report", "bundle", "plan_executor"},
+    | {
+        "graph",
+        "trace",
+        "options",
+        "cluster",
+        "cost",
+        "onnx_import",
+        "passes",
+        "codegen",
+        "report",
+        "bundle",
+        "plan_executor",
+    },
     "runtime": BASE,
 }
 TOP = {"__main__", "cli", "explain", "local", "onnx_export", "progress", "__init__"}  # the command line

@@ -12,9 +12,10 @@ import pytest
 
 from fusetile.cluster import PROFILES, Cluster, Node, local_cluster
 from fusetile.codegen.targets import host
-from fusetile.compile import Training, compile_graph
+from fusetile.compile import compile_graph
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
+from fusetile.options import Training
 from fusetile.program import Buffer, Run
 from fusetile.reference import evaluate
 from fusetile.runtime.storage import unpack

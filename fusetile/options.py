@@ -1,0 +1,151 @@
+"""What the command line can say, in one place: `Training` shapes what is compiled, `RunOptions` a run of it.
+
+A field's annotation is its option: name, help and panel. `spread` gives a command the fields of its dataclasses.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from fusetile.errors import UserError
+
+Loss = Literal["cross-entropy", "mse"]
+Optimizer = Literal["sgd"]
+
+
+def _option(panel: str, flag: str, help_text: str, **more: Any) -> Any:
+    return typer.Option(flag, help=help_text, rich_help_panel=panel, **more)
+
+
+_training, _plan, _run = (functools.partial(_option, panel) for panel in ("Training", "Plan", "Run"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """What is trained and how. Raises UserError for numbers that make no sense."""
+
+    loss: Annotated[
+        Loss, _training("--loss", "cross-entropy: targets are class numbers; mse: arrays shaped like the output.")
+    ] = "cross-entropy"
+    batch: Annotated[
+        int | None,
+        _training("--batch", "Samples per step, over all devices. Default: the model's own, or 1.", min=1),
+    ] = None
+    optimizer: Annotated[Optimizer, _training("--optimizer", "sgd is PyTorch's: v = momentum*v + g; w -= lr*v.")] = (
+        "sgd"
+    )
+    learning_rate: Annotated[float, _training("--lr", "Learning rate.")] = 0.01
+    momentum: Annotated[float, _training("--momentum", "Momentum; 0 keeps no velocity in memory.")] = 0.9
+    weight_decay: Annotated[
+        float, _training("--weight-decay", "Added to the gradient of every parameter, times the parameter.")
+    ] = 0.0
+    bn: Annotated[
+        Literal["train", "frozen"],
+        _training(
+            "--bn",
+            "BatchNormalization: train uses and updates the statistics of the whole batch; frozen uses the model's.",
+        ),
+    ] = "train"
+    dropout: Annotated[
+        float | None,
+        _training("--dropout", "Overrides the ratio of every Dropout; 0 turns it off.", min=0.0, max=0.99),
+    ] = None
+    seed: Annotated[int, _training("--seed", "Of shuffling and dropout masks.", min=0)] = 0
+    plan: Annotated[
+        str,
+        _plan(
+            "--plan",
+            "How layers are cut over the devices: auto (a search for the fastest), single, batch (samples), "
+            "grid:RxC (tiles of the image), channel (output channels), random:SEED, or a plan.json.",
+        ),
+    ] = "auto"
+    halo: Annotated[
+        Literal["auto", "exchange", "recompute"],
+        _plan(
+            "--halo",
+            "What tiles need of their neighbours: exchange it, recompute it, or whichever is predicted to be faster.",
+        ),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--lr", self.learning_rate),
+            ("--momentum", self.momentum),
+            ("--weight-decay", self.weight_decay),
+        ):
+            if not 0 <= value < math.inf:
+                raise UserError(f"{flag} {value}: must be a number of at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """A run of what was compiled."""
+
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            help="A .npz or a folder of .npy: inputs under the model's input names (or x), targets under y "
+            "(or y0, y1, ...).",
+        ),
+    ]
+    steps: Annotated[int | None, _run("--steps", "Stop after this many steps.", min=1)] = None
+    epochs: Annotated[int | None, _run("--epochs", "Passes over the data. Default: 1.", min=1)] = None
+    no_shuffle: Annotated[bool, _run("--no-shuffle", "Take the samples in order.")] = False
+    threads: Annotated[
+        int | None,
+        _run("--threads", "Threads per node. Default: this machine's cores shared among the nodes.", min=1),
+    ] = None
+    log: Annotated[Path | None, _run("--log", "Write one JSON object per step.", metavar="FILE.jsonl")] = None
+    save_gradients: Annotated[
+        Path | None, _run("--save-gradients", "Write the last step's gradients.", metavar="FILE.npz")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("give --steps or --epochs, not both")
+
+    def arguments(self) -> list[str]:
+        """For fusetile-runtime on any node."""
+        given = [
+            ("--data", self.data),
+            ("--steps", self.steps),
+            ("--epochs", self.epochs),
+            ("--threads", self.threads),
+        ]
+        found = [part for name, value in given if value is not None for part in (name, str(value))]
+        return found + (["--no-shuffle"] if self.no_shuffle else [])
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters of type `Training` or `RunOptions` are replaced by their fields, for typer to see."""
+    parameters, groups = [], {}
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if kind not in (Training, RunOptions):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        hints = get_type_hints(kind, include_extras=True)
+        groups[parameter.name] = (kind, [each.name for each in fields(kind)])
+        for each in fields(kind):
+            default = inspect.Parameter.empty if each.default is MISSING else each.default
+            made = inspect.Parameter(
+                each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[each.name]
+            )
+            parameters.append(made)
+
+    @functools.wraps(command)
+    def spread_command(**values: Any) -> None:
+        made = {name: kind(**{key: values.pop(key) for key in keys}) for name, (kind, keys) in groups.items()}
+        command(**values, **made)
+
+    vars(spread_command)["__signature__"] = inspect.Signature(parameters)
+    return spread_command
