@@ -47,6 +47,21 @@ class Builder:
         shape = (channels, *((size + 2 * pad - kernel) // stride + 1 for size in sizes))
         return self._node("Conv", name, inputs, shape, **_window(kernel, stride, pad), dilations=[1, 1], group=groups)
 
+    def conv_transpose(self, name: str, x: str, channels: int, *, kernel: int = 2) -> str:
+        """Transposed convolution whose windows lie side by side: `kernel` times as many rows and columns."""
+        in_channels, *sizes = self.shapes[x]
+        inputs = [x, *self._filter(name, (in_channels, channels, kernel, kernel), True, output=1)]
+        shape = (channels, *(size * kernel for size in sizes))
+        return self._node("ConvTranspose", name, inputs, shape, **_window(kernel, kernel, 0))
+
+    def upsample(self, name: str, x: str, *, factor: int = 2) -> str:
+        """Every pixel `factor` x `factor` times."""
+        channels, *sizes = self.shapes[x]
+        scales = self._weight(f"{name}.scales", np.array([1, 1, factor, factor]))
+        options = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        shape = (channels, *(size * factor for size in sizes))
+        return self._node("Resize", name, [x, "", scales], shape, **options)
+
     def batch_norm(self, name: str, x: str) -> str:
         """BatchNormalization in its inference form, which most exports have."""
         channels = self.shapes[x][0]
@@ -70,11 +85,27 @@ class Builder:
         shape = (channels, *((size + 2 * pad - kernel) // stride + 1 for size in sizes))
         return self._node("MaxPool", name, [x], shape, **_window(kernel, stride, pad))
 
+    def average_pool(self, name: str, x: str, *, kernel: int = 2, stride: int = 2) -> str:
+        channels, *sizes = self.shapes[x]
+        shape = (channels, *((size - kernel) // stride + 1 for size in sizes))
+        return self._node("AveragePool", name, [x], shape, **_window(kernel, stride, 0))
+
     def global_average_pool(self, name: str, x: str) -> str:
         return self._node("GlobalAveragePool", name, [x], (self.shapes[x][0], 1, 1))
 
     def add(self, name: str, a: str, b: str) -> str:
         return self._node("Add", name, [a, b], self.shapes[a])
+
+    def concat(self, name: str, *parts: str) -> str:
+        """Along the channels."""
+        channels = sum(self.shapes[part][0] for part in parts)
+        return self._node("Concat", name, parts, (channels, *self.shapes[parts[0]][1:]), axis=1)
+
+    def dropout(self, name: str, x: str, *, ratio: float) -> str:
+        """Nothing at all for ratio 0."""
+        if not ratio:
+            return x
+        return self._node("Dropout", name, [x, self._weight(f"{name}.ratio", np.array(ratio))], self.shapes[x])
 
     def flatten(self, name: str, x: str) -> str:
         return self._node("Flatten", name, [x], (prod(self.shapes[x]),), axis=1)
@@ -113,16 +144,17 @@ class Builder:
         self.shapes[output] = tuple(shape)
         return output
 
-    def _filter(self, name: str, shape: Sequence[int], bias: bool) -> list[str]:
-        fan_in = prod(shape[1:])
-        names = [self._weight(f"{name}.weight", self.random.normal(0, sqrt(2 / fan_in), shape))]
+    def _filter(self, name: str, shape: Sequence[int], bias: bool, *, output: int = 0) -> list[str]:
+        """Weights and perhaps biases; dimension `output` of the shape counts the output's channels."""
+        fan_in = prod(shape) // shape[output]
+        names = [self._weight(f"{name}.weight", self.random.standard_normal(shape, np.float32) * sqrt(2 / fan_in))]
         if bias:
             bound = 1 / sqrt(fan_in)
-            names.append(self._weight(f"{name}.bias", self.random.uniform(-bound, bound, shape[0])))
+            names.append(self._weight(f"{name}.bias", self.random.uniform(-bound, bound, shape[output])))
         return names
 
     def _weight(self, name: str, value: np.ndarray) -> str:
-        self.weights.append(numpy_helper.from_array(value.astype(np.float32), name))
+        self.weights.append(numpy_helper.from_array(value.astype(np.float32, copy=False), name))
         return name
 
 

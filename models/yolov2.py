@@ -3,6 +3,8 @@
 python -m models.yolov2 --layers 16 --size 416 -o yolov2.onnx
 """
 
+from collections.abc import Sequence
+
 import onnx
 
 from models.builder import Builder, parser, scaled, write
@@ -34,14 +36,20 @@ def build(
     if not 1 <= layers <= len(LAYERS):
         raise ValueError(f"--layers {layers} is not in 1..{len(LAYERS)}")
     net = Builder(f"yolov2-{layers}", channels=channels, size=size, batch=batch, seed=seed)
+    x = darknet_layers(net, LAYERS[:layers], width)
+    return net.model(net.conv("head", x, classes, kernel=1) if classes else x)
+
+
+def darknet_layers(net: Builder, layers: Sequence[tuple[int, int]], width: float) -> str:
+    """Pools, and convolutions with BatchNorm and leaky ReLU, from the image on."""
     x = "x"
-    for i, (filters, kernel) in enumerate(LAYERS[:layers]):
+    for i, (filters, kernel) in enumerate(layers):
         if filters == 0:
             x = net.max_pool(f"layer{i}.pool", x)
         else:
             x = net.conv(f"layer{i}.conv", x, scaled(filters, width), kernel=kernel, bias=False)
             x = net.leaky_relu(f"layer{i}.leaky", net.batch_norm(f"layer{i}.bn", x), alpha=0.1)
-    return net.model(net.conv("head", x, classes, kernel=1) if classes else x)
+    return x
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from onnx import numpy_helper
 
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
-from models import lenet, mobilenetv2, resnet18, vgg_small, yolov2
+from models import darknet19, densenet121, lenet, mobilenetv2, resnet18, resnet50, unet, vgg16, vgg_small, yolov2
 from tests.onnx_tools import normal, run_ort, save
 
 Build = Callable[..., onnx.ModelProto]
@@ -25,6 +26,12 @@ TINY = [
     (vgg_small.build, {"size": 17, "width": 0.25, "classes": 3}, (3,)),
     (resnet18.build, {"size": 33, "width": 0.1, "classes": 4}, (4,)),
     (mobilenetv2.build, {"size": 40, "width": 0.2, "classes": 4}, (4,)),
+    (vgg16.build, {"size": 33, "width": 1 / 16, "classes": 3, "dropout": 0}, (3,)),
+    (darknet19.build, {"size": 40, "width": 1 / 16, "classes": 3}, (3,)),
+    (resnet50.build, {"size": 33, "width": 0.1, "classes": 4}, (4,)),
+    (densenet121.build, {"size": 33, "width": 0.1, "classes": 4}, (4,)),
+    (unet.build, {"size": 32, "width": 1 / 16, "classes": 3}, (3, 32, 32)),
+    (unet.build, {"size": 16, "width": 1 / 16, "up": "resize"}, (2, 16, 16)),
     (yolov2.build, {"size": 48, "width": 1 / 16}, (16, 3, 3)),
     (yolov2.build, {"size": 50, "width": 1 / 64, "layers": 25, "classes": 7}, (7, 1, 1)),
 ]
@@ -51,6 +58,11 @@ def test_sizes_are_those_of_the_papers() -> None:
     assert trainable(resnet18.build(size=64)) == 11_689_512  # torchvision's count
     # torchvision's count, and the bounds of 35 ReLU6
     assert trainable(mobilenetv2.build(size=32)) == 3_504_872 + 2 * 35
+    assert trainable(resnet50.build(size=32)) == 25_557_032  # torchvision's counts
+    assert trainable(densenet121.build(size=32)) == 7_978_856
+    assert trainable(vgg16.build(size=32, dropout=0)) == 138_357_544 - 48 * 512 * 4096  # 1x1 instead of 7x7 maps
+    assert trainable(darknet19.build(size=32)) == 20_842_376
+    assert trainable(unet.build(size=16)) == 31_037_698  # that of github.com/milesial/Pytorch-UNet
     assert trainable(yolov2.build(size=32)) == 3_424_160 and len(yolov2.LAYERS) == 25
 
 
@@ -66,11 +78,19 @@ def test_weights_have_the_scale_of_he_initialization() -> None:
     assert w.std() == pytest.approx(np.sqrt(2 / prod(w.shape[1:])), rel=0.01) and abs(w.mean()) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["lenet", "vgg_small", "resnet18", "yolov2", "mobilenetv2"])
-def test_command_line(name: str, tmp_path: Path) -> None:
-    out = tmp_path / f"{name}.onnx"
-    command = f"-m models.{name} --size 64 --width 0.1 --classes 3 --batch 2 --seed 1 -o {out}"
-    subprocess.run([sys.executable, *command.split()], check=True, timeout=60)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("darknet19", "densenet121 --batch 2", "lenet", "mobilenetv2", "resnet18", "resnet50", "vgg16 --dropout 0.3"),
+        *("unet --up resize", "vgg_small", "yolov2 --layers 7"),
+    ],
+)
+def test_command_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "model.onnx"
+    module, *options = name.split()
+    command = f"--size 64 --width 0.1 --classes 3 --batch 2 --seed 1 -o {out}"
+    monkeypatch.setattr(sys, "argv", [module, *command.split(), *options])
+    runpy.run_path(f"models/{module}.py", run_name="__main__")
     onnx.checker.check_model(str(out), full_check=True)
     assert import_onnx(out).tensors["y"].shape[:2] == (2, 3)
 

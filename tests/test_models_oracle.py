@@ -21,7 +21,7 @@ import pytest
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
-from models import lenet, resnet18, vgg_small, yolov2
+from models import darknet19, densenet121, lenet, mobilenetv2, resnet18, resnet50, unet, vgg16, vgg_small, yolov2
 from tests.graphs import feeds
 from tests.onnx_tools import save
 from tests.training import GRIDS, mixed_cluster, planned, run_plan, training_graph, worst
@@ -36,6 +36,15 @@ MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "resnet18": (lambda: resnet18.build(size=33, width=0.15, classes=4), "cross-entropy"),
     "yolov2": (lambda: yolov2.build(size=48, width=1 / 24), "mse"),
     "yolov2 with classes": (lambda: yolov2.build(size=34, width=1 / 32, layers=8, classes=3), "cross-entropy"),
+}
+LARGER: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
+    "vgg16": (lambda: vgg16.build(size=33, width=1 / 32, classes=4, dropout=0), "cross-entropy"),
+    "darknet19": (lambda: darknet19.build(size=64, width=1 / 32, classes=4), "cross-entropy"),
+    "resnet50": (lambda: resnet50.build(size=33, width=0.1, classes=4), "cross-entropy"),
+    "densenet121": (lambda: densenet121.build(size=64, width=1 / 16, classes=4), "cross-entropy"),
+    "mobilenetv2": (lambda: mobilenetv2.build(size=33, width=0.05, classes=4), "cross-entropy"),
+    "unet": (lambda: unet.build(size=32, width=1 / 32, classes=3), "cross-entropy"),
+    "unet with resize": (lambda: unet.build(size=32, width=1 / 32, up="resize"), "cross-entropy"),
 }
 
 
@@ -62,7 +71,7 @@ def in_float64(graph: Graph) -> Graph:
 @cache
 def known(name: str, batch: int) -> Known:
     """By PyTorch where it is installed, else by the undivided reference (which has a test of its own below)."""
-    build, loss = MODELS[name]
+    build, loss = (MODELS | LARGER)[name]
     proto = build()
     with TemporaryDirectory() as folder:
         imported = import_onnx(save(proto, Path(folder)), batch=batch)
@@ -97,8 +106,9 @@ def check(case: Known, plan: str, cluster, **options) -> None:  # type: ignore[n
     assert error < TOLERANCE, f"{plan} {options}: {where} is off by {error}"
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "batch"), [*((name, batch) for name in MODELS for batch in (1, 2, 4)), *((name, 2) for name in LARGER)]
+)
 def test_the_undivided_reference(name: str, batch: int) -> None:
     case = known(name, batch)
     values = evaluate(case.graph, case.fed)
@@ -114,6 +124,13 @@ def test_every_plan(name: str, batch: int, nodes: int) -> None:
     case = known(name, batch)
     for plan in ("single",) if nodes == 1 else ("batch", "channel", "auto", f"random:{batch}", *GRIDS[nodes]):
         check(case, plan, nodes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["batch", "channel", "grid:3x1"])
+@pytest.mark.parametrize("name", ["mobilenetv2", "unet", "unet with resize"])
+def test_plans_of_larger_networks(name: str, plan: str) -> None:
+    check(known(name, 2), plan, 3)
 
 
 @pytest.mark.slow

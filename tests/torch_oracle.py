@@ -11,6 +11,8 @@ import torch
 from onnx import helper, numpy_helper
 from torch.nn import functional
 
+_TRAINED = {"Clip": 1, "Resize": 1}  # how many inputs of a node may be trained: the others are its numbers
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -33,8 +35,8 @@ def torch_step(
 ) -> StepResult:
     """BatchNormalization uses the batch's statistics and updates the running ones by ONNX's rule."""
     weights = {t.name: torch.tensor(numpy_helper.to_array(t).astype(np.float64)) for t in proto.graph.initializer}
-    statistics = {name for n in proto.graph.node if n.op_type == "BatchNormalization" for name in n.input[3:]}
-    trained = {name: value.requires_grad_() for name, value in weights.items() if name not in statistics}
+    constant = {name for n in proto.graph.node for name in n.input[_TRAINED.get(n.op_type, 3) :]}
+    trained = {name: value.requires_grad_() for name, value in weights.items() if name not in constant}
     values = {**weights, proto.graph.input[0].name: torch.tensor(x.astype(np.float64))}
     running: dict[str, torch.Tensor] = {}
     for node in proto.graph.node:
@@ -54,11 +56,14 @@ def torch_step(
 
 def _run(node: onnx.NodeProto, values: dict[str, torch.Tensor], running: dict[str, torch.Tensor]) -> None:
     attrs: Mapping = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    x, *rest = (values[name] for name in node.input)
+    x, *rest = (values[name] for name in node.input if name)
     match node.op_type:
         case "Conv":
             bias = rest[1] if len(rest) > 1 else None
-            y = functional.conv2d(_padded(x, attrs, 0.0), rest[0], bias, attrs["strides"], 0, attrs["dilations"])
+            strides, dilations, groups = (attrs[key] for key in ("strides", "dilations", "group"))
+            y = functional.conv2d(_padded(x, attrs, 0.0), rest[0], bias, strides, 0, dilations, groups)
+        case "ConvTranspose":
+            y = functional.conv_transpose2d(x, *rest, attrs["strides"])
         case "Gemm":
             assert attrs["transB"] == 1
             y = functional.linear(x, rest[0], rest[1])
@@ -72,6 +77,14 @@ def _run(node: onnx.NodeProto, values: dict[str, torch.Tensor], running: dict[st
             y = functional.relu(x)
         case "LeakyRelu":
             y = functional.leaky_relu(x, attrs["alpha"])
+        case "Clip":
+            y = functional.hardtanh(x, *(value.item() for value in rest))
+        case "Concat":
+            y = torch.cat([x, *rest], attrs["axis"])
+        case "Resize":
+            y = functional.interpolate(x, scale_factor=[scale.item() for scale in rest[0][2:]])
+        case "AveragePool":
+            y = functional.avg_pool2d(_padded(x, attrs, 0.0), attrs["kernel_shape"], attrs["strides"])
         case "MaxPool":
             y = functional.max_pool2d(_padded(x, attrs, -torch.inf), attrs["kernel_shape"], attrs["strides"])
         case "GlobalAveragePool":
