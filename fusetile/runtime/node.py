@@ -34,10 +34,11 @@ from fusetile.runtime.result import (
     give,
     load_weights,
     pieces_of,
+    results,
     write_gradients,
     write_parameters,
 )
-from fusetile.runtime.storage import make_arena
+from fusetile.runtime.storage import make_arena, release
 from fusetile.runtime.transport import Transport
 
 _SWITCH_seconds = 0.0005  # of Python's threads: the I/O thread must not wait 5 ms for the executor's Python
@@ -102,6 +103,7 @@ def run(options: Options, signals: Signals) -> None:
             data.fill(arena, step)
             loss = executor.run(step, snapshot=snapshot if step == total and meeting.wants["gradients"] else None)
             progress.step(StepRecord(step, loss, time.monotonic() - start, program.batch))
+        release(arena, keep=results(program))  # the copies that follow take no more than a step did
         pieces = pieces_of(program, arena, snapshot)
         if lowest:
             _write(options, program, gather(pieces, transport), total)

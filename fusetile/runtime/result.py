@@ -17,7 +17,7 @@ import numpy as np
 from fusetile.box import Box, extents, slices, text, volume, whole
 from fusetile.errors import PlanError, ProtocolError, UserError
 from fusetile.plan import uncovered
-from fusetile.program import Gradient, Program, Shard
+from fusetile.program import Buffer, Gradient, Program, Shard
 from fusetile.runtime import safetensors
 from fusetile.runtime.files import atomic_write
 from fusetile.runtime.storage import pack, unpack
@@ -39,7 +39,8 @@ class Piece:
 
 
 def load_weights(path: Path, program: Program, arena: np.ndarray) -> None:
-    """Put the shards of a bundle's weights.safetensors into the arena. Raises UserError if the file does not fit."""
+    """Put the shards of a bundle's weights.safetensors into the arena, one after another. Raises UserError if the
+    file does not fit."""
     arrays, metadata = safetensors.load(path)
     try:
         boxes = dict(json.loads(metadata["boxes"]))
@@ -47,20 +48,25 @@ def load_weights(path: Path, program: Program, arena: np.ndarray) -> None:
         raise UserError(f"{path} does not say which boxes it holds: copy the bundle again") from error
     for shard in program.shards:
         box = tuple(tuple(interval) for interval in boxes.get(shard.parameter, ()))
-        array = arrays.get(shard.parameter)
+        array = arrays.pop(shard.parameter, None)  # the file's pages are let go as soon as they are copied
         if array is None or box != shard.box or array.shape != extents(shard.box):
             there = "nothing" if array is None else f"{text(box)} of shape {array.shape}"
             raise UserError(f"{path} has {there} for {shard.parameter!r} {text(shard.box)}: copy the bundle again")
         pack(arena, shard.buffer, shard.box, array)
 
 
+def results(program: Program) -> list[Buffer]:
+    """What of the arena is read by `pieces_of`."""
+    return [shard.buffer for shard in _trained(program)]
+
+
+def _trained(program: Program) -> list[Shard]:
+    return [shard for shard in program.shards if shard.onnx_name and shard.updated]
+
+
 def pieces_of(program: Program, arena: np.ndarray, gradients: Iterable[tuple[Gradient, np.ndarray]]) -> list[Piece]:
     """What this device has of the result. State of the optimizer and constants are no part of it."""
-    parameters = [
-        _piece(PARAMETERS, shard, unpack(arena, shard.buffer, shard.box))
-        for shard in program.shards
-        if shard.onnx_name and shard.updated
-    ]
+    parameters = [_piece(PARAMETERS, shard, unpack(arena, shard.buffer, shard.box)) for shard in _trained(program)]
     return parameters + [_piece(GRADIENTS, gradient, values) for gradient, values in gradients]
 
 

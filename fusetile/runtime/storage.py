@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 
 from fusetile.box import Box, Interval, extents, view4, volume
-from fusetile.program import ALIGNMENT_bytes, Buffer
+from fusetile.program import Buffer
 
 
 def make_arena(size_bytes: int) -> np.ndarray:
-    """`size_bytes` zeros (uint8) that start at a multiple of the alignment which kernels assume."""
-    block = np.zeros(size_bytes + ALIGNMENT_bytes, np.uint8)
-    start = -block.ctypes.data % ALIGNMENT_bytes
-    return block[start : start + size_bytes]
+    """`size_bytes` zeros (uint8), whose memory is taken when it is first touched. They start at a page, hence at a
+    multiple of the alignment which kernels assume."""
+    pages = mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.ndarray((size_bytes,), np.uint8, pages)
+
+
+def release(arena: np.ndarray, *, keep: Iterable[Buffer]) -> None:
+    """Give the memory of an arena back to the system, but for the buffers `keep`; the rest reads as zeros from then
+    on, or as before."""
+    assert isinstance(arena.base, mmap.mmap)
+    start = 0
+    for buffer in sorted(keep, key=lambda buffer: buffer.offset_bytes):
+        _release_pages(arena.base, start, buffer.offset_bytes)
+        start = max(start, buffer.offset_bytes + buffer.size_bytes)
+    _release_pages(arena.base, start, arena.size)
+
+
+def _release_pages(pages: mmap.mmap, start: int, stop: int) -> None:
+    """The whole pages in [start, stop) bytes."""
+    first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < end:
+        pages.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 def pack(arena: np.ndarray, buffer: Buffer, box: Box, values: np.ndarray) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,13 +12,30 @@ from hypothesis import strategies as st
 
 from fusetile.box import Box, extents, slices, view4
 from fusetile.program import Buffer
-from fusetile.runtime.storage import make_arena, pack, unpack
+from fusetile.runtime.storage import make_arena, pack, release, unpack
 
 
 def test_the_arena_is_aligned_and_zero() -> None:
     for size in (1, 64, 1000):
         arena = make_arena(size)
         assert arena.size == size and arena.ctypes.data % 64 == 0 and not arena.any()
+
+
+def test_what_is_released_takes_no_memory_and_the_rest_keeps_its_content() -> None:
+    size = 1 << 20
+    arena = make_arena(8 * size)
+    arena[:] = 7
+    keep = [Buffer("b", ((0, size),), "uint8", offset_bytes=at) for at in (5 * size + 64, size)]
+    before = resident_bytes()
+    release(arena, keep=keep)
+    assert before - resident_bytes() > 5 * size
+    for buffer in keep:
+        assert (arena[buffer.offset_bytes :][:size] == 7).all()
+
+
+def resident_bytes() -> int:
+    """The memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 @st.composite
