@@ -1,8 +1,8 @@
-"""exp, tanh, erf and log1p as vector arithmetic: the C library's functions would take the lanes one by one.
+"""exp, tanh, erf, log and log1p as vector arithmetic: the C library's functions would take the lanes one by one.
 
 Each is a list of statements, of which the last gives the value; `{a}` is the argument, `{0}`, `{1}`, ... are temporary
 vectors. All are within a few units in the last place, and a NaN stays one.
-Sources: exp from the Cephes library (Moshier); the quotients for tanh and erf from Eigen (MathFunctionsImpl.h).
+Sources: exp and log from the Cephes library (Moshier); the quotients for tanh and erf from Eigen (MathFunctionsImpl.h).
 """
 
 from __future__ import annotations
@@ -93,4 +93,34 @@ _LOG1P = (
     "{0} * {0}",
     f"T.float32(2) * {{0}} * {_polynomial('{1}', [1 / (2 * i + 1) for i in range(7, -1, -1)])}",
 )
-STATEMENTS = {"exp": _EXP, "tanh": _TANH, "erf": _ERF, "log1p": _LOG1P}
+# a = 2^n * m with m in [sqrt(1/2), sqrt(2)); subnormal numbers are made larger first
+_LOG = (
+    "T.Select({a} < T.float32(1.17549435e-38), {a} * T.float32(8388608), {a})",
+    'T.Cast("float32", T.bitwise_and(T.shift_right(T.reinterpret("int32", {0}), 23), 255) - 126)'
+    " - T.Select({a} < T.float32(1.17549435e-38), T.float32(23), T.float32(0))",
+    'T.reinterpret("float32", T.bitwise_or(T.bitwise_and(T.reinterpret("int32", {0}), 8388607), 1056964608))',
+    "T.Select({2} < T.float32(0.70710678118654752), {1} - T.float32(1), {1})",
+    "T.Select({2} < T.float32(0.70710678118654752), {2} + {2}, {2}) - T.float32(1)",
+    "{4} * {4}",
+    _polynomial(
+        "{4}",
+        (
+            7.0376836292e-2,
+            -1.1514610310e-1,
+            1.1676998740e-1,
+            -1.2420140846e-1,
+            1.4249322787e-1,
+            -1.6668057665e-1,
+            2.0000714765e-1,
+            -2.4999993993e-1,
+            3.3333331174e-1,
+        ),
+    ),
+    "{6} * {4} * {5} - {3} * T.float32(2.12194440e-4) - T.float32(0.5) * {5}",
+    "{4} + {7} + {3} * T.float32(0.693359375)",
+    # infinity and NaN stay what they are, by their bits; 0 and what is below have no logarithm
+    'T.Select(T.bitwise_and(T.reinterpret("int32", {a}), 2147483647) > 2139095039, {a},'
+    ' T.Select({a} > T.float32(0), {8}, T.float32(0) - T.infinity("float32")))',
+    'T.Select({a} < T.float32(0), T.reinterpret("float32", T.int32(2143289344)), {9})',
+)
+STATEMENTS = {"exp": _EXP, "tanh": _TANH, "erf": _ERF, "log": _LOG, "log1p": _LOG1P}

@@ -1,6 +1,7 @@
 """Moves between buffers of one device: what packs, unpacks and adds the boxes that devices exchange.
 
     copy         target[box] = source[box]          accumulate   target[box] += source[box]
+    clear        target[box] = 0
     zero         a whole buffer                     zero_border  all of a buffer that is not its box: borders and pitch
 
 Pad lanes move with their block. Boxes start at multiples of the block and end there or at the tensor's end.
@@ -27,6 +28,14 @@ def accumulate(source: Buffer, target: Buffer, box: Box) -> KernelCall:
     dtype = _common_dtype(source, target)
     kernel = strided_kernel(f"accumulate_{dtype}", operands={"X": dtype, "Y": dtype}, statements=["{Y} = {Y} + {X}"])
     return strided_call(kernel, [(source, box), (target, box)])
+
+
+def clear(buffer: Buffer, box: Box) -> KernelCall:
+    """Zero a box of a buffer."""
+    kernel = strided_kernel(
+        f"clear_{buffer.dtype}", operands={"Y": buffer.dtype}, statements=[f'{{Y}} = T.Cast("{buffer.dtype}", 0)']
+    )
+    return strided_call(kernel, [(buffer, box)])
 
 
 def zero(buffer: Buffer) -> KernelCall:

@@ -1,4 +1,4 @@
-"""Concatenation, slices and reshapes: copies, by blocks where channels are aligned, else one by one."""
+"""Concatenation, slices, padding and reshapes: copies, by blocks where channels are aligned, else one by one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fusetile.box import Box, extents, view4, volume
 from fusetile.codegen.calls import KernelCall, Lowered, make_kernel, ref
+from fusetile.codegen.move import clear
 from fusetile.codegen.reblock import move_channels
 from fusetile.codegen.strided import strided_call, strided_kernel
 from fusetile.codegen.targets import Target
@@ -55,6 +56,20 @@ def lower_slice(
 ) -> Lowered:
     """One copy."""
     return Lowered((transfer(inputs[0], domain.need(box, 0), outputs[0], domain.output(box)),))
+
+
+def lower_pad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """Zeros, and a copy among them."""
+    part, written, axis = domain.need(box, 0), domain.output(box), op.attrs["axis"]
+    if not volume(part):
+        return Lowered((clear(outputs[0], written),))
+    start, stop = part[axis]
+    before = op.attrs["before"]
+    place = (*written[:axis], (start + before, stop + before), *written[axis + 1 :])
+    zeros = () if place == written else (clear(outputs[0], written),)
+    return Lowered((*zeros, transfer(inputs[0], part, outputs[0], place)))
 
 
 def lower_reshape(

@@ -1,6 +1,20 @@
 """The op table: one row per op kind. A new op is a row in the file of its family."""
 
-from fusetile.ops import arithmetic, conv, functions, loss, norm, pointwise, pool, shape, update
+from fusetile.ops import (
+    arithmetic,
+    conv,
+    functions,
+    loss,
+    matmul,
+    norm,
+    pointwise,
+    pool,
+    rearrange,
+    reduce,
+    resample,
+    shape,
+    update,
+)
 from fusetile.ops.base import ROWS, Axis, Domain, Row, Spec, domain_of, register, row
 
 __all__ = [
@@ -14,10 +28,14 @@ __all__ = [
     "domain_of",
     "functions",
     "loss",
+    "matmul",
     "norm",
     "pointwise",
     "pool",
+    "rearrange",
+    "reduce",
     "register",
+    "resample",
     "row",
     "shape",
     "update",

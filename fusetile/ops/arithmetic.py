@@ -1,8 +1,8 @@
-"""Arithmetic on two operands, one of which may be broadcast over the other, and the sums that are its gradients.
+"""Arithmetic on two or three operands, each of which may be broadcast over the others.
 
 An operand fits an output [N,C,H,W] (or [N,C]) if it has that rank and every dimension is equal or 1, or if it is a
 vector [C], one number per channel, or [1]. Where an operand is broadcast, its gradient is a sum over the axes that it
-lacks: they are reduction axes, so that devices that cut them hold partial sums.
+lacks (SumTo, in reduce.py). Exceeds and Reaches are where the gradients of maxima go.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from fusetile.ops.base import (
     All,
     Array,
     Attrs,
-    Axis,
     Domain,
     Row,
     Spec,
@@ -38,7 +37,7 @@ def aligned_shape(shape: Sequence[int], rank: int) -> tuple[int, ...]:
 
 
 def _broadcast_shape(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
-    a, b = inputs
+    a, b = inputs[:2]
     rank = max(len(a.shape), len(b.shape))
     one, two = aligned_shape(a.shape, rank), aligned_shape(b.shape, rank)
     if len(one) != len(two) or any(x != y and 1 not in (x, y) for x, y in zip(one, two, strict=True)):
@@ -49,7 +48,7 @@ def _broadcast_shape(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
     return [Spec(tuple(max(x, y) for x, y in zip(one, two, strict=True)), a.dtype, kind)]
 
 
-def _access(tensor: Tensor, shape: Sequence[int], whole: Access) -> Access:
+def broadcast_access(tensor: Tensor, shape: Sequence[int], whole: Access) -> Access:
     """How an operand is indexed by the elements of a tensor of this shape."""
     if tensor.shape == tuple(shape):
         return whole
@@ -60,15 +59,20 @@ def _access(tensor: Tensor, shape: Sequence[int], whole: Access) -> Access:
 
 def _broadcast_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
     axes, access = element_axes(outputs[0])
-    return Domain(axes, tuple(_access(tensor, outputs[0].shape, access) for tensor in inputs), (access,))
+    return Domain(axes, tuple(broadcast_access(tensor, outputs[0].shape, access) for tensor in inputs), (access,))
 
 
-def _along_channels(arrays: Sequence[Array], rank: int) -> list[Array]:
+def along_channels(arrays: Sequence[Array], rank: int) -> list[Array]:
     return [array.reshape(aligned_shape(array.shape, rank)) for array in arrays]
 
 
 def _binary(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    return [compute(EXPRESSIONS[op.kind], op.attrs, _along_channels(inputs, len(domain.writes[0])))]
+    return [compute(EXPRESSIONS[op.kind], op.attrs, along_channels(inputs, len(domain.writes[0])))]
+
+
+def _expand(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
+    (x,) = along_channels(inputs, len(domain.writes[0]))
+    return [np.broadcast_to(x, extents(domain.output(box))).copy()]
 
 
 def _add(graph: Graph, op: Op, kind: str, inputs: Sequence[str], stem: str, **attrs: object) -> str:
@@ -113,50 +117,70 @@ def _div_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | No
     return [_reduced(graph, op, a, [each]), _minus(graph, op, _reduced(graph, op, b, [each, op.outputs[0]]))]
 
 
-def _sum_shape(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
-    return [Spec(attrs["shape"])]
+def _extreme_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    """To the operand that is taken; of equal ones half to each."""
+    dy, (a, b) = grads[0], op.inputs
+    assert dy is not None
+    parts: list[str | None] = []
+    for x, other in ((a, b), (b, a)):
+        pair = [x, other] if op.kind == "Max" else [other, x]
+        parts.append(_reduced(graph, op, x, [dy, _add(graph, op, "Exceeds", pair, f"{x}.taken")]))
+    return parts
 
 
-def _sum_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
-    x, y = inputs[0], outputs[0]
-    axes, access = element_axes(x)
-    sizes = aligned_shape(y.shape, len(x.shape))
-    kinds = [
-        axis if axis.size == size else Axis(axis.name, axis.size, "reduction")
-        for axis, size in zip(axes, sizes, strict=True)
-    ]
-    return Domain(tuple(kinds), tuple(_access(t, x.shape, access) for t in inputs), (_access(y, x.shape, access),))
+def _prelu_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    dy, (x, slope) = grads[0], op.inputs
+    assert dy is not None
+    dx = _add(graph, op, "PReluGrad", [dy, x, slope], f"grad.{x}")
+    negative = _add(graph, op, "Clip", [x], f"{x}.negative", low=-np.inf, high=0.0)
+    return [dx, _reduced(graph, op, slope, [dy, negative])]
 
 
-def _sum_to(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    rank = len(domain.reads[0])
-    product = np.asarray(1)
-    for array in _along_channels(inputs, rank):
-        product = product * array
-    reduced = tuple(i for i, axis in enumerate(domain.axes) if axis.kind == "reduction")
-    return [product.sum(reduced, keepdims=True).reshape(extents(domain.output(box)))]
+def _expand_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    assert grads[0] is not None
+    return [_reduced(graph, op, op.inputs[0], [grads[0]])]
 
 
 def _shift_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
     return [grads[0]]
 
 
-EXPRESSIONS = {"Add": "x0 + x1", "Sub": "x0 - x1", "Mul": "x0 * x1", "Div": "x0 / x1"}
-_VJPS: dict[str, Vjp] = {"Add": _add_vjp, "Sub": _sub_vjp, "Mul": _mul_vjp, "Div": _div_vjp}
+EXPRESSIONS = {
+    "Add": "x0 + x1",
+    "Sub": "x0 - x1",
+    "Mul": "x0 * x1",
+    "Div": "x0 / x1",
+    "Max": "max(x0, x1)",
+    "Min": "min(x0, x1)",
+    "Exceeds": "select(x0 > x1, 1, select(x0 < x1, 0, 0.5))",
+    "Reaches": "select(x0 < x1, 0, 1)",
+    "PRelu": "select(x0 > 0, x0, x1 * x0)",
+    "PReluGrad": "select(x1 > 0, x0, x2 * x0)",
+    "Expand": "x0",
+}
+_VJPS: dict[str, Vjp] = {
+    "Add": _add_vjp,
+    "Sub": _sub_vjp,
+    "Mul": _mul_vjp,
+    "Div": _div_vjp,
+    "Max": _extreme_vjp,
+    "Min": _extreme_vjp,
+    "PRelu": _prelu_vjp,
+    "Expand": _expand_vjp,
+}
 
 for _kind, _expression in EXPRESSIONS.items():
     register(
         Row(
             _kind,
-            _broadcast_shape,
+            (lambda attrs, inputs: [Spec(attrs["shape"])]) if _kind == "Expand" else _broadcast_shape,
             _broadcast_domain,
-            _binary,
-            _VJPS[_kind],
+            _expand if _kind == "Expand" else _binary,
+            _VJPS.get(_kind),
             kernel="elementwise",
             expression=_expression,
         )
     )
-register(Row("SumTo", _sum_shape, _sum_domain, _sum_to, kernel="sum_to"))
 register(
     Row(
         "Shift",

@@ -112,7 +112,40 @@ class Groups:
         return (start // self.per * self.times, -(-stop // self.per) * self.times)
 
 
-Dim = All | Along | Window | Spread | Groups
+@dataclass(frozen=True, slots=True)
+class Digits:
+    """Index = sum over terms (axis, inner, size, times) of times * (iteration of the axis // inner % size): the digits
+    of indices, written in other places."""
+
+    terms: tuple[tuple[str, int, int, int], ...]
+    size: int
+
+    def interval(self, iterations: Mapping[str, Interval]) -> Interval:
+        low = high = 0
+        for axis, inner, size, times in self.terms:
+            start, stop = iterations[axis]
+            first, last = start // inner, (stop - 1) // inner
+            wraps = last - first >= size or first % size > last % size
+            low += 0 if wraps else times * (first % size)
+            high += times * (size - 1 if wraps else last % size)
+        return (low, high + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """Iteration i of the axis reads the indices taps[i], if any."""
+
+    axis: str
+    size: int
+    taps: tuple[tuple[int, ...], ...]
+
+    def interval(self, iterations: Mapping[str, Interval]) -> Interval:
+        start, stop = iterations[self.axis]
+        read = [index for taps in self.taps[start:stop] for index in taps]
+        return (min(read), max(read) + 1) if read else (0, 0)
+
+
+Dim = All | Along | Window | Spread | Groups | Digits | Tapped
 Access = tuple[Dim, ...]
 
 
@@ -239,10 +272,10 @@ def domain_of(graph: Graph, op: Op) -> Domain:
 
 
 def element_axes(tensor: Tensor) -> tuple[tuple[Axis, ...], Access]:
-    """The axes over the elements of a tensor, and how it is indexed by them. The window of a filter is not cut."""
-    names = {("map", 4): "nkhw", ("map", 3): "nhw", ("map", 2): "nk", ("map", 1): "k"}.get(
-        (tensor.kind, len(tensor.shape)), "kc"
-    )
+    """The axes over the elements of a tensor, and how it is indexed by them. The window of a filter is not cut. Three
+    dimensions of integers are classes per pixel, without channels."""
+    maps = {4: "nkhw", 3: "nhw" if tensor.dtype == "int32" else "nkh", 2: "nk", 1: "k"}
+    names = maps[len(tensor.shape)] if tensor.kind == "map" else "kc"
     axes = tuple(Axis(name, size) for name, size in zip(names, tensor.shape, strict=False))
     access: list[Dim] = [Along(axis.name, axis.size) for axis in axes]
     return axes, (*access, *(All(size) for size in tensor.shape[len(axes) :]))

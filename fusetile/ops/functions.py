@@ -4,7 +4,7 @@ A line of the table makes two rows: the op itself, and its gradient dx = dy * de
 here and by code generation; names are x, y = f(x) and the op's attributes. Of x and y, the gradient keeps what its
 expression mentions: y where that is enough, because the next layer keeps it anyway.
 
-    exp, sqrt, tanh, erf, abs, min, max      as usual
+    exp, log, sqrt, tanh, erf, abs, min, max as usual
     log1p(a)                                 only for 0 <= a <= 1
     select(condition, a, b)                  a where the condition holds
 """
@@ -47,13 +47,16 @@ FUNCTIONS: dict[str, tuple[str, str]] = {
     ),
     "HardSigmoid": ("min(max(alpha * x + beta, 0), 1)", "select(y > 0, select(y < 1, alpha, 0), 0)"),
     "HardSwish": ("x * min(max(x / 6 + 0.5, 0), 1)", "select(x > -3, select(x < 3, x / 3 + 0.5, 1), 0)"),
+    "Log": ("log(x)", "1 / x"),
     "Mish": (f"x * {_MISH}", f"{_MISH} + x * (1 - {_MISH} * {_MISH}) / (1 + exp(-x))"),
+    "Power": ("exp(exponent * log(x))", "exponent * exp((exponent - 1) * log(x))"),
     "Reciprocal": ("1 / x", "-(y * y)"),
     "Selu": (
         "gamma * select(x > 0, x, alpha * (exp(min(x, 0)) - 1))",
         "gamma * select(x > 0, 1, alpha * exp(min(x, 0)))",
     ),
     "Sigmoid": ("1 / (1 + exp(-x))", "y * (1 - y)"),
+    "Silu": ("x / (1 + exp(-x))", "(1 + x * (1 - 1 / (1 + exp(-x)))) / (1 + exp(-x))"),
     "Softplus": (_SOFTPLUS, "1 / (1 + exp(-x))"),
     "Softsign": ("x / (1 + abs(x))", "1 / ((1 + abs(x)) * (1 + abs(x)))"),
     "Sqrt": ("sqrt(x)", "0.5 / y"),
@@ -64,6 +67,7 @@ _NUMPY: dict[str, Any] = {
     "abs": np.abs,
     "erf": np.vectorize(math.erf, otypes=["float64"]),
     "exp": np.exp,
+    "log": np.log,
     "log1p": np.log1p,
     "max": np.maximum,
     "min": np.minimum,

@@ -1,4 +1,4 @@
-"""Ops that only move elements: concatenation, slices of it (its gradient), and reshapes that keep the batch."""
+"""Ops that only move elements: concatenation, slices, padding with zeros, and reshapes that keep the batch."""
 
 from __future__ import annotations
 
@@ -67,6 +67,43 @@ def _slice_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tens
     return Domain(axes, (_moved(access, axis, inputs[0].shape[axis], -attrs["start"]),), (access,))
 
 
+def _slice_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    dy, x, axis = grads[0], op.inputs[0], op.attrs["axis"]
+    assert dy is not None
+    attrs = {"axis": axis, "before": op.attrs["start"], "after": graph.tensors[x].shape[axis] - op.attrs["stop"]}
+    return [*graph.add("Pad", [dy], attrs=attrs, stem=f"grad.{x}", phase=BACKWARD, origin=op.origin)]
+
+
+def _pad_shape(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
+    axis, shape = attrs["axis"], inputs[0].shape
+    longer = shape[axis] + attrs["before"] + attrs["after"]
+    return [Spec((*shape[:axis], longer, *shape[axis + 1 :]), inputs[0].dtype)]
+
+
+def _pad_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
+    axes, access = element_axes(outputs[0])
+    axis = attrs["axis"]
+    return Domain(axes, (_moved(access, axis, inputs[0].shape[axis], attrs["before"]),), (access,))
+
+
+def _pad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
+    y = np.zeros(extents(domain.output(box)), inputs[0].dtype)
+    if inputs[0].size:
+        axis = op.attrs["axis"]
+        start = domain.need(box, 0)[axis][0] + op.attrs["before"] - domain.output(box)[axis][0]
+        place = [slice(None)] * y.ndim
+        place[axis] = slice(start, start + inputs[0].shape[axis])
+        y[tuple(place)] = inputs[0]
+    return [y]
+
+
+def _pad_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    dy, x, axis, start = grads[0], op.inputs[0], op.attrs["axis"], op.attrs["before"]
+    assert dy is not None
+    attrs = {"axis": axis, "start": start, "stop": start + graph.tensors[x].shape[axis]}
+    return [*graph.add("Slice", [dy], attrs=attrs, stem=f"grad.{x}", phase=BACKWARD, origin=op.origin)]
+
+
 def _reshape_shape(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
     x, shape = inputs[0], attrs["shape"]
     if prod(shape) != prod(x.shape) or shape[0] != x.shape[0]:
@@ -95,7 +132,17 @@ def _reshape_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str 
 
 
 register(Row("Concat", _concat_shape, _concat_domain, _concat, _concat_vjp, kernel="concat"))
-register(Row("Slice", _slice_shape, _slice_domain, lambda op, domain, box, inputs: [inputs[0].copy()], kernel="slice"))
+register(
+    Row(
+        "Slice",
+        _slice_shape,
+        _slice_domain,
+        lambda op, domain, box, inputs: [inputs[0].copy()],
+        _slice_vjp,
+        kernel="slice",
+    )
+)
+register(Row("Pad", _pad_shape, _pad_domain, _pad, _pad_vjp, kernel="pad"))
 register(
     Row(
         "Reshape",

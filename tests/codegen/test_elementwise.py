@@ -8,7 +8,7 @@ import pytest
 from fusetile.ops import ROWS
 from fusetile.ops.functions import FUNCTIONS
 from tests.codegen.harness import Case, middle, seeded
-from tests.ops.cases import FUNCTION_ATTRS
+from tests.ops.cases import FUNCTION_ATTRS, POSITIVE
 
 LAYOUT = {"margin": 1, "border": (1, 2), "pitch": 1}
 
@@ -36,7 +36,7 @@ def test_functions_and_their_gradients(kind):
     """Of 19 channels: the lanes of the last block stay zero, also where f(0) is not."""
     random, attrs = seeded(), FUNCTION_ATTRS.get(kind, {})
     x = 3 * random.standard_normal((2, 19, 9, 7), np.float32)
-    x = np.abs(x) + 0.1 if kind == "Sqrt" else x
+    x = np.abs(x) + 0.1 if kind in POSITIVE else x
     operands = 1 + sum(name in ROWS[f"{kind}Grad"].expression for name in ("x1", "x2"))
     for case in (Case(kind, [x], attrs), Case(f"{kind}Grad", [x] * operands, attrs)):
         case.check(middle(case.domain.box, case.domain, channels=8), **LAYOUT)
@@ -52,6 +52,12 @@ def test_functions_far_out(kind):
     Case(kind, [finite], {}).check(rtol=2e-6, atol=1e-6 if kind == "Gelu" else 1e-9)  # 1 + erf(x) cancels
 
 
+def test_logarithms_far_out():
+    ends = np.array([1e-45, 1e-40, 1.2e-38, 1e-30, 0.5, 0.70710677, 0.7071068, 0.99999, 1, 1.0001, 2, 1e30, 3.4e38])
+    x = np.concatenate([ends, [0, np.inf, np.nan, -1, -np.inf]]).astype(np.float32)
+    Case("Log", [np.broadcast_to(x, (1, 3, 1, x.size))], {}).check(rtol=3e-7, atol=1e-12)
+
+
 MAP = (2, 19, 5, 6)
 FIT = (MAP, (2, 19, 1, 1), (1, 19, 1, 1), (19,), (1,), (2, 1, 5, 6), (1, 1, 1, 1))
 
@@ -60,7 +66,7 @@ def positive(random, shape):
     return np.abs(random.standard_normal(shape, np.float32)) + np.float32(0.5)
 
 
-@pytest.mark.parametrize("kind", ["Add", "Sub", "Mul", "Div"])
+@pytest.mark.parametrize("kind", ["Add", "Sub", "Mul", "Div", "Max", "Min", "PRelu", "Exceeds", "Reaches"])
 def test_arithmetic_with_broadcasting(kind):
     random = seeded()
     pairs = [(MAP, other) for other in FIT] + [((19,), MAP), ((2, 19, 1, 1), (2, 1, 5, 6)), ((4, 11), (11,))]
@@ -78,6 +84,26 @@ def test_sums_over_what_another_tensor_lacks(shape):
         case.check(rtol=2e-5, **LAYOUT)
         case.check(middle(case.domain.box, case.domain, channels=8), rtol=2e-5, **LAYOUT)
     Case("SumTo", [positive(random, (4, 11))], {"shape": (1,) if shape == (1,) else (11,)}).check()
+
+
+@pytest.mark.parametrize("shape", [(2, 19, 1, 1), (2, 1, 5, 6), (2, 19, 5, 1), (2, 1, 1, 1)])
+def test_maxima_over_what_another_tensor_lacks(shape):
+    """Of negative numbers: the zeros in pad lanes do not count."""
+    case = Case("MaxTo", [-positive(seeded(), MAP)], {"shape": shape})
+    case.check(rtol=0, atol=0, **LAYOUT)
+    case.check(middle(case.domain.box, case.domain, channels=8), rtol=0, atol=0, **LAYOUT)
+
+
+@pytest.mark.parametrize("shape", FIT[1:])
+def test_broadcast_copies(shape):
+    Case("Expand", [positive(seeded(), shape)], {"shape": MAP}).check(rtol=0, atol=0, **LAYOUT)
+
+
+def test_three_operands():
+    random = seeded()
+    maps = [random.standard_normal(MAP, np.float32) for _ in range(2)]
+    for slope in ((19,), (1,), MAP):
+        Case("PReluGrad", [*maps, positive(random, slope)], {}).check(rtol=0, atol=0, **LAYOUT)
 
 
 def test_inputs_with_few_channels_and_a_number_added():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fusetile.ops.rearrange import inverse, reshaped, shape_of, whole_view
+from fusetile.ops.resample import Taps
 from tests.codegen.harness import Case, middle, seeded
 
 LAYOUT = {"margin": 1, "border": (1, 2), "pitch": 1}
@@ -58,3 +60,68 @@ def test_dropout(shape: tuple[int, ...]) -> None:
     box = middle(case.domain.box, case.domain, channels=8)
     (y,) = case.check(((1, shape[0]), *box[1:]), rtol=1e-7, atol=0, **LAYOUT)
     assert 0.5 < np.count_nonzero(y) / y.size < 0.9
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_pad(axis: int) -> None:
+    for channels in (11, 16):
+        case = Case("Pad", [tensor(2, channels, 5, 7)], {"axis": axis, "before": 3, "after": 2})
+        case.check(rtol=0, atol=0, **LAYOUT)
+        case.check(middle(case.domain.box, case.domain, channels=8), rtol=0, atol=0, **LAYOUT)
+
+
+def shuffled(shape: tuple[int, ...], split: tuple[int, ...], order: tuple[int, ...], result: tuple[int, ...]):  # type: ignore[no-untyped-def]
+    """Reshape, transpose, reshape."""
+    view = reshaped(whole_view(shape), split)
+    assert view
+    dims = reshaped(tuple(view[axis] for axis in order), result)
+    assert dims
+    return dims
+
+
+MOVES = {
+    "channel shuffle": ((2, 24, 5, 7), (2, 3, 8, 5, 7), (0, 2, 1, 3, 4), (2, 24, 5, 7)),
+    "space to depth": ((2, 5, 6, 8), (2, 5, 3, 2, 4, 2), (0, 3, 5, 1, 2, 4), (2, 20, 3, 4)),
+    "channels last": ((2, 11, 3, 5), (2, 11, 15), (0, 2, 1), (2, 15, 11)),
+    "heads": ((2, 36, 3, 5), (2, 4, 9, 15), (0, 1, 3, 2), (2, 4, 15, 9)),
+    "rows": ((3, 20), (3, 4, 5), (0, 2, 1), (3, 20)),
+    "the batch inside": ((3, 20), (3, 20), (1, 0), (20, 3)),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_rearrange_is_reshape_and_transpose(name: str) -> None:
+    shape, split, order, result = MOVES[name]
+    dims, x = shuffled(*MOVES[name]), tensor(*shape)
+    for case in (
+        Case("Rearrange", [x], {"dims": dims}),
+        Case("Rearrange", [tensor(*shape_of(dims))], {"dims": inverse(dims, len(shape))}),
+    ):
+        case.check(rtol=0, atol=0, **LAYOUT)
+        channels = case.domain.axes[case.domain.axis("k")].size
+        case.check(middle(case.domain.box, case.domain, channels=8 * (channels > 8)), rtol=0, atol=0, **LAYOUT)
+    whole = Case("Rearrange", [x], {"dims": dims})
+    (y,) = whole.expected(whole.domain.box)
+    np.testing.assert_array_equal(y, x.reshape(split).transpose(order).reshape(result))
+
+
+def test_resample_by_tables() -> None:
+    reflected = Taps.picking(7, [2, 1, 0, 1, 2, 3, 4, 5, 6, 5, -1])
+    linear = Taps.weighted(5, [[(i // 2, 0.3), (min(i // 2 + 1, 4), 0.7)] for i in range(10)])
+    for rows, columns in ((reflected, reflected), (linear, reflected), (linear.transposed(), reflected.transposed())):
+        x = tensor(2, 19, rows.size, columns.size)
+        case = Case("Resample", [x, *rows.tables(), *columns.tables()], {"rows": rows, "columns": columns})
+        case.check(**LAYOUT)
+        case.check(middle(case.domain.box, case.domain, channels=8), **LAYOUT)
+
+
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
+def test_products_of_matrices(turned: tuple[bool, bool]) -> None:
+    for images, channels in ((2, 11), (1, 11), (2, 1)):
+        a, b = tensor(2, 11, 5, 6), tensor(images, channels, 6, 7, seed=1)
+        a, b = (a.swapaxes(2, 3) if turned[0] else a), (b.swapaxes(2, 3) if turned[1] else b)
+        case = Case("MatMul", [a, b], {"turned": turned})
+        case.check(**LAYOUT)
+        inner = zip("nkhwc", (2, 11, 5, 7, 6), strict=True)
+        box = tuple((1, size - 1) if name in "hwc" else (0, size) for name, size in inner)
+        case.check(box, **LAYOUT)

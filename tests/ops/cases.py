@@ -12,14 +12,18 @@ import numpy as np
 from fusetile.graph import Graph, Op
 from fusetile.ops import ROWS, Domain, domain_of
 from fusetile.ops.functions import FUNCTIONS
+from fusetile.ops.rearrange import inverse
+from fusetile.ops.resample import Taps
 
 F, V = "filter", "map"
+POSITIVE = ("Log", "Power", "Sqrt")  # functions of positive numbers
 # attributes of the functions that have some
 FUNCTION_ATTRS: dict[str, dict[str, float]] = {
     "Celu": {"alpha": 0.7},
     "Clip": {"low": -0.5, "high": 0.8},
     "Elu": {"alpha": 0.9},
     "HardSigmoid": {"alpha": 0.2, "beta": 0.5},
+    "Power": {"exponent": 0.75},
     "Selu": {"alpha": 1.6, "gamma": 1.1},
 }
 
@@ -133,12 +137,73 @@ def _pools() -> list[Case]:
     return cases
 
 
+# views, by the shape of what is viewed: channel shuffle, space to depth, a transpose, attention heads, channels last
+VIEWS: dict[str, tuple[tuple[int, ...], tuple[tuple[tuple[int, int, int], ...], ...]]] = {
+    "channel shuffle": ((2, 6, 3, 4), (((0, 2, 1),), ((1, 3, 1), (1, 2, 3)), ((2, 3, 1),), ((3, 4, 1),))),
+    "space to depth": (
+        (2, 3, 4, 6),
+        (((0, 2, 1),), ((2, 2, 1), (3, 2, 1), (1, 3, 1)), ((2, 2, 2),), ((3, 3, 2),)),
+    ),
+    "transpose": ((2, 5, 4, 3), (((0, 2, 1),), ((3, 3, 1),), ((1, 5, 1),), ((2, 4, 1),))),
+    "heads": ((2, 12, 3, 2), (((0, 2, 1),), ((1, 3, 4),), ((2, 3, 1), (3, 2, 1)), ((1, 4, 1),))),
+    "tokens": ((2, 5, 4, 3), (((0, 2, 1),), ((2, 4, 1), (3, 3, 1)), ((1, 5, 1),))),
+    "batch moved": ((3, 10), (((1, 5, 2),), ((0, 3, 1), (1, 2, 1)))),
+}
+TAPS = {
+    "one by one": Taps.picking(4, range(4)),
+    "backwards with steps": Taps.picking(5, [4, 2, 0]),
+    "reflected": Taps.picking(4, [2, 1, 0, 1, 2, 3, 2]),
+    "padded": Taps.picking(3, [-1, -1, 0, 1, 2, -1]),
+    "linear": Taps.weighted(3, [[(0, 1.0)], [(0, 0.25), (1, 0.75)], [(1, 0.5), (2, 0.5)], [(2, 0.7), (2, 0.3)]]),
+}
+
+
+def tapped(rows: str, columns: str) -> tuple[tuple[int, ...], dict[str, Taps], dict[int, np.ndarray]]:
+    """Shape of the input, attributes, and tables of a Resample."""
+    down, across = TAPS[rows], TAPS[columns]
+    fixed = dict(enumerate((*down.tables(), *across.tables()), 1))
+    return (2, 3, down.size, across.size), {"rows": down, "columns": across}, fixed
+
+
 MAP, ROW, C = (2, 5, 4, 3), (3, 7), (5,)
 PAIR = (2, 5)
 BROADCAST = ((2, 5, 1, 1), (1, 5, 1, 1), C, (1,), (2, 1, 4, 3), (1, 1, 1, 1))  # what fits MAP
 BIG = np.array([[3.0, -2, 5, 1, 4], [40.0, 60, 70, 50, 45]])  # sums whose variance is positive for a count of 24
 COUNT = {"count": 24}
 RELU = {"activation": "relu", "alpha": 0.0}
+
+
+def _moves() -> list[Case]:
+    cases = []
+    for name, (shape, dims) in VIEWS.items():
+        back = tuple(int(np.prod([size for _, size, _ in digits], dtype=int)) for digits in dims)
+        cases += [
+            Case(f"Rearrange {name}", "Rearrange", ((shape, V),), {"dims": dims}),
+            Case(f"Rearrange {name}, back", "Rearrange", ((back, V),), {"dims": inverse(dims, len(shape))}),
+        ]
+    for rows, columns in (("reflected", "linear"), ("linear", "padded"), ("backwards with steps", "one by one")):
+        shape, attrs, fixed = tapped(rows, columns)
+        operands = ((shape, V), *((table.shape, str(table.dtype)) for table in fixed.values()))
+        cases.append(Case(f"Resample {rows}, {columns}", "Resample", operands, attrs, fixed))
+    for axis, before, after in ((0, 1, 0), (1, 3, 2), (2, 0, 2), (3, 1, 1)):
+        cases.append(Case(f"Pad {axis}", "Pad", ((MAP, V),), {"axis": axis, "before": before, "after": after}))
+    for shape in ((2, 5, 1, 1), (2, 1, 4, 3), (2, 5, 4, 1), (2, 1, 1, 1)):
+        cases.append(Case(f"MaxTo {shape}", "MaxTo", ((MAP, V),), {"shape": shape}))
+    for other in BROADCAST:
+        cases.append(Case(f"Expand {other}", "Expand", ((other, V),), {"shape": MAP}))
+    for kind in ("Max", "Min", "PRelu", "Exceeds", "Reaches"):
+        for other in (MAP, *BROADCAST[:3]):
+            cases.append(Case(f"{kind} of {MAP} and {other}", kind, ((MAP, V), (other, V))))
+    cases.append(Case("PReluGrad", "PReluGrad", ((MAP, V), (MAP, V), (C, V))))
+    cases.append(Case("SumTo of three dimensions", "SumTo", (((2, 5, 4), V),), {"shape": (2, 1, 4)}))
+    cases.append(Case("Add of three dimensions", "Add", (((2, 5, 4), V), ((2, 1, 4), V))))
+    for turned in ((False, False), (True, False), (False, True), (True, True)):
+        a, b = (2, 3, 4, 6), (2, 3, 6, 5)
+        a, b = (a[:2] + a[:1:-1] if turned[0] else a), (b[:2] + b[:1:-1] if turned[1] else b)
+        cases.append(Case(f"MatMul {turned}", "MatMul", ((a, V), (b, V)), {"turned": turned}))
+    one = {"turned": (False, False)}
+    cases.append(Case("MatMul with one for all", "MatMul", (((2, 3, 4, 6), V), ((1, 1, 6, 5), V)), one))
+    return cases
 
 
 def _others() -> list[Case]:
@@ -213,7 +278,7 @@ def _others() -> list[Case]:
             cases.append(Case(f"{kind} of rank {len(shape)}", kind, ((shape, V),) * operands, attrs))
     for kind in FUNCTIONS:
         attrs = FUNCTION_ATTRS.get(kind, {})
-        positive = {i: np.linspace(0.5, 3, 120, dtype=np.float32).reshape(MAP) for i in range(3) if kind == "Sqrt"}
+        positive = {i: np.linspace(0.5, 3, 120, dtype=np.float32).reshape(MAP) for i in range(3) if kind in POSITIVE}
         operands = 1 + len(set(re.findall(r"x[12]", ROWS[f"{kind}Grad"].expression)))
         cases += [
             Case(kind, kind, ((MAP, V),), attrs, {0: positive[0]} if positive else {}),
@@ -255,4 +320,4 @@ def _others() -> list[Case]:
     return cases
 
 
-CASES = [*_convolutions(), *_pools(), *_others()]
+CASES = [*_convolutions(), *_pools(), *_moves(), *_others()]

@@ -103,7 +103,7 @@ _ALL_COUNT = {
     **dict.fromkeys(("Conv", "ConvInputGrad", "Gemm", "GemmInputGrad", "AveragePool", "AveragePoolGrad"), (0,)),
     **dict.fromkeys(("ConvWeightGrad", "GemmWeightGrad", "Add", "MeanSquaredError", "MeanSquaredErrorGrad"), (0, 1)),
     **dict.fromkeys(("GlobalAveragePool", "GlobalAveragePoolGrad", "ChannelSum", "ChannelMoments"), (0,)),
-    **dict.fromkeys(("Normalize", "NormalizeMoments", "CrossEntropy", "Slice", "Reshape", "SGD"), (0,)),
+    **dict.fromkeys(("Normalize", "NormalizeMoments", "CrossEntropy", "Slice", "Reshape", "Pad", "SGD"), (0,)),
     "Concat": (0, 1, 2),
 }
 

@@ -14,10 +14,21 @@ from fusetile.errors import UserError
 from fusetile.graph import Graph, Parameter
 from fusetile.ops import ROWS
 from fusetile.ops.functions import FUNCTIONS
+from fusetile.ops.resample import resample
 from fusetile.passes.differentiate import differentiate
 from fusetile.reference import evaluate
 from tests.onnx_tools import model, node, normal, run_ort
-from tests.ops.cases import CEIL, CEIL_DROPPED, CONVOLUTIONS, FUNCTION_ATTRS, POOLS, window
+from tests.ops.cases import (
+    CEIL,
+    CEIL_DROPPED,
+    CONVOLUTIONS,
+    FUNCTION_ATTRS,
+    POOLS,
+    POSITIVE,
+    VIEWS,
+    tapped,
+    window,
+)
 
 # -- forward against ONNX Runtime ------------------------------------------------------------------------------------
 
@@ -138,7 +149,17 @@ def test_random_pools(seed: int) -> None:
 
 
 FIT = ((2, 3, 5, 4), (2, 3, 1, 1), (1, 3, 1, 1), (1,), (2, 1, 5, 4))
-ONNX_NAMES = {"Clip", "Gelu", "GeluTanh", "HardSwish", "Mish", "Sqrt"}  # by other attributes, opsets or data
+ONNX_NAMES = {
+    "Clip",
+    "Gelu",
+    "GeluTanh",
+    "HardSwish",
+    "Log",
+    "Mish",
+    "Power",
+    "Silu",
+    "Sqrt",
+}  # by other attributes, opsets or data
 
 
 @pytest.mark.parametrize(
@@ -168,7 +189,11 @@ def test_functions_that_onnx_writes_in_another_way() -> None:
     close(ours("Gelu", x, {})[0], theirs(node("Gelu", "x", "y"), x, opset=20)[0])
     close(ours("GeluTanh", x, {})[0], theirs(node("Gelu", "x", "y", approximate="tanh"), x, opset=20)[0])
     positive = {"x": np.abs(normal(2, 3, 5, 4))}
-    close(ours("Sqrt", positive, {})[0], theirs(node("Sqrt", "x", "y"), positive)[0])
+    for kind in ("Sqrt", "Log"):
+        close(ours(kind, positive, {})[0], theirs(node(kind, "x", "y"), positive)[0])
+    power = theirs(node("Pow", "x p", "y"), positive | {"p": np.array(0.75, np.float32)})[0]
+    close(ours("Power", positive, {"exponent": 0.75})[0], power)
+    close(ours("Silu", x, {})[0], x["x"] * theirs(node("Sigmoid", "x", "y"), x)[0])
 
 
 def test_slice_and_reshape() -> None:
@@ -323,12 +348,32 @@ DIFFERENTIABLE: list[tuple[str, list[tuple[tuple[int, ...], str]], dict[str, Any
     ("Relu", [((2, 3, 5, 4), "map")], {}),
     ("LeakyRelu", [((2, 3, 5, 4), "map")], {"alpha": 0.1}),
     ("LeakyRelu", [((3, 4), "map")], {"alpha": -0.4}),
-    *((kind, [((2, 3, 5, 4), "map")], FUNCTION_ATTRS.get(kind, {})) for kind in FUNCTIONS if kind != "Sqrt"),
-    ("Sqrt", [((2, 3, 5, 4), "positive")], {}),
+    *((kind, [((2, 3, 5, 4), "map")], FUNCTION_ATTRS.get(kind, {})) for kind in FUNCTIONS if kind not in POSITIVE),
+    *((kind, [((2, 3, 5, 4), "positive")], FUNCTION_ATTRS.get(kind, {})) for kind in POSITIVE),
     *(
         (kind, [((2, 3, 5, 4), "map"), (other, "positive" if kind == "Div" else "map")], {})
-        for kind in ("Add", "Sub", "Mul", "Div")
+        for kind in ("Add", "Sub", "Mul", "Div", "Max", "Min", "PRelu")
         for other in (*FIT, (3,))
+    ),
+    *(("Expand", [(other, "map")], {"shape": (2, 3, 5, 4)}) for other in (*FIT[1:], (3,))),
+    *(("SumTo", [((2, 3, 5, 4), "map")], {"shape": shape}) for shape in (*FIT[1:], (2, 1, 1, 1), (3,))),
+    ("SumTo", [((2, 3, 5, 4), "map"), ((3,), "map")], {"shape": (2, 3, 1, 1)}),
+    *(("MaxTo", [((2, 3, 5, 4), "map")], {"shape": shape}) for shape in ((2, 3, 1, 1), (2, 1, 5, 4), (2, 3, 5, 1))),
+    *(("Rearrange", [(shape, "map")], {"dims": dims}) for shape, dims in VIEWS.values()),
+    *(
+        ("Resample", [(tapped(*names)[0], "map")], tapped(*names)[1])
+        for names in (("reflected", "linear"), ("padded", "backwards with steps"))
+    ),
+    *(("Pad", [((2, 3, 5, 4), "map")], {"axis": axis, "before": 2, "after": 1}) for axis in (1, 2)),
+    *(("Slice", [((2, 3, 5, 4), "map")], {"axis": axis, "start": 1, "stop": 3}) for axis in (1, 3)),
+    *(
+        ("MatMul", [(a, "map"), (b, "map")], {"turned": turned})
+        for a, b, turned in (
+            ((2, 3, 4, 6), (2, 3, 6, 5), (False, False)),
+            ((2, 3, 6, 4), (2, 3, 6, 5), (True, False)),
+            ((2, 3, 4, 6), (2, 1, 5, 6), (False, True)),
+            ((1, 3, 6, 4), (2, 3, 5, 6), (True, True)),
+        )
     ),
     ("Sub", [((3,), "map"), ((2, 3, 5, 4), "map")], {}),
     ("Mul", [((2, 3, 1, 1), "map"), ((2, 1, 5, 4), "map")], {}),
@@ -371,7 +416,10 @@ def differentiated(
                 graph.add_parameter(name, Parameter(value, trainable=False))
             (stats,) = graph.add("FrozenStatistics", ["mean", "var"], attrs={"epsilon": 1e-3})
         names.insert(1, stats)
-    (output, *_) = graph.add(kind, names, attrs=attrs, outputs=None, stem="out")
+    if kind == "Resample":
+        output = resample(graph, names[0], attrs["rows"], attrs["columns"], stem="out")
+    else:
+        (output, *_) = graph.add(kind, names, attrs=attrs, outputs=None, stem="out")
     graph.outputs = [output]
     graph = differentiate(graph, loss=loss)
     for name in graph.targets:
