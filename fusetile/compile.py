@@ -84,7 +84,7 @@ def compile_graph(
     with trace.stage("schedule"):
         order = schedule(graph, plan, communication)
     with trace.stage("buffers"):
-        storage = buffers(graph, plan, communication, block=block)
+        storage = buffers(graph, plan, communication, order.order, block=block)
     with trace.stage("emit"):
         drafts = emit(graph, plan, communication, order, storage, targets=targets, block=block)
     with trace.stage("plan_memory"):

@@ -15,7 +15,7 @@ from fusetile.ops import (
     shape,
     update,
 )
-from fusetile.ops.base import ROWS, Axis, Domain, Row, Spec, domain_of, register, row
+from fusetile.ops.base import ROWS, Axis, Domain, Row, Spec, domain_of, overwritten, register, row
 
 __all__ = [
     "ROWS",
@@ -30,6 +30,7 @@ __all__ = [
     "loss",
     "matmul",
     "norm",
+    "overwritten",
     "pointwise",
     "pool",
     "rearrange",

@@ -232,6 +232,8 @@ class Row:
     kernel     the kernel family that code generation lowers it to; "elementwise" evaluates `expression`.
     padded     inputs that are read beyond the edge of the image, as zeros.
     in_place   pairs (output, input) that share storage: state that an update op rewrites.
+    overwrites inputs in whose place the (first) output may be, if they have its shape: of each an element is read only
+               for the same element of the output, before that is written. An `expression` may overwrite any input.
     """
 
     kind: str
@@ -244,6 +246,7 @@ class Row:
     expression: str = ""
     padded: tuple[int, ...] = ()
     in_place: tuple[tuple[int, int], ...] = ()
+    overwrites: tuple[int, ...] = ()
 
 
 ROWS: dict[str, Row] = {}
@@ -260,6 +263,15 @@ def register(row: Row) -> Row:
 def row(kind: str) -> Row:
     """The row of an op kind."""
     return ROWS[kind]
+
+
+def overwritten(graph: Graph, op: Op) -> tuple[str, ...]:
+    """The inputs in whose place an op of a graph may write its output, the best first."""
+    found = row(op.kind)
+    indices = range(len(op.inputs)) if found.expression else found.overwrites
+    result = graph.tensors[op.outputs[0]]
+    alike = [(graph.tensors[op.inputs[i]], op.inputs[i]) for i in indices]
+    return tuple(name for t, name in alike if (t.shape, t.dtype, t.kind) == (result.shape, result.dtype, result.kind))
 
 
 def domain_of(graph: Graph, op: Op) -> Domain:

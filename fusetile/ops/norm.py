@@ -195,7 +195,17 @@ register(
         kernel="frozen_statistics",
     )
 )
-register(Row("Normalize", _normalize_shape, _map_domain(1), _normalize, _normalize_vjp, kernel="normalize"))
+register(
+    Row(
+        "Normalize",
+        _normalize_shape,
+        _map_domain(1),
+        _normalize,
+        _normalize_vjp,
+        kernel="normalize",
+        overwrites=(0,),
+    )
+)
 register(
     Row(
         "NormalizeMoments",
@@ -214,7 +224,16 @@ register(
         kernel="normalize_parameter_grad",
     )
 )
-register(Row("NormalizeInputGrad", same_spec, _map_domain(2), _normalize_input_grad, kernel="normalize_input_grad"))
+register(
+    Row(
+        "NormalizeInputGrad",
+        same_spec,
+        _map_domain(2),
+        _normalize_input_grad,
+        kernel="normalize_input_grad",
+        overwrites=(0, 1),
+    )
+)
 register(
     Row(
         "FrozenNormalizeInputGrad",
@@ -222,6 +241,7 @@ register(
         _map_domain(1),
         lambda op, domain, box, inputs: [inputs[0] * _wide(inputs[1][1] * inputs[2], inputs[0])],
         kernel="frozen_normalize_input_grad",
+        overwrites=(0,),
     )
 )
 register(

@@ -143,4 +143,4 @@ register(
         expression="x0",
     )
 )
-register(Row("Dropout", _dropout_shape, elementwise_domain, _dropout, _again, kernel="dropout"))
+register(Row("Dropout", _dropout_shape, elementwise_domain, _dropout, _again, kernel="dropout", overwrites=(0,)))

@@ -3,16 +3,19 @@
     y on device 0: rows 0..7 computed, row 7 received in place, conv2 pads by 1     box rows 0..8, border 1
 
 A tensor lies in its *home*: what the device computes, grown to what deliveries add in place. Other deliveries have
-buffers of their own. Parameters and their next values share a home, which is how updates are in place.
+buffers of their own. Parameters and their next values share a home, which is how updates are in place. So do a map and
+what is computed from it element by element, if nothing reads the map afterwards: a gradient of 50 MB before a
+normalization is one of 50 MB behind it, not both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fusetile.box import Box, hull, volume
 from fusetile.graph import Graph, Op, Tensor
-from fusetile.ops import domain_of, row
+from fusetile.ops import domain_of, overwritten, row
 from fusetile.passes.communicate import Communication, aligned
 from fusetile.plan import Plan
 from fusetile.program import Buffer
@@ -28,32 +31,81 @@ class DeviceBuffers:
     delivered: dict[int, Buffer]
 
 
-def buffers(graph: Graph, plan: Plan, communication: Communication, *, block: int) -> tuple[DeviceBuffers, ...]:
-    """For every device."""
+def buffers(
+    graph: Graph, plan: Plan, communication: Communication, order: Sequence[str], *, block: int
+) -> tuple[DeviceBuffers, ...]:
+    """For every device; `order` is that of the ops."""
     borders = _borders(graph, plan, communication)
+    above = _overwritten(graph, communication, order)
     same_home = {new: old for old, new in graph.next_value.items()}
     result = []
     for device in range(plan.nodes):
-        home: dict[str, Buffer] = {}
-        delivered: dict[int, Buffer] = {}
+        homes = _Homes(graph, block)
+        delivered: dict[int, str] = {}  # in which home
         for name, layout in communication.layouts.items():
             if name in same_home:
                 continue
             indices = [i for i, d in enumerate(communication.deliveries) if d.tensor == name and d.in_place[device]]
             boxes = [layout.have[device], *(communication.deliveries[i].need[device] for i in indices)]
-            box = aligned(hull(boxes), graph.tensors[name], block)
-            if volume(box):
-                border = _widest([borders.get((i, device), (0, 0)) for i in indices])
-                home[name] = _buffer(graph, name, name, box, border, block)
-                delivered.update(dict.fromkeys(indices, home[name]))
+            homes.add(name, hull(boxes), _widest([borders.get((i, device), (0, 0)) for i in indices]))
+            delivered.update(dict.fromkeys(indices, name))
+        for new, (old, index) in above.items():
+            if delivered.get(index) == old:
+                homes.join(new, old)
+        home = homes.buffers()
+        found = {index: home[name] for index, name in delivered.items() if name in home}
         for index, delivery in enumerate(communication.deliveries):
             if index not in delivered and volume(delivery.need[device]):
                 border = borders.get((index, device), (0, 0))
                 label = f"{delivery.tensor} for {delivery.readers[0]}"
-                delivered[index] = _buffer(graph, delivery.tensor, label, delivery.need[device], border, block)
+                found[index] = _buffer(graph, delivery.tensor, label, delivery.need[device], border, block)
         home.update({new: home[old] for new, old in same_home.items() if old in home})
-        result.append(DeviceBuffers(home, delivered))
+        result.append(DeviceBuffers(home, found))
     return tuple(result)
+
+
+def _overwritten(graph: Graph, communication: Communication, order: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Output -> (the input in whose place it is written, the delivery through which that is read): an input that
+    nothing reads afterwards. Whatever is sent of it has been waited for by then, as its other readers come first."""
+    position = {name: i for i, name in enumerate(order)}
+    readers = graph.consumers()
+    lasting = {*graph.gradients.values(), *graph.next_value.values(), *graph.parameters, *graph.fed(), graph.loss}
+    above: dict[str, tuple[str, int]] = {}
+    for op in (graph.ops[name] for name in order):
+        for name in overwritten(graph, op):
+            is_last = all(position[reader.name] <= position[op.name] for reader in readers[name])
+            if is_last and not {name, op.outputs[0]} & lasting:
+                above[op.outputs[0]] = (name, communication.reads[op.name, name])
+                break
+    return above
+
+
+class _Homes:
+    """Boxes and borders of the homes of one device, some of which are one."""
+
+    def __init__(self, graph: Graph, block: int) -> None:
+        self._graph, self._block = graph, block
+        self._first: dict[str, str] = {}  # tensor -> the first of those in its home
+        self._shape: dict[str, tuple[Box, tuple[int, int]]] = {}  # by first tensor
+
+    def add(self, name: str, box: Box, border: tuple[int, int]) -> None:
+        box = aligned(box, self._graph.tensors[name], self._block)
+        if volume(box):
+            self._first[name] = name
+            self._shape[name] = (box, border)
+
+    def join(self, name: str, other: str) -> None:
+        """Let `name` be in the home of `other`, which holds both."""
+        if name not in self._first or other not in self._first:
+            return
+        first = self._first[name] = self._first[other]
+        (box, border), (more, wider) = self._shape[first], self._shape.pop(name)
+        self._shape[first] = (hull([box, more]), _widest([border, wider]))
+
+    def buffers(self) -> dict[str, Buffer]:
+        """The buffer of every tensor."""
+        made = {name: _buffer(self._graph, name, name, *shape, self._block) for name, shape in self._shape.items()}
+        return {name: made[first] for name, first in self._first.items()}
 
 
 def _borders(graph: Graph, plan: Plan, communication: Communication) -> dict[tuple[int, int], tuple[int, int]]:

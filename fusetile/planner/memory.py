@@ -26,7 +26,7 @@ def needed_bytes(
     graph: Graph, plan: Plan, communication: Communication, order: Schedule, *, block: int
 ) -> tuple[int, ...]:
     """Per device, with what the process itself takes."""
-    storage = buffers(graph, plan, communication, block=block)
+    storage = buffers(graph, plan, communication, order.order, block=block)
     return tuple(
         int(MARGIN * _most_live(graph, communication, order, storage[device], device)) + INTERPRETER_bytes
         for device in range(plan.nodes)

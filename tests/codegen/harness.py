@@ -16,7 +16,7 @@ from fusetile.codegen.calls import KernelCall
 from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph, Op
-from fusetile.ops import Domain, domain_of, row
+from fusetile.ops import Domain, domain_of, overwritten, row
 from fusetile.program import Buffer, Call
 from fusetile.reference import run_op
 from fusetile.runtime.storage import make_arena, pack, unpack
@@ -168,16 +168,8 @@ class Case:
         ]
         lowered = lower(self.op, self.domain, box, inputs, outputs, target=TARGET)
         distinct = {buffer.name: buffer for buffer in (*inputs, *outputs, *lowered.scratch)}
-        placed, before = place(list(distinct.values()))
+        placed, before = self._prepared(list(distinct.values()), inputs, box)
         at = {buffer.name: buffer for buffer in placed}
-        for i, name in enumerate(self.op.inputs):
-            need = self.domain.need(box, i)
-            if volume(need):
-                if len(need) > 1:  # a slice may start within a block
-                    origin, lanes = at[name].box[1][0], at[name].block[1]
-                    start = origin + (need[1][0] - origin) // lanes * lanes
-                    need = (need[0], (start, need[1][1]), *need[2:])
-                pack(before, at[name], need, self.inputs[i][tuple(slice(*interval) for interval in need)])
         results = []
         for count in threads:
             arena = make_arena(before.size)
@@ -206,7 +198,35 @@ class Case:
                 f"{self.op.kind} changes more of {buffer.name} than the box, or leaves its pad lanes"
             )
         assert np.array_equal(before, after), f"{self.op.kind} writes outside its buffers"
+        for name in overwritten(self.graph, self.op):
+            self._check_in_place(inputs, inputs[self.op.inputs.index(name)], values[0], box)
         return values
+
+    def _prepared(
+        self, buffers: Sequence[Buffer], inputs: Sequence[Buffer], box: Box
+    ) -> tuple[list[Buffer], np.ndarray]:
+        """The buffers in an arena, with what iterations `box` need of the inputs."""
+        placed, arena = place(buffers)
+        at = {buffer.name: buffer for buffer in placed}
+        for i, buffer in enumerate(inputs):
+            need = self.domain.need(box, i)
+            if volume(need):
+                if len(need) > 1:  # a slice may start within a block
+                    origin, lanes = buffer.box[1][0], buffer.block[1]
+                    start = origin + (need[1][0] - origin) // lanes * lanes
+                    need = (need[0], (start, need[1][1]), *need[2:])
+                pack(arena, at[buffer.name], need, self.inputs[i][tuple(slice(*interval) for interval in need)])
+        return placed, arena
+
+    def _check_in_place(self, inputs: Sequence[Buffer], place_of: Buffer, expected: np.ndarray, box: Box) -> None:
+        """The output in the place of an input: the same bits."""
+        lowered = lower(self.op, self.domain, box, inputs, [place_of], target=TARGET)
+        distinct = {buffer.name: buffer for buffer in (*inputs, *lowered.scratch)}
+        placed, arena = self._prepared(list(distinct.values()), inputs, box)
+        run_calls(lowered.calls, placed, arena, threads=2)
+        (buffer,) = (buffer for buffer in placed if buffer.name == place_of.name)
+        found = unpack(arena, buffer, self.domain.output(box))
+        assert np.array_equal(found, expected, equal_nan=True), f"{self.op.kind} can't overwrite {place_of.name}"
 
 
 def middle(box: Box, domain: Domain, *, channels: int = 0) -> Box:

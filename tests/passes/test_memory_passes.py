@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fusetile.codegen.emit import Draft, DraftRecv, DraftSend, emit
 from fusetile.codegen.targets import TARGETS
 from fusetile.errors import DoesNotFit
 from fusetile.graph import Graph
-from fusetile.ops import domain_of, row
+from fusetile.ops import domain_of, overwritten, row
 from fusetile.passes.buffers import buffers
 from fusetile.passes.communicate import aligned
 from fusetile.passes.fit import INTERPRETER_bytes, fit
@@ -34,8 +35,8 @@ cases = pytest.mark.parametrize(("name", "nodes", "plan"), [(name, *plan) for na
 def drafted(name: str, nodes: int, plan: str) -> tuple[Draft, ...]:
     graph = training_graph(NETWORKS[name](2))
     placed, communication = planned(graph, plan, nodes)
-    storage = buffers(graph, placed, communication, block=8)
     order = schedule(graph, placed, communication)
+    storage = buffers(graph, placed, communication, order.order, block=8)
     return emit(graph, placed, communication, order, storage, targets=[TARGETS["avx2"]] * nodes, block=8)
 
 
@@ -45,7 +46,8 @@ def drafted(name: str, nodes: int, plan: str) -> tuple[Draft, ...]:
 def test_buffers_golden() -> None:
     graph = training_graph(small(), momentum=0.0)
     placed, communication = planned(graph, "grid:2x1", 2, halo="exchange")
-    assert_golden("buffers", buffers_text(buffers(graph, placed, communication, block=8)))
+    order = schedule(graph, placed, communication).order
+    assert_golden("buffers", buffers_text(buffers(graph, placed, communication, order, block=8)))
 
 
 @cases
@@ -53,7 +55,8 @@ def test_buffers_golden() -> None:
 def test_buffers_hold_what_is_computed_and_read_with_its_padding(name: str, nodes: int, plan: str, block: int) -> None:
     graph: Graph = training_graph(NETWORKS[name](2))
     placed, communication = planned(graph, plan, nodes, halo="exchange", block=block)
-    for device, held in enumerate(buffers(graph, placed, communication, block=block)):
+    order = schedule(graph, placed, communication).order
+    for device, held in enumerate(buffers(graph, placed, communication, order, block=block)):
         names = {id(buffer): buffer.name for buffer in (*held.home.values(), *held.delivered.values())}
         assert len(set(names.values())) == len(names)
         for old, new in graph.next_value.items():
@@ -85,7 +88,7 @@ def test_buffers_hold_what_is_computed_and_read_with_its_padding(name: str, node
 def test_a_halo_that_comes_is_received_beside_what_is_there() -> None:
     graph = training_graph(NETWORKS["plain"](2))
     placed, communication = planned(graph, "grid:2x1", 2, halo="exchange")
-    storage = buffers(graph, placed, communication, block=8)
+    storage = buffers(graph, placed, communication, schedule(graph, placed, communication).order, block=8)
     index, delivery = next(
         (i, d) for i, d in enumerate(communication.deliveries) if d.transfers() and d.tensor.startswith("maxpool")
     )
@@ -95,6 +98,29 @@ def test_a_halo_that_comes_is_received_beside_what_is_there() -> None:
         assert storage[device].delivered[index] is home
         assert home.box == hull([have[device], delivery.need[device]]) != have[device]
         assert max(home.border) > 0
+
+
+@cases
+def test_a_shared_home_is_overwritten_only_after_the_last_reader(name: str, nodes: int, plan: str) -> None:
+    graph = training_graph(NETWORKS[name](2))
+    placed, communication = planned(graph, plan, nodes)
+    order = schedule(graph, placed, communication).order
+    position = {op: i for i, op in enumerate(order)}
+    readers, producers = graph.consumers(), graph.producers()
+    for held in buffers(graph, placed, communication, order, block=8):
+        tenants: dict[int, list[str]] = {}
+        for tensor, buffer in held.home.items():
+            if tensor not in graph.next_value and tensor not in graph.next_value.values():
+                tenants.setdefault(id(buffer), []).append(tensor)
+        for tensors in tenants.values():
+            tensors.sort(key=lambda tensor: position[producers[tensor].name])
+            for before, after in pairwise(tensors):
+                written = producers[after]
+                assert before in overwritten(graph, written)
+                assert max(position[reader.name] for reader in readers[before]) == position[written.name]
+                assert before not in graph.gradients.values() and before != graph.loss
+        if name == "normalized" and plan == "single":
+            assert max(map(len, tenants.values())) > 1
 
 
 # -- plan_memory -----------------------------------------------------------------------------------------------------
@@ -177,8 +203,8 @@ def test_buffers_live_from_their_first_use_until_a_transfer_is_awaited(name: str
 def test_plan_memory_golden() -> None:
     graph = training_graph(small(), momentum=0.0)
     placed, communication = planned(graph, "single", 1)
-    storage = buffers(graph, placed, communication, block=8)
     order = schedule(graph, placed, communication)
+    storage = buffers(graph, placed, communication, order.order, block=8)
     (draft,) = emit(graph, placed, communication, order, storage, targets=[TARGETS["avx2"]], block=8)
     homes = [buffer for held in storage for buffer in dict.fromkeys(held.home.values())]
     live = {name: when for name, when in lifetimes(draft).items() if name in {buffer.name for buffer in homes}}
