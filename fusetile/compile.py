@@ -16,7 +16,7 @@ from fusetile.passes.add_optimizer import add_optimizer
 from fusetile.passes.assign import assign
 from fusetile.passes.buffers import buffers
 from fusetile.passes.communicate import communicate
-from fusetile.passes.differentiate import differentiate
+from fusetile.passes.differentiate import ClassOptions, differentiate
 from fusetile.passes.fit import fit
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import group
@@ -66,7 +66,7 @@ def compile_graph(
     targets = [target_named(node.device.target) for node in cluster.nodes]
     block = min(target.block for target in targets)
     with trace.stage("differentiate") as seen:
-        graph = seen(differentiate(graph, loss=training.loss))
+        graph = seen(differentiate(graph, loss=training.loss, classes=_class_options(training)))
     with trace.stage("add_optimizer") as seen:
         graph = seen(add_optimizer(graph, momentum=training.momentum, weight_decay=training.weight_decay))
     with trace.stage("prune") as seen:
@@ -109,3 +109,9 @@ def compile_graph(
             on_progress=trace.on_progress,
         )
     return build
+
+
+def _class_options(training: Training) -> ClassOptions:
+    return ClassOptions(
+        ignore=training.ignore_index, weights=training.weight_per_class, smoothing=training.label_smoothing
+    )

@@ -17,7 +17,7 @@ import typer
 
 from fusetile.errors import UserError
 
-Loss = Literal["cross-entropy", "mse"]
+Loss = Literal["cross-entropy", "nll", "mse", "l1", "smooth-l1", "bce-with-logits", "model"]
 Optimizer = Literal["sgd"]
 
 
@@ -28,13 +28,38 @@ def _option(panel: str, flag: str, help_text: str, **more: Any) -> Any:
 _training, _plan, _run = (functools.partial(_option, panel) for panel in ("Training", "Plan", "Run"))
 
 
+def _numbers(flag: str, text: str) -> tuple[float, ...]:
+    """Numbers separated by commas. Raises UserError."""
+    try:
+        values = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise UserError(f"{flag} {text!r}: give numbers separated by commas")
+    return values
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """What is trained and how. Raises UserError for numbers that make no sense."""
 
     loss: Annotated[
-        Loss, _training("--loss", "cross-entropy: targets are class numbers; mse: arrays shaped like the output.")
+        Loss,
+        _training(
+            "--loss",
+            "cross-entropy (of logits) and nll (of log-probabilities): targets are class numbers, per sample or per "
+            "pixel; the others: arrays shaped like the output; model: the first output is the loss.",
+        ),
     ] = "cross-entropy"
+    ignore_index: Annotated[
+        int | None, _training("--ignore-index", "Label of samples or pixels that do not count.", metavar="LABEL")
+    ] = None
+    class_weights: Annotated[
+        str, _training("--class-weights", "What each class counts, as in PyTorch: 1,0.5,2.", metavar="W0,W1,...")
+    ] = ""
+    label_smoothing: Annotated[
+        float, _training("--label-smoothing", "Part of a label that is spread over all classes.", min=0.0, max=1.0)
+    ] = 0.0
     batch: Annotated[
         int | None,
         _training("--batch", "Samples per step, over all devices. Default: the model's own, or 1.", min=1),
@@ -75,6 +100,11 @@ class Training:
         ),
     ] = "auto"
 
+    @property
+    def weight_per_class(self) -> tuple[float, ...]:
+        """The numbers of `class_weights`."""
+        return _numbers("--class-weights", self.class_weights)
+
     def __post_init__(self) -> None:
         for flag, value in (
             ("--lr", self.learning_rate),
@@ -83,6 +113,8 @@ class Training:
         ):
             if not 0 <= value < math.inf:
                 raise UserError(f"{flag} {value}: must be a number of at least 0")
+        if any(weight < 0 for weight in self.weight_per_class):
+            raise UserError(f"--class-weights {self.class_weights}: weights must be at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -132,6 +132,7 @@ class Feed:
     shape: tuple[int, ...]
     buffer: Buffer
     classes: int = 0  # targets that are class indices: how many classes there are
+    ignore: int | None = None  # the one label beyond them that is allowed
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from fusetile.graph import Graph
 from fusetile.passes.add_optimizer import add_optimizer
 from fusetile.passes.assign import assign
 from fusetile.passes.communicate import Communication, communicate
-from fusetile.passes.differentiate import differentiate
+from fusetile.passes.differentiate import ClassOptions, differentiate
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import Halo, group
 from fusetile.passes.prune import prune
@@ -27,9 +27,16 @@ def loss_of(graph: Graph) -> str:
     return "cross-entropy" if len(graph.tensors[graph.outputs[0]].shape) == 2 else "mse"
 
 
-def training_graph(graph: Graph, *, loss: str = "", momentum: float = 0.9, weight_decay: float = 1e-3) -> Graph:
+def training_graph(
+    graph: Graph,
+    *,
+    loss: str = "",
+    classes: ClassOptions | None = None,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-3,
+) -> Graph:
     """The graph that is planned: forward, loss, backward, update; pruned, fused, cheap maps recomputed."""
-    graph = differentiate(graph, loss=loss or loss_of(graph))
+    graph = differentiate(graph, loss=loss or loss_of(graph), classes=classes)
     return rematerialize(fuse(prune(add_optimizer(graph, momentum=momentum, weight_decay=weight_decay))))
 
 

@@ -10,6 +10,7 @@ from fusetile.codegen.calls import KernelCall, Ref
 from fusetile.codegen.emit import Draft, DraftRecv, DraftSend
 from fusetile.graph import Graph
 from fusetile.ops import domain_of
+from fusetile.ops.loss import CLASS_LOSSES
 from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan, plan_memory
@@ -150,20 +151,19 @@ def _steps(draft: Draft, memory: MemoryPlan) -> tuple[tuple[Step, ...], list[tup
 
 
 def _feeds(graph: Graph, communication: Communication, storage: DeviceBuffers) -> list[Feed]:
-    feeds = []
+    feeds, readers = [], graph.consumers()
     for index, delivery in enumerate(communication.deliveries):
         name = delivery.tensor
         if name not in graph.fed() or index not in storage.delivered:
             continue
-        shape, classes = graph.tensors[name].shape, 0
-        role, key = "input", name
-        if name in graph.targets:
-            role, key = "target", graph.targets[name]
-            output = graph.tensors[graph.outputs[list(graph.targets).index(name)]]
-            classes = output.shape[1] if graph.tensors[name].dtype == "int32" else 0
-        elif name in graph.controls:
-            role, key = graph.controls[name], ""
-        feeds.append(Feed(role, key, shape, storage.delivered[index], classes))
+        shape, buffer = graph.tensors[name].shape, storage.delivered[index]
+        if name in graph.controls:
+            feeds.append(Feed(graph.controls[name], "", shape, buffer))
+            continue
+        role, key = ("target", graph.targets[name]) if name in graph.targets else ("input", name)
+        losses = [op for op in readers[name] if op.kind in CLASS_LOSSES.values()]
+        classes = graph.tensors[losses[0].inputs[0]].shape[1] if losses else 0
+        feeds.append(Feed(role, key, shape, buffer, classes, losses[0].attrs.get("ignore") if losses else None))
     return feeds
 
 

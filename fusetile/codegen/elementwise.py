@@ -37,7 +37,6 @@ class _Translator:
     attrs: Mapping[str, Any]
     floats: list[float] = field(default_factory=list)
     statements: list[str] = field(default_factory=list)
-    temporaries: int = 0
     known: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, node: ast.expr) -> str:
@@ -91,8 +90,7 @@ class _Translator:
         return kept[-1]
 
     def _keep(self, text: str) -> str:
-        name = f"t{self.temporaries}[v]"
-        self.temporaries += 1
+        name = f"t{len(self.statements)}[v]"
         self.statements.append(f"{name} = {text}")
         return name
 
@@ -104,22 +102,28 @@ class _Translator:
         return self.known[text]
 
 
+def translate(expression: str, attrs: Mapping[str, Any]) -> tuple[list[str], str, dict[str, float]]:
+    """A row's expression for a kernel: statements that fill vectors t0, t1, ..., the value, and the float arguments."""
+    translator = _Translator(attrs)
+    text = translator(ast.parse(expression, mode="eval").body)
+    return translator.statements, text, {f"a{i}": value for i, value in enumerate(translator.floats)}
+
+
 def lower_elementwise(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
     """One pass over the box, and one over its pad lanes if the expression does not keep them zero."""
-    translate = _Translator(op.attrs)
-    tree = ast.parse(row(op.kind).expression, mode="eval")
-    names = {part.id for part in ast.walk(tree) if isinstance(part, ast.Name)}
+    expression = row(op.kind).expression
+    statements, text, floats = translate(expression, op.attrs)
+    names = {part.id for part in ast.walk(ast.parse(expression)) if isinstance(part, ast.Name)}
     used = [i for i in range(len(inputs)) if f"x{i}" in names]
-    text = translate(tree.body)
     written, needs = domain.output(box), [domain.need(box, i) for i in used]
     before, operands = with_lanes(op, [(inputs[i], need) for i, need in zip(used, needs, strict=True)], outputs[0])
     kernel = _Kernel(
         f"elementwise_{op.kind.lower()}",
-        (*translate.statements, f"{{y}} = {text}"),
-        {f"t{i}": "float32" for i in range(translate.temporaries)},
-        {f"a{i}": value for i, value in enumerate(translate.floats)},
+        (*statements, f"{{y}} = {text}"),
+        {f"t{i}": "float32" for i in range(len(statements))},
+        floats,
     )
     whole = {f"x{i}": operand for i, operand in zip(used, operands, strict=True) if _is_whole(operand, written)}
     spread = {f"x{i}": operand for i, operand in zip(used, operands, strict=True) if f"x{i}" not in whole}

@@ -167,12 +167,13 @@ def _check_classes(array: np.ndarray, feed: Feed, path: Path) -> None:
     rows = max(1, _CHECKED_at_once * len(array) // max(1, array.size))
     for start in range(0, len(array), rows):
         part = np.asarray(array[start : start + rows])
-        wrong = np.argwhere((part < 0) | (part >= feed.classes))
+        bad = (part < 0) | (part >= feed.classes)
+        wrong = np.argwhere(bad if feed.ignore is None else bad & (part != feed.ignore))
         if len(wrong):
             row, *pixel = (int(i) for i in wrong[0])
             where = f"sample {start + row}" + (f", pixel {tuple(pixel)}" if pixel else "")
             value = part[tuple(wrong[0])]
             raise UserError(
                 f"{path}: {feed.key!r} has class {value} at {where}; the model has {feed.classes} classes, "
-                f"0 to {feed.classes - 1}"
+                f"0 to {feed.classes - 1}" + (f", and the ignored {feed.ignore}" if feed.ignore is not None else "")
             )

@@ -43,7 +43,8 @@ OPS: list[tuple[str, list[np.ndarray], dict[str, Any]]] = [
     ("NormalizeInputGrad", [X, X, STATS, C, WIDE], {"count": 2}),
     ("CrossEntropy", [FLAT, np.zeros(2, np.int32)], {"count": 2}),
     ("CrossEntropyGrad", [FLAT, np.zeros(2, np.int32)], {"count": 2}),
-    ("MeanSquaredError", [X, X], {"count": 2}),
+    ("CrossEntropy", [FLAT, np.zeros(2, np.int32), FLAT[0], ONE], {"count": 2, "smoothing": 0.1}),
+    ("BinaryCrossEntropy", [X, X], {"count": 2}),
     ("Concat", [X, X], {"axis": 1}),
     ("Reshape", [X], {"shape": (2, 570)}),
 ]

@@ -12,6 +12,7 @@ import numpy as np
 from fusetile.graph import Graph, Op
 from fusetile.ops import ROWS, Domain, domain_of
 from fusetile.ops.functions import FUNCTIONS
+from fusetile.ops.loss import PAIRS
 from fusetile.ops.rearrange import inverse
 from fusetile.ops.resample import Taps
 
@@ -260,8 +261,20 @@ def _others() -> list[Case]:
         Case("CrossEntropy per pixel", "CrossEntropy", (((2, 3, 4, 5), V), ((2, 4, 5), "int32")), {"count": 40}),
         Case("CrossEntropyGrad", "CrossEntropyGrad", (((2, 3, 4, 5), V), ((2, 4, 5), "int32")), {"count": 40}),
         Case("CrossEntropyGrad of rows", "CrossEntropyGrad", (((4, 3), V), ((4,), "int32")), {"count": 4}),
-        Case("MeanSquaredError", "MeanSquaredError", ((MAP, V), (MAP, V)), {"count": 120}),
-        Case("MeanSquaredErrorGrad", "MeanSquaredErrorGrad", ((MAP, V), (MAP, V)), {"count": 120}),
+        *(
+            Case(f"{kind}{suffix}", f"{kind}{suffix}", ((MAP, V), (MAP, V)), {"count": 120})
+            for kind in PAIRS
+            for suffix in ("", "Grad")
+        ),
+        *(
+            Case(f"{kind} {name}", kind, (((2, 3, 4, 5), V), ((2, 4, 5), "int32"), *more), {"count": 40, **attrs})
+            for kind in ("CrossEntropy", "CrossEntropyGrad", "NegativeLogLikelihood", "NegativeLogLikelihoodGrad")
+            for name, more, attrs in (
+                ("smoothed", (), {"smoothing": 0.2}),
+                ("weighted", (((3,), V), ((1,), V)), {"smoothing": 0.1, "ignore": 2}),
+            )
+        ),
+        Case("LabelWeight", "LabelWeight", (((4, 5, 6), "int32"), ((3,), V)), {"ignore": 1}),
         Case("Dropout", "Dropout", ((MAP, V), ((1,), "int32")), {"ratio": 0.4, "seed": 7, "site": 2}, step),
         Case("Dropout of rows", "Dropout", ((ROW, V), ((1,), "int32")), {"ratio": 0.7, "seed": 0, "site": 0}, step),
     ]

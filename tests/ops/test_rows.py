@@ -14,6 +14,7 @@ from fusetile.errors import UserError
 from fusetile.graph import Graph, Parameter
 from fusetile.ops import ROWS
 from fusetile.ops.functions import FUNCTIONS
+from fusetile.ops.loss import LOSSES, PAIR_LOSSES
 from fusetile.ops.resample import resample
 from fusetile.passes.differentiate import differentiate
 from fusetile.reference import evaluate
@@ -460,9 +461,14 @@ def test_gradients_of_cross_entropy(shape: tuple[int, ...]) -> None:
     assert_gradients(*differentiated("Identity", [(shape, "map")], {}, loss="cross-entropy"))
 
 
+@pytest.mark.parametrize("loss", ["nll", *PAIR_LOSSES])
+def test_gradients_of_losses(loss: str) -> None:
+    assert_gradients(*differentiated("Identity", [((2, 3, 4, 2), "map")], {}, loss=loss))
+
+
 def test_every_op_with_a_gradient_is_tested() -> None:
     tested = {kind for kind, _, _ in DIFFERENTIABLE} | {"BatchStatistics", "FrozenStatistics"}
-    assert tested | {"CrossEntropy", "MeanSquaredError"} == {kind for kind, row in ROWS.items() if row.vjp}
+    assert tested | set(LOSSES.values()) == {kind for kind, row in ROWS.items() if row.vjp}
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -493,6 +499,7 @@ def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Dropout", [(2, 6), (2,)], {"ratio": 0.5}, "step counter"),
         ("CrossEntropy", [(2, 6), (3,)], {"count": 2}, "does not fit"),
         ("MeanSquaredError", [(2, 6), (2, 5)], {"count": 2}, "must be shaped like"),
+        ("CrossEntropy", [(2, 6), (2,), (5,), (1,)], {"count": 2}, "5 class weights"),
         ("Normalize", [(2, 6), (2, 6), (5,), (6,)], {"count": 2}, "has 6 channels"),
     ],
 )
