@@ -120,6 +120,13 @@ def vectors(statements: Sequence[str], lanes: int) -> str:
     return "".join(f"for v in T.vectorized({lanes}):\n    {statement}\n" for statement in statements)
 
 
+def prefetch(*addresses: str) -> str:
+    """Statements that ask for cache lines which are needed soon: they change nothing and may name what is not there."""
+    call = 'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of({}), {}))'
+    read_near_data = ", ".join(f"T.int32({value})" for value in (0, 3, 1))
+    return "\n".join(call.format(address, read_near_data) for address in addresses)
+
+
 def ref(buffer: Buffer, box: Box | None = None) -> Ref:
     """The first element of `box` (a box of the tensor, at a multiple of the block) in its buffer."""
     elements = 0 if box is None else buffer.element(box)

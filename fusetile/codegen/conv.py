@@ -16,7 +16,15 @@ from dataclasses import dataclass, replace
 from fusetile.box import Box, extents, view4, volume
 from fusetile.codegen.calls import KernelCall, Lowered, Ref, ref
 from fusetile.codegen.conv_source import GRADIENT_INTS, TAP_INTS, tap_convolution, weight_gradient
-from fusetile.codegen.conv_tiles import Machine, block_convolution, block_gradient, cover_lines, cover_pixels, machine
+from fusetile.codegen.conv_tiles import (
+    Machine,
+    best_rows,
+    block_convolution,
+    block_gradient,
+    cover_lines,
+    cover_pixels,
+    machine,
+)
 from fusetile.codegen.conv_views import (
     NO_TAPS,
     Filter,
@@ -308,13 +316,26 @@ def _convolve_maps(
     """A tap convolution; of one-pixel maps, the images become a row of pixels, for which x is gathered into scratch."""
     images, size = sizes.images, x.pixel
     if images == 1 or (sizes.rows, sizes.columns) != (1, 1) or taps.count != (1, 1):
-        return Lowered(_convolve(m, x, w, y, taps, sizes, epilogue))
+        return Lowered(_convolve(m, *_rows_in_line(m, x, w, y, taps, sizes), epilogue))
     scratch = _scratch(f"{op.name}.rows{label}", sizes.c_blocks * images * size)
     ints = {"images": images, "x_image": x.image, "x_block": x.block, "block": size}
     gather = KernelCall(gather_rows(), sizes.c_blocks, (x.start, ref(scratch)), _order(GATHER_INTS, ints))
     x, y = View(ref(scratch), 0, images * size, 0, size), replace(y, image=0, pixel=y.image)
     calls = _convolve(m, x, w, y, Taps((1, 1)), replace(sizes, images=1, columns=images), epilogue)
     return Lowered((gather, *calls), (scratch,))
+
+
+def _rows_in_line(
+    m: Machine, x: View, w: Filter, y: View, taps: Taps, sizes: Sizes
+) -> tuple[View, Filter, View, Taps, Sizes]:
+    """With one tap, rows without a border are one long row: as many of them as suit the register tiles best."""
+    down, across = taps.stride[0] * x.row, taps.stride[1] * x.pixel
+    if taps.count != (1, 1) or (down, y.row) != (sizes.columns * across, sizes.columns * y.pixel):
+        return x, w, y, taps, sizes
+    counts = [n for n in range(1, sizes.rows + 1) if sizes.rows % n == 0]
+    merged = best_rows(m, counts, sizes.columns, sizes.k_blocks)
+    x, y = replace(x, row=merged * x.row), replace(y, row=merged * y.row)
+    return x, w, y, taps, replace(sizes, rows=sizes.rows // merged, columns=sizes.columns * merged)
 
 
 def _join(first: Lowered, second: Lowered) -> Lowered:

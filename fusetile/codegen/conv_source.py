@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from fusetile.codegen.calls import Kernel, make_kernel
+from fusetile.codegen.calls import Kernel, make_kernel, prefetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,8 @@ class Tile:
     def tag(self) -> str:
         return f"{self.long}{f'_{self.short}' if self.short else ''}x{self.blocks}"
 
+
+LINE = 16  # floats in a cache line
 
 TAP_INTS = (
     *("k_div", "k_tiles", "row_div", "row_blocks", "block_rows", "rows", "height", "long_tiles", "short_tiles"),
@@ -134,6 +136,12 @@ for q in T.serial(T.truncdiv(lines, {v.lanes})):
 {one if ragged else ""}
 """
 
+    def next_tile(length: int) -> str:
+        """Asks for the pixels after these of the same channels: a block's pixels are too few, and blocks too far apart,
+        for a processor to foresee. Left out for ARM, whose loads of vectors leave no time for it."""
+        addresses = [f"x[x1 + {length * pixel + i}]" for i in range(0, length * pixel, LINE)]
+        return "" if v.lanes else prefetch(*addresses)
+
     def tile_body(length: int, start: str) -> str:
         def each(statement: str) -> str:
             return _each(statement, length, tile.blocks, v)
@@ -158,6 +166,7 @@ else:
 for c, th, tw in T.grid(T.min(chunk, blocks - chunk_index * chunk), taps_h, taps_w):
     x1: T.int32 = x_start + {start} * {pixel} + c * x_block + th * x_tap_h + tw * x_tap_w
     w0: T.int32 = w_start + c * w_block + th * w_tap_h + tw * w_tap_w
+    {indent(next_tile(length), 4)}
     {indent(lines(length), 4)}
 {store}
 """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from fusetile.codegen.conv_source import Tile, Vectors
 from fusetile.codegen.targets import Target
 
+LONGEST_ROW = 256  # pixels; longer rows leave nothing to choose for caches and threads
+ROWS_GAIN = 0.02  # what merging rows must gain
 MIN_UNITS = 16  # work units per call that keep four threads evenly busy
 
 
@@ -95,6 +97,17 @@ def machine(target: Target, block: int) -> Machine:
 def cover_pixels(m: Machine, columns: int, blocks: int) -> list[Cover]:
     """Register tiles for rows of so many pixels and so many blocks of output channels."""
     return _cover(m, columns, blocks, m.pixels, unit=1)[1]
+
+
+def best_rows(m: Machine, counts: Sequence[int], columns: int, blocks: int) -> int:
+    """How many rows of so many pixels, of the counts that are possible, to take as one for the cheapest tiles."""
+
+    def cost(rows: int) -> float:
+        return _cover(m, rows * columns, blocks, m.pixels, unit=1)[0] / rows
+
+    short = [rows for rows in counts if rows == 1 or rows * columns <= LONGEST_ROW]
+    best = min(short, key=lambda rows: (cost(rows), rows))
+    return best if cost(best) < (1 - ROWS_GAIN) * cost(1) else 1
 
 
 def cover_lines(m: Machine, lines: int, blocks: int) -> list[Cover]:

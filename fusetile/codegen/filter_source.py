@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from fusetile.codegen.calls import Kernel, make_kernel
-from fusetile.codegen.conv_source import Vectors, indent
+from fusetile.codegen.calls import Kernel, make_kernel, prefetch
+from fusetile.codegen.conv_source import LINE, Vectors, indent
 
 TRANSPOSE_INTS = ("k_blocks", "window", "lines", "w_k", "w_block")
 SUM_INTS = ("parts", "vectors", "part", "source_k", "target_k")
@@ -45,11 +45,13 @@ def transpose_filter(*, block: int) -> Kernel:
         f"t[{quad.format(f't0 + (g * 4 + {i}) * {block} + q * 4')}] = square[{8 + i}, {quad.format(0)}]"
         for i in range(4)
     )
+    ahead = prefetch(*(f"w[w0 + w_k + {i}]" for i in range(0, block * block, LINE)))
     body = f"""
 for c in T.serial(lo, hi):
     for k, tap in T.grid(k_blocks, window):
         w0: T.int32 = k * w_k + c * w_block + (window - 1 - tap) * lines * {block}
         t0: T.int32 = ((c * k_blocks + k) * window + tap) * {block * block}
+        {indent(ahead, 8)}
         for q in T.serial(T.truncdiv(lines, 4)):
             for g in T.serial({block // 4}):
                 {indent(load, 16)}

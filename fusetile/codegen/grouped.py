@@ -2,7 +2,8 @@
 
     8 groups of 4 -> 4 channels, blocks of 8        4 dense convolutions 8 -> 8, their weights zero between groups
 
-That multiplies by zeros where groups are smaller than a block; one channel per group has kernels of its own.
+That multiplies by zeros where groups are smaller than a block; groups of whole blocks are dense convolutions of the
+weights as they are; one channel per group has kernels of its own.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def lower_grouped_conv(
     bundle = _bundle(op, domain.writes[0][1].size, domain.reads[0][1].size, w.block[0])
     if _is_depthwise(bundle, [x, outputs[0]], w.block[0]):
         return depthwise.forward(op, domain, box, inputs, outputs[0])
-    before, dense = _dense(op, bundle, filter_view(w, domain.need(box, 1)), domain.need(box, 1), w.block[0])
+    before, dense = _dense(op, bundle, w, domain.need(box, 1))
     channels = domain.output(box)[1]
 
     def part(dense_op: Op, k: Interval, c: Interval) -> Lowered:
@@ -99,7 +100,7 @@ def lower_grouped_conv_input_grad(
     filter_box = domain.need(box, 1)
     if volume(filter_box) == 0:
         raise PlanError(f"{op.name}: no weights are read for {box}")
-    before, dense = _dense(op, bundle, filter_view(w, filter_box), filter_box, w.block[0])
+    before, dense = _dense(op, bundle, w, filter_box)
 
     def part(dense_op: Op, k: Interval, c: Interval) -> Lowered:
         operands = [_rebased(dy, 1, k[0]), _rebased(dense, 0, k[0])]
@@ -124,7 +125,8 @@ def lower_grouped_conv_weight_grad(
     if _is_depthwise(bundle, inputs, block):
         return depthwise.weight_grad(op, domain, box, inputs, outputs[0])
     written = domain.output(box)
-    dense = _dense_buffer(op, bundle, written, block)
+    whole = bundle.groups == 1
+    dense = outputs[0] if whole else _dense_buffer(op, bundle, written, block)
     shape = _shape(domain.writes[0])
 
     def part(dense_op: Op, k: Interval, c: Interval) -> Lowered:
@@ -136,6 +138,8 @@ def lower_grouped_conv_weight_grad(
         return conv.lower_conv_weight_grad(dense_op, inner, part_box, operands, [result], target=target)
 
     parts = bundle.parts(written[0], bundle.per_k, bundle.k, op.name)
+    if whole:
+        return _joined(op, Lowered(), parts, part)
     found = _joined(op, Lowered((), (dense,)), parts, part)
     weights = filter_view(outputs[0], written)
     kernel = _extract(block)
@@ -204,12 +208,15 @@ def _dense_buffer(op: Op, bundle: _Bundle, filter_box: Box, block: int) -> Buffe
     return Buffer(f"{op.name}.dense", box, "float32", (block, min(bundle.lines, block)))
 
 
-def _dense(op: Op, bundle: _Bundle, w: Filter, filter_box: Box, block: int) -> tuple[Lowered, Buffer]:
-    """The weights of the dense convolutions, in scratch."""
+def _dense(op: Op, bundle: _Bundle, w: Buffer, filter_box: Box) -> tuple[Lowered, Buffer]:
+    """The weights of the dense convolutions, in scratch unless they are the weights themselves."""
+    if bundle.groups == 1:
+        return Lowered(), w
+    block, weights = w.block[0], filter_view(w, filter_box)
     dense = _dense_buffer(op, bundle, filter_box, block)
     count = blocks(filter_box[0], block) * blocks((0, bundle.lines), dense.block[1])
-    ints = _ints(bundle, w, dense, filter_box[0][1] - filter_box[0][0])
-    call = KernelCall(_expand(block), count, (w.start, ref(dense)), ints)
+    ints = _ints(bundle, weights, dense, filter_box[0][1] - filter_box[0][0])
+    call = KernelCall(_expand(block), count, (weights.start, ref(dense)), ints)
     return Lowered((call,), (dense,)), dense
 
 

@@ -18,7 +18,7 @@ from fusetile.box import Box, volume
 from fusetile.codegen import conv
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import KernelCall, Lowered
-from fusetile.codegen.conv_source import Tile, tap_convolution, weight_gradient
+from fusetile.codegen.conv_source import TAP_INTS, Tile, tap_convolution, weight_gradient
 from fusetile.codegen.conv_tiles import machine
 from fusetile.codegen.targets import TARGETS, Target, host
 from fusetile.codegen.tvm_pipeline import build
@@ -135,6 +135,7 @@ def larger_windows(random: np.random.Generator, block: int) -> Iterator[tuple[li
         ((2, 5 * block, 6, 15), 4 * block, 3),
         ((1, block, 20, 15), 5 * block, 1),
         ((2, 3, 40, 15), block, 3),
+        ((2, 2 * block, 5, 5), 2 * block, 1),
     ):
         window = {"strides": (1, 1), "dilations": (1, 1), "pads": (kernel // 2,) * 4}
         yield windows(random, x, (filters, x[1], kernel, kernel), window, relu), True
@@ -267,6 +268,23 @@ def test_arm_multiplies_by_element_and_spills_nothing(name):
         products = re.findall(r"\tfmla\t.*", text)
         assert products and all(re.search(r"\.s\[\d\]", line) for line in products), kernel.symbol
         assert not re.search(r"\t(ldr|ldp|str|stp)\tq.*\[sp", text), kernel.symbol
+
+
+def test_rows_without_a_border_are_one():
+    """1x1 on small maps: the pixels of all rows fill register tiles, unless there is a border between the rows."""
+    random = np.random.default_rng(0)
+    x, w, dy = (random.standard_normal(s).astype(np.float32) for s in ((2, 16, 7, 7), (24, 16, 1, 1), (2, 24, 7, 7)))
+    window = {"strides": (1, 1), "dilations": (1, 1), "pads": (0, 0, 0, 0)}
+    for kind, a, more in (("Conv", x, {}), ("ConvInputGrad", dy, {"input_shape": x.shape})):
+        case = Case(kind, [a, w], {**window, **more}, filters=(1,))
+        tensors = [case.graph.tensors[name] for name in (*case.op.inputs, *case.op.outputs)]
+        for border in (0, 1):
+            *inputs, output = (
+                buffer_for(t.name, t, tuple((0, n) for n in t.shape), border=(border,) * 2) for t in tensors
+            )
+            (*_, call) = lower(case.op, case.domain, case.domain.box, inputs, [output], target=host()).calls
+            assert call.ints[TAP_INTS.index("height")] == (7 if border else 1)
+        case.check(border=(0, 0))
 
 
 def test_refuses_buffers_that_lack_padding_or_halo():

@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusetile.codegen.conv_tiles import block_convolution, block_gradient, cover_lines, cover_pixels, machine
+from fusetile.codegen.conv_tiles import (
+    LONGEST_ROW,
+    best_rows,
+    block_convolution,
+    block_gradient,
+    cover_lines,
+    cover_pixels,
+    machine,
+)
 from fusetile.codegen.targets import TARGETS
 
 machines = st.sampled_from(sorted(TARGETS)).map(lambda name: machine(TARGETS[name], 8))
@@ -22,6 +30,18 @@ def test_covers_exactly(m, extent, blocks, cover):
         assert 0 < tile.long <= longest[tile.blocks] and tile.short < tile.long
         found += range(part.first, part.first + part.tiles * tile.blocks)
     assert found == list(range(blocks))
+
+
+@given(m=machines, rows=sizes, columns=sizes, blocks=sizes)
+def test_rows_are_merged_for_fewer_tiles_and_never_into_very_long_ones(m, rows, columns, blocks):
+    counts = [n for n in range(1, rows + 1) if rows % n == 0]
+    merged = best_rows(m, counts, columns, blocks)
+    assert merged in counts and (merged == 1 or merged * columns <= LONGEST_ROW)
+
+
+def test_a_small_map_is_one_row():
+    for name in ("avx2", "avx512"):
+        assert best_rows(machine(TARGETS[name], 8), (1, 7), 7, 8) == 7
 
 
 @given(m=machines, rows=sizes, columns=sizes, k=sizes, c=sizes, taps=st.integers(1, 49))
