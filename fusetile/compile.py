@@ -88,7 +88,7 @@ def compile_graph(
     with trace.stage("emit"):
         drafts = emit(graph, plan, communication, order, storage, targets=targets, block=block)
     with trace.stage("plan_memory"):
-        memories = fit([memory_of(draft) for draft in drafts], cluster=cluster)
+        memories = fit([memory_of(draft, guard=training.guard) for draft in drafts], cluster=cluster)
     with trace.stage("bundle"):
         description = describe(
             graph, plan, communication, order, memories, cluster=cluster, training=training, block=block

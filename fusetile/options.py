@@ -100,6 +100,15 @@ class Training:
         ),
     ] = "auto"
 
+    guard: Annotated[
+        bool,
+        _option(
+            "Looking inside",
+            "--guard",
+            "Leave gaps around all buffers, and let the nodes look after every kernel whether it wrote into one: slow.",
+        ),
+    ] = False
+
     @property
     def weight_per_class(self) -> tuple[float, ...]:
         """The numbers of `class_weights`."""

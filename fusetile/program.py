@@ -25,6 +25,7 @@ import numpy as np
 from fusetile.box import Box, extents, view4
 
 ALIGNMENT_bytes = 64
+REDZONE_bytes = 256  # before and behind every buffer of a program with guards
 SCHEMA_VERSION = 1
 
 
@@ -164,6 +165,18 @@ class Gradient:
 
 
 @dataclass(frozen=True, slots=True)
+class Zone:
+    """Where a buffer lies, and the (step, call) that uses it first and last: (-1, 0) before the first step, the number
+    of steps after the last. For `runtime.guard`."""
+
+    name: str
+    offset_bytes: int
+    size_bytes: int
+    first: tuple[int, int]
+    last: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """Everything that one device needs to know."""
 
@@ -185,6 +198,7 @@ class Program:
     segment_seconds: float = 0.0  # longest predicted segment: the progress deadline derives from it
     learning_rate: float = 0.0
     peers: tuple[int, ...] = ()  # ranks with which this device exchanges something (besides the gathering at the end)
+    zones: tuple[Zone, ...] = ()  # with --guard: all buffers, each between redzones
     schema: int = field(default=SCHEMA_VERSION)
 
 
@@ -205,6 +219,7 @@ def from_json(source: str) -> Program:
     fields["feeds"] = tuple(Feed(**_with_buffer(item)) for item in fields["feeds"])
     fields["shards"] = tuple(Shard(**_with_buffer(item)) for item in fields["shards"])
     fields["gradients"] = tuple(Gradient(**_with_buffer(item)) for item in fields["gradients"])
+    fields["zones"] = tuple(Zone(**{key: _tuples(value) for key, value in item.items()}) for item in fields["zones"])
     fields["loss"] = _buffer(fields["loss"]) if fields["loss"] else None
     return Program(**{key: _tuples(value) for key, value in fields.items()})
 

@@ -6,7 +6,7 @@ and sent; sends are read when they are awaited, so that a buffer reused too earl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from fusetile.box import slices, whole
 from fusetile.program import Program, Recv, Run, Send, Wait, from_json
+from fusetile.runtime.guard import Guard
 from fusetile.runtime.native import Library
 from fusetile.runtime.safetensors import load
 from fusetile.runtime.storage import make_arena, pack, unpack
@@ -34,6 +35,11 @@ class Device:
         for shard in self.program.shards:
             pack(self.arena, shard.buffer, shard.box, weights[shard.parameter])
         self.library = Library(folder / self.program.library, threads=threads)
+        self.guard = Guard(self.program, self.arena) if self.program.zones else None
+
+    def guarded(self, index: int, action: Callable[..., None]) -> Callable[..., None]:
+        """A step of the program, watched if the program has guards."""
+        return action if self.guard is None else self.guard.around(action, index)
 
     def feed(self, values: Mapping[str, np.ndarray]) -> None:
         """`values` by key of a feed, or by its role for controls; whole batches."""
@@ -54,6 +60,8 @@ class LocalCluster:
         self.gradients: dict[str, np.ndarray] = {}
         for device in self.devices:
             device.feed(values)
+            if device.guard:
+                device.guard.begin_step()
         sent: dict[int, tuple[Device, Send]] = {}
         posted: dict[int, tuple[Device, Recv]] = {}
         done: set[int] = set()
@@ -75,13 +83,16 @@ class LocalCluster:
         for index, step in enumerate(device.program.steps):
             match step:
                 case Run(calls):
+                    segment = device.guarded(index, device.library.segment(calls, device.arena))
                     cuts = sorted({0, len(calls), *(g.call for g in device.program.gradients if g.step == index)})
                     for start, stop in pairwise(cuts):
                         self._snapshot(device, index, start)
-                        device.library.segment(calls[start:stop], device.arena)()
+                        segment(start, stop)
                 case Send():
                     sent[step.tag] = (device, step)
+                    device.guarded(index, lambda: None)()
                 case Recv():
+                    device.guarded(index, lambda: None)()
                     posted[step.tag] = (device, step)
                 case Wait(tags):
                     while not all(tag in sent and tag in posted for tag in tags):
@@ -92,6 +103,7 @@ class LocalCluster:
                         data = source.arena[out.offset_bytes :][: out.size_bytes]
                         target.arena[into.offset_bytes :][: into.size_bytes] = data
                         done.add(tag)
+                    device.guarded(index, lambda: None)()
 
     def _snapshot(self, device: Device, step: int, call: int) -> None:
         for gradient in device.program.gradients:

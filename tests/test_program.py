@@ -20,6 +20,7 @@ from fusetile.program import (
     Send,
     Shard,
     Wait,
+    Zone,
     from_json,
     to_json,
 )
@@ -51,6 +52,7 @@ def program() -> Program:
         segment_seconds=0.25,
         learning_rate=0.1,
         peers=(0, 2),
+        zones=(Zone("y", 4096, 9216, (-1, 0), (2, 1)),),
     )
 
 

@@ -41,6 +41,7 @@ def build(graph: Graph, folder: Path, plan: str, cluster: Cluster | int) -> Path
         momentum=0.9,
         weight_decay=1e-3,
         plan=plan,
+        guard=True,
     )
     cluster = local_cluster(cluster) if isinstance(cluster, int) else cluster
     return compile_graph(graph, model=model, cluster=cluster, training=training, build=folder / "build", trace=Trace())

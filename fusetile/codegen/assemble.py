@@ -15,7 +15,21 @@ from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan, plan_memory
 from fusetile.plan import Plan
-from fusetile.program import Buffer, Call, Feed, Gradient, Program, Recv, Run, Send, Shard, Step, Wait
+from fusetile.program import (
+    Buffer,
+    Call,
+    Feed,
+    Gradient,
+    Program,
+    Recv,
+    REDZONE_bytes,
+    Run,
+    Send,
+    Shard,
+    Step,
+    Wait,
+    Zone,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +73,9 @@ def lifetimes(draft: Draft) -> dict[str, tuple[int, int]]:
     return live
 
 
-def memory_of(draft: Draft) -> MemoryPlan:
-    """The arena of a draft."""
-    return plan_memory(draft.buffers.values(), lifetimes(draft))
+def memory_of(draft: Draft, *, guard: bool = False) -> MemoryPlan:
+    """The arena of a draft; with `guard` there are redzones around all buffers."""
+    return plan_memory(draft.buffers.values(), lifetimes(draft), redzone_bytes=REDZONE_bytes if guard else 0)
 
 
 def assemble(
@@ -113,6 +127,7 @@ def assemble(
         segment_seconds=seconds,
         learning_rate=identity.learning_rate,
         peers=tuple(sorted({step.peer for step in steps if isinstance(step, Send | Recv)})),
+        zones=_zones(draft, memory, where, len(steps)) if memory.redzone_bytes else (),
     )
 
 
@@ -148,6 +163,16 @@ def _steps(draft: Draft, memory: MemoryPlan) -> tuple[tuple[Step, ...], list[tup
                 steps.append(step)
     close()
     return tuple(steps), where
+
+
+def _zones(draft: Draft, memory: MemoryPlan, where: list[tuple[int, int]], end: int) -> tuple[Zone, ...]:
+    def moment(at: int) -> tuple[int, int]:
+        return (-1, 0) if at < 0 else where[at] if at < len(where) else (end, 0)
+
+    return tuple(
+        Zone(name, offset, draft.buffers[name].size_bytes, *map(moment, memory.live[name]))
+        for name, offset in memory.offsets.items()
+    )
 
 
 def _feeds(graph: Graph, communication: Communication, storage: DeviceBuffers) -> list[Feed]:

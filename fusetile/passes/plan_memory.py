@@ -22,11 +22,12 @@ class MemoryPlan:
     offsets: dict[str, int]
     arena_bytes: int
     live: dict[str, tuple[int, int]]
+    redzone_bytes: int = 0  # that lie before and behind every buffer
 
 
-def plan_memory(buffers: Iterable[Buffer], live: dict[str, tuple[int, int]]) -> MemoryPlan:
-    """`live[name]`: the inclusive interval of steps in which a buffer must keep its content."""
-    sizes = {buffer.name: _round_up(buffer.size_bytes) for buffer in buffers if buffer.name in live}
+def plan_memory(buffers: Iterable[Buffer], live: dict[str, tuple[int, int]], *, redzone_bytes: int = 0) -> MemoryPlan:
+    """`live[name]`: the inclusive interval of steps in which a buffer must keep its content. Redzones live as long."""
+    sizes = {b.name: _round_up(b.size_bytes) + 2 * redzone_bytes for b in buffers if b.name in live}
     offsets: dict[str, int] = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], live[name], name)):
         start, stop = live[name]
@@ -41,7 +42,9 @@ def plan_memory(buffers: Iterable[Buffer], live: dict[str, tuple[int, int]]) -> 
                 break
             offset = max(offset, high)
         offsets[name] = offset
-    return MemoryPlan(offsets, max((offsets[name] + sizes[name] for name in offsets), default=0), live)
+    arena_bytes = max((offsets[name] + sizes[name] for name in offsets), default=0)
+    offsets = {name: offset + redzone_bytes for name, offset in offsets.items()}
+    return MemoryPlan(offsets, arena_bytes, live, redzone_bytes)
 
 
 def _round_up(size_bytes: int) -> int:

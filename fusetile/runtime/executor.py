@@ -9,6 +9,7 @@ import numpy as np
 
 from fusetile.errors import PlanError
 from fusetile.program import Gradient, Program, Recv, Run, Send, Step, Wait
+from fusetile.runtime.guard import Guard
 from fusetile.runtime.native import Library, Segment
 from fusetile.runtime.storage import unpack
 from fusetile.runtime.transport import Transport
@@ -23,7 +24,8 @@ class Executor:
         self._program, self._arena, self._transport = program, arena, transport
         self._library = library
         self._posted: set[int] = set()
-        self._actions = [self._action(step) for step in program.steps]
+        self._guard = Guard(program, arena) if program.zones else None
+        self._actions = [self._guarded(self._action(step), index) for index, step in enumerate(program.steps)]
 
     def run(self, number: int, *, snapshot: Snapshot | None = None) -> float | None:
         """Training step `number` (from 1); its loss, if this device has it. The feeds must be in place. With
@@ -31,6 +33,8 @@ class Executor:
         transport = self._transport
         if transport is not None:
             transport.step = number
+        if self._guard is not None:
+            self._guard.begin_step()
         pieces = self._gradients() if snapshot is not None else {}
         for index, action in enumerate(self._actions):
             if index in pieces and snapshot is not None:
@@ -44,6 +48,9 @@ class Executor:
             transport.end_step()
         loss = self._program.loss
         return None if loss is None else float(unpack(self._arena, loss, loss.box).item())
+
+    def _guarded(self, action: Callable[[], None], index: int) -> Callable[[], None]:
+        return action if self._guard is None else self._guard.around(action, index)
 
     def _action(self, step: Step) -> Callable[[], None]:
         if isinstance(step, Run):
