@@ -75,13 +75,15 @@ class Buffer:
 @dataclass(frozen=True, slots=True)
 class Call:
     """One kernel call. `split` is the number of independent work units that threads share; `pointers` are byte offsets
-    into the arena; `ints` and `floats` are the kernel's scalar arguments, in order."""
+    into the arena; `ints` and `floats` are the kernel's scalar arguments, in order; `op` is the graph's op that it is
+    part of, if any."""
 
     kernel: str
     split: int
     pointers: tuple[int, ...]
     ints: tuple[int, ...] = ()
     floats: tuple[float, ...] = ()
+    op: str = ""
 
 
 @dataclass(frozen=True, slots=True)

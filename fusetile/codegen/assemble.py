@@ -150,7 +150,7 @@ def _steps(draft: Draft, memory: MemoryPlan) -> tuple[tuple[Step, ...], list[tup
         if isinstance(step, KernelCall):
             where.append((len(steps), len(calls)))
             pointers = tuple(map(address, step.pointers))
-            calls.append(Call(step.kernel.symbol, step.split, pointers, step.ints, step.floats))
+            calls.append(Call(step.kernel.symbol, step.split, pointers, step.ints, step.floats, step.op))
             continue
         close()
         where.append((len(steps), 0))

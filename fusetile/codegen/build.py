@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -121,12 +121,14 @@ def _compile(kernels: Sequence[Kernel], target: Target, progress: Progress) -> l
             progress(done, len(kernels))
 
     progress(done, len(kernels))
+    jobs.sort(key=len, reverse=True)  # a long source compiles longest
     count = min(len(os.sched_getaffinity(0)), len(jobs) // KERNELS_PER_PROCESS)
     if count < 2:
         _compile_here(jobs, finished)
         return objects
+    shared = iter(jobs)
     with ThreadPoolExecutor(count) as threads:
-        for future in [threads.submit(_compile_jobs, jobs[i::count], finished) for i in range(count)]:
+        for future in [threads.submit(_compile_jobs, shared, finished) for _ in range(count)]:
             future.result()
     return objects
 
@@ -139,8 +141,9 @@ def _compile_here(jobs: Sequence[str], finished: Callable[[str], None]) -> None:
             finished(answer(job))
 
 
-def _compile_jobs(jobs: Sequence[str], finished: Callable[[str], None]) -> None:
-    """Feed jobs to a compiler process, one at a time."""
+def _compile_jobs(jobs: Iterator[str], finished: Callable[[str], None]) -> None:
+    """Feed jobs to a compiler process, one at a time. Other threads take from the same iterator, a list's: taking is
+    one step of the interpreter."""
     command = [sys.executable, "-m", "fusetile.codegen.tvm_pipeline"]
     with (
         tempfile.TemporaryFile("w+") as errors,

@@ -46,13 +46,15 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class KernelCall:
-    """One call of a kernel, before memory planning. `split` independent work units are shared by the threads."""
+    """One call of a kernel, before memory planning. `split` independent work units are shared by the threads; `op` is
+    the graph's op that it is part of, if any."""
 
     kernel: Kernel
     split: int
     pointers: tuple[Ref, ...]
     ints: tuple[int, ...] = ()
     floats: tuple[float, ...] = ()
+    op: str = ""
 
     def __post_init__(self) -> None:
         given = (len(self.pointers), len(self.ints), len(self.floats))

@@ -159,7 +159,7 @@ class _Emitter:
             label = names[buffer.name].buffer
             self.draft.buffers[label] = replace(buffer, name=label)
         for call in lowered.calls:
-            self._call(call, names)
+            self._call(replace(call, op=name), names)
 
     def _call(self, call: KernelCall, places: Mapping[str, Ref]) -> None:
         """Append a call; buffers in `places` lie at that address of another one."""

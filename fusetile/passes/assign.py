@@ -36,9 +36,10 @@ def assign(graph: Graph, *, plan: str, cluster: Cluster, block: int) -> Plan:
         return _read_plan(graph, Path(plan), len(cluster.nodes))
     if plan.startswith("random:") and plan[7:].isdecimal():
         return _random_plan(graph, int(plan[7:]), cluster, block)
-    if plan == "auto":
+    if plan == "auto" and len(cluster.nodes) > 1:
         return best_plan(graph, cluster=cluster, block=block)
-    return place(graph, rule_splits(graph, plan, cluster), speeds=cluster.speeds, block=block)
+    rule = "single" if plan == "auto" else plan  # one device leaves no choice
+    return place(graph, rule_splits(graph, rule, cluster), speeds=cluster.speeds, block=block)
 
 
 def _read_plan(graph: Graph, path: Path, nodes: int) -> Plan:
