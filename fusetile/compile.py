@@ -86,7 +86,9 @@ def compile_graph(
     with trace.stage("buffers"):
         storage = buffers(graph, plan, communication, order.order, block=block)
     with trace.stage("emit"):
-        drafts = emit(graph, plan, communication, order, storage, targets=targets, block=block)
+        drafts = emit(
+            graph, plan, communication, order, storage, targets=targets, block=block, numerics=training.numerics
+        )
     with trace.stage("plan_memory"):
         memories = fit([memory_of(draft, guard=training.guard) for draft in drafts], cluster=cluster)
     with trace.stage("bundle"):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+import fusetile.compile as compile_module
 from fusetile.cluster import PROFILES, Cluster, Node, local_cluster
+from fusetile.codegen.calls import KernelCall
 from fusetile.codegen.targets import host
 from fusetile.compile import compile_graph
 from fusetile.graph import Graph
@@ -30,8 +33,8 @@ from tests.training import loss_of, training_graph, worst
 TOLERANCE = 1e-4  # relative to the largest element of a tensor
 
 
-def build(graph: Graph, folder: Path, plan: str, cluster: Cluster | int) -> Path:
-    """Compile with the options that `training_graph` has."""
+def build(graph: Graph, folder: Path, plan: str, cluster: Cluster | int, **options: Any) -> Path:
+    """Compile with the options that `training_graph` has, and others."""
     model = folder / "model.onnx"
     model.write_bytes(b"")  # an empty ONNX file stands in: nothing is imported, and only its hash is used
     training = Training(
@@ -42,6 +45,7 @@ def build(graph: Graph, folder: Path, plan: str, cluster: Cluster | int) -> Path
         weight_decay=1e-3,
         plan=plan,
         guard=True,
+        **options,
     )
     cluster = local_cluster(cluster) if isinstance(cluster, int) else cluster
     return compile_graph(graph, model=model, cluster=cluster, training=training, build=folder / "build", trace=Trace())
@@ -237,3 +241,18 @@ def test_a_kernel_call_left_out_is_seen(tmp_path: Path) -> None:
     device.program = replace(whole_program, steps=steps)
     with pytest.raises(AssertionError):
         check_steps(graph, cluster, steps=1)
+
+
+def test_strict_numerics_reach_every_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the option to the kernels: F(4x4) is used unless it is forbidden."""
+    used: dict[str, set[str]] = {}
+
+    def kernels(build: Path, *, drafts: Any, training: Training, **rest: Any) -> None:
+        symbols = {step.kernel.symbol for draft in drafts for step in draft.steps if isinstance(step, KernelCall)}
+        used[training.numerics] = {symbol[:9] for symbol in symbols if symbol.startswith("winograd")}
+
+    monkeypatch.setattr(compile_module, "write_bundle", kernels)
+    for numerics in ("fast", "strict"):
+        net = Net((1, 96, 20, 20))
+        build(net.done(net.conv(net.conv(net.x, 96), 96)), tmp_path, "single", 1, numerics=numerics)
+    assert used == {"fast": {"winograd4"}, "strict": {"winograd2"}}

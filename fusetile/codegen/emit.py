@@ -11,6 +11,7 @@ from math import prod
 
 from fusetile.box import Box, volume
 from fusetile.codegen.calls import KernelCall, Ref, ref
+from fusetile.codegen.conv_choice import Numerics
 from fusetile.codegen.lower import lower
 from fusetile.codegen.move import accumulate, copy, zero, zero_border
 from fusetile.codegen.targets import Target
@@ -69,10 +70,11 @@ def emit(
     *,
     targets: Sequence[Target],
     block: int,
+    numerics: Numerics = "fast",
 ) -> tuple[Draft, ...]:
     """A draft per device, for its target."""
     return tuple(
-        _Emitter(graph, plan, communication, schedule, storage[device], device, targets[device], block).run()
+        _Emitter(graph, plan, communication, schedule, storage[device], device, targets[device], block, numerics).run()
         for device in range(plan.nodes)
     )
 
@@ -88,10 +90,11 @@ class _Emitter:
         device: int,
         target: Target,
         block: int,
+        numerics: Numerics,
     ) -> None:
         self.graph, self.plan, self.communication = graph, plan, communication
         self.schedule, self.storage, self.device = schedule, storage, device
-        self.target, self.block = target, block
+        self.target, self.block, self.numerics = target, block, numerics
         self.draft = Draft()
 
     def run(self) -> Draft:
@@ -152,7 +155,7 @@ class _Emitter:
         domain, box = domain_of(self.graph, op), self.plan.placements[name].compute[self.device]
         inputs = [self._input(name, tensor) for tensor in op.inputs]
         outputs = [self._use(self.storage.home[tensor]) for tensor in op.outputs]
-        lowered = lower(op, domain, box, inputs, outputs, target=self.target)
+        lowered = lower(op, domain, box, inputs, outputs, target=self.target, numerics=self.numerics)
         self.draft.first_call[name] = len(self.draft.steps)
         names = {buffer.name: Ref(f"{buffer.name} of {name}") for buffer in lowered.scratch}
         for buffer in lowered.scratch:

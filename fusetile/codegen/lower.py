@@ -7,17 +7,16 @@ from importlib import import_module
 
 from fusetile.box import Box, volume
 from fusetile.codegen.calls import Lowered
+from fusetile.codegen.conv_choice import Numerics, lower_convolution
 from fusetile.codegen.targets import Target
 from fusetile.errors import PlanError
 from fusetile.graph import Op
 from fusetile.ops import Domain, row
 from fusetile.program import Buffer
 
+_CONVOLUTIONS = ("conv", "conv_input_grad", "conv_weight_grad")
 # Row.kernel -> the module in this package whose function lower_FAMILY lowers it
 _MODULES = {
-    "conv": "conv_choice",
-    "conv_input_grad": "conv_choice",
-    "conv_weight_grad": "conv_choice",
     "elementwise": "elementwise",
     "sgd": "update",
     "dropout": "dropout",
@@ -60,12 +59,20 @@ _MODULES = {
 
 
 def lower(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+    op: Op,
+    domain: Domain,
+    box: Box,
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Buffer],
+    *,
+    target: Target,
+    numerics: Numerics = "fast",
 ) -> Lowered:
     """The calls that do the iterations `box` of an op, and the scratch that they use.
 
     `inputs[i]` holds at least `domain.need(box, i)`, `outputs[o]` gets `domain.output(box, o)`, its pad lanes included;
-    nothing else of the outputs changes. Boxes start at multiples of the blocks.
+    nothing else of the outputs changes. Boxes start at multiples of the blocks. `numerics` chooses among algorithms
+    that round differently.
     """
     if volume(box) == 0:
         return Lowered()
@@ -75,6 +82,8 @@ def lower(
     for output, i in row(op.kind).in_place:
         if output < len(outputs) and outputs[output] != inputs[i]:
             raise PlanError(f"{op.name}: output {outputs[output].name} must lie in input {inputs[i].name}")
+    if family in _CONVOLUTIONS:
+        return lower_convolution(op, domain, box, list(inputs), list(outputs), target=target, numerics=numerics)
     if family not in _MODULES:
         raise PlanError(f"{op.kind}: no kernel family {family!r}")
     module = import_module(f"fusetile.codegen.{_MODULES[family]}")

@@ -9,8 +9,8 @@ is smaller is made as a whole, in scratch; the other one piece by piece, next to
 The weight gradient takes the tiles in turns that fit the cache: V of x, Z of dy, then dw += their products. The input
 gradient is a convolution of dy with transposed weights.
 
-Errors (L2, against float64, relative to the direct kernel's): F(2x2) below 1, F(4x4) below 2. How tiles lie follows
-from the origin of the box, so parts of a map that are computed alone differ from the whole by rounding.
+How tiles lie follows from the origin of the box, so parts of a map that are computed alone differ from the whole by
+rounding; conv_choice states the errors.
 """
 
 from __future__ import annotations
