@@ -68,7 +68,12 @@ def compile_command(
         int | None, typer.Option("--nodes", min=1, help="Instead of --cluster: that many equal devices at 127.0.0.1.")
     ] = None,
     target: Annotated[
-        str, typer.Option("--target", help="With --nodes: what they are: host, pi3, pi4 or pi5.", metavar="CPU")
+        str,
+        typer.Option(
+            "--target",
+            help="With --nodes: what they are: host, pi3, pi4, pi5, or pi3-32 etc. for 32-bit systems.",
+            metavar="CPU",
+        ),
     ] = "host",
     dump: DumpOption = None,
     stop_after: StopOption = None,

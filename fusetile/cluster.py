@@ -6,6 +6,7 @@ address = "192.168.1.21:7300"
 device = "pi4"
 memory = "1GB"      # optional: how much of it training may use
 cores = 3           # optional
+abi = "armv7"       # optional: "armv7" for a 32-bit system, "aarch64" for a 64-bit one, which is the default
 
 [link]
 rate = "94Mbit/s"
@@ -26,6 +27,8 @@ from typing import Any
 from fusetile.errors import UserError
 
 DEFAULT_PORT = 7300
+ABIS = {"aarch64": "", "armv7": "-32"}  # what is appended to the name of a Raspberry Pi's profile
+ADDRESSABLE_32_bytes = 2_000_000_000  # what one block of memory of a 32-bit process may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,9 @@ PROFILES: dict[str, Device] = {
     "pi3": Device("pi3", "pi3", 4, 1.5e9, 2.0e9, 1 << 30),
     "pi4": Device("pi4", "pi4", 4, 5.0e9, 4.0e9, 2 << 30),
     "pi5": Device("pi5", "pi5", 4, 15.0e9, 9.0e9, 4 << 30),
+    "pi3-32": Device("pi3-32", "armv7", 4, 1.2e9, 2.0e9, 1 << 30),
+    "pi4-32": Device("pi4-32", "armv7", 4, 4.0e9, 4.0e9, ADDRESSABLE_32_bytes),
+    "pi5-32": Device("pi5-32", "armv7", 4, 12.0e9, 9.0e9, ADDRESSABLE_32_bytes),
     "host": Device("host", "host", os.cpu_count() or 1, 40.0e9, 10.0e9, 8 << 30),
 }
 
@@ -126,7 +132,7 @@ def read_cluster(path: Path) -> Cluster:
 def _node(entry: Mapping[str, Any], where: str) -> Node:
     if not isinstance(entry, Mapping):
         raise UserError(f"{where}: {entry!r} must be a table with a name, an address and a device")
-    _known(entry, {"name", "address", "device", "memory", "cores"}, where)
+    _known(entry, {"name", "address", "device", "memory", "cores", "abi"}, where)
     for key in ("name", "address", "device"):
         if not isinstance(entry.get(key), str):
             raise UserError(f"{where}: {key} is missing or not a string; a node has a name, an address and a device")
@@ -137,8 +143,12 @@ def _node(entry: Mapping[str, Any], where: str) -> Node:
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise UserError(f"{where} ({name}): address {address!r} must be host:port, like 192.168.1.21:{DEFAULT_PORT}")
     device = _profile(entry["device"], f"{where} ({name})")
+    if "abi" in entry:
+        device = _with_abi(device, entry["abi"], f"{where} ({name})")
     if "memory" in entry:
         device = replace(device, memory_bytes=int(_quantity(entry["memory"], BYTES, f"{where} ({name}): memory")))
+        if device.target == "armv7" and device.memory_bytes > ADDRESSABLE_32_bytes:
+            raise UserError(f"{where} ({name}): memory = {entry['memory']!r}: a 32-bit system can use at most 2GB")
     if "cores" in entry:
         cores = entry["cores"]
         if not isinstance(cores, int) or isinstance(cores, bool) or not 1 <= cores <= 256:
@@ -150,6 +160,15 @@ def _node(entry: Mapping[str, Any], where: str) -> Node:
 def _profile(kind: str, where: str) -> Device:
     if kind not in PROFILES:
         raise UserError(f"{where}: unknown device {kind!r}; known are {', '.join(sorted(PROFILES))}")
+    return PROFILES[kind]
+
+
+def _with_abi(device: Device, abi: Any, where: str) -> Device:
+    if not isinstance(abi, str) or abi not in ABIS:
+        raise UserError(f"{where}: abi = {abi!r} must be one of {', '.join(ABIS)}")
+    kind = device.kind.removesuffix(ABIS["armv7"]) + ABIS[abi]
+    if device.kind == "host" or kind not in PROFILES:
+        raise UserError(f"{where}: a device {device.kind!r} has no choice of abi; take abi = {abi!r} out")
     return PROFILES[kind]
 
 

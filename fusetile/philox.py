@@ -53,6 +53,6 @@ def uniform(*, seed: int, site: int, step: int, index: np.ndarray) -> np.ndarray
 
 
 def permutation(*, seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of `count` samples in an epoch: int64 indices, sorted by the samples' 64-bit keys."""
+    """The order of `count` samples in an epoch: indices, sorted by the samples' 64-bit keys."""
     low, high, _, _ = draw(seed=seed, site=SHUFFLE, step=epoch, index=np.arange(count))
     return np.argsort(low | high << _32, kind="stable")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_memory_units(tmp_path: Path, memory: str, expected: int) -> None:
     assert read_cluster(write(tmp_path, node(memory=memory))).nodes[0].device.memory_bytes == expected
 
 
+@pytest.mark.parametrize(
+    ("device", "abi", "kind"),
+    [("pi3", "armv7", "pi3-32"), ("pi4", "armv7", "pi4-32"), ("pi3", "aarch64", "pi3"), ("pi5-32", "armv7", "pi5-32")],
+)
+def test_the_abi_picks_the_profile(tmp_path: Path, device: str, abi: str, kind: str) -> None:
+    written = write(tmp_path, node(device=f'"{device}"', abi=f'"{abi}"', memory='"1GB"'))
+    [found] = read_cluster(written).nodes
+    assert found.device == replace(PROFILES[kind], memory_bytes=10**9)
+    assert (found.device.target == "armv7") == (abi == "armv7")
+
+
 BAD = {
     "not TOML": ("[[node]\nname=", ["not a TOML file"]),
     "empty": ("", ["no [[node]] entry"]),
@@ -83,13 +95,17 @@ BAD = {
     "port too large": (node(address='"h:65536"'), ["(a)", "'h:65536'"]),
     "port is no number": (node(address='"h:http"'), ["(a)", "'h:http'"]),
     "port is another script's digit": (node(address='"h:²"'), ["(a)", "'h:²'"]),
-    "unknown device": (node(device='"pi9"'), ["(a)", "'pi9'", "host, pi3, pi4, pi5"]),
+    "unknown device": (node(device='"pi9"'), ["(a)", "'pi9'", "host, pi3, pi3-32, pi4"]),
     "memory without a number": (node(memory='"much"'), ["(a)", "memory", "'much'", "GB"]),
     "memory in an unknown unit": (node(memory='"1 Mbit/s"'), ["(a)", "memory", "'1 Mbit/s'"]),
     "no memory at all": (node(memory="0"), ["(a)", "memory", "0"]),
     "negative memory": (node(memory='"-1GB"'), ["(a)", "memory", "'-1GB'"]),
     "infinite memory": (node(memory="inf"), ["(a)", "memory", "inf"]),
     "memory overflows": (node(memory='"1e999GB"'), ["(a)", "memory", "'1e999GB'"]),
+    "more memory than 32 bits address": (node(abi='"armv7"', memory='"3GB"'), ["(a)", "'3GB'", "32-bit", "2GB"]),
+    "unknown abi": (node(abi='"armv6"'), ["(a)", "abi = 'armv6'", "aarch64, armv7"]),
+    "abi is a list": (node(abi="[1]"), ["(a)", "abi = [1]", "aarch64, armv7"]),
+    "abi of a host": (node(abi='"armv7"', device='"host"'), ["(a)", "'host'", "abi = 'armv7'"]),
     "cores 0": (node(cores="0"), ["(a)", "cores = 0"]),
     "cores 1000": (node(cores="1000"), ["(a)", "cores = 1000"]),
     "cores true": (node(cores="true"), ["(a)", "cores = True"]),

@@ -102,10 +102,13 @@ def _digest(*parts: str) -> str:
 def _compile(kernels: Sequence[Kernel], target: Target, progress: Progress) -> list[Path]:
     """The object file of every kernel, compiled if it is not in the cache."""
     pipeline = (HERE / "tvm_pipeline.py").read_text()
-    tools = (importlib.metadata.version("apache-tvm"), json.dumps(target.tvm), pipeline)
+    tools = [importlib.metadata.version("apache-tvm"), json.dumps(target.tvm), pipeline]
+    if target.ir_flags:
+        tools += [importlib.metadata.version("ziglang"), *target.ir_flags]
     objects = [cache_directory() / f"{_digest(kernel.source, *tools)}.o" for kernel in kernels]
+    machine = {"target": target.tvm, "zig": target.ir_flags}
     jobs = [
-        json.dumps({"symbol": kernel.symbol, "source": kernel.source, "target": target.tvm, "path": str(path)})
+        json.dumps({"symbol": kernel.symbol, "source": kernel.source, **machine, "path": str(path)})
         for kernel, path in zip(kernels, objects, strict=True)
         if not path.exists()
     ]
@@ -172,15 +175,14 @@ def _link(kernels: Sequence[Kernel], objects: Sequence[Path], target: Target) ->
     """The linked and checked library, in the cache."""
     source = trampolines(kernels)
     names = [path.name for path in objects]
-    library = (
-        cache_directory() / f"{_digest(source, target.zig, importlib.metadata.version('ziglang'), *FLAGS, *names)}.so"
-    )
+    tools = (*target.zig, importlib.metadata.version("ziglang"), *FLAGS)
+    library = cache_directory() / f"{_digest(source, *tools, *names)}.so"
     if library.exists():
         return library
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         c, made = Path(scratch) / "segment.c", Path(scratch) / "kernels.so"
         c.write_text(source)
-        command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, "-target", target.zig, "-o", str(made), str(c)]
+        command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *target.zig, "-o", str(made), str(c)]
         result = subprocess.run([*command, *map(str, objects), "-lm", "-lpthread"], capture_output=True, text=True)
         if result.returncode:
             raise FusetileError(f"the kernel library for {target.name} does not link:\n{result.stderr[-2000:]}")

@@ -18,13 +18,15 @@ MIN_UNITS = 16  # work units per call that keep four threads evenly busy
 class Machine:
     """What the choices below need to know of a CPU, for one channel block.
 
-    `pixels` and `lines` give, per number of channel blocks in a tile, the longest tile of a convolution and of a weight
-    gradient that needs no stack; `dot` is the tile (rows, lines) of the fully connected input gradient. `fma` and
-    `loads` are vector operations per cycle, `latency` that of an fma in cycles. `inner_bytes` and `outer_bytes` are the
-    cache nearest to a core and its share of the next; `weights_bytes` is how much of the weights one may stream over.
+    `registers` is the number of vector registers. `pixels` and `lines` give, per number of channel blocks in a tile,
+    the longest tile of a convolution and of a weight gradient that needs no stack; `dot` is the tile (rows, lines) of
+    the fully connected input gradient. `fma` and `loads` are vector operations per cycle, `latency` that of an fma in
+    cycles. `inner_bytes` and `outer_bytes` are the cache nearest to a core and its share of the next; `weights_bytes`
+    is how much of the weights one may stream over.
     """
 
     vectors: Vectors
+    registers: int
     pixels: Mapping[int, int]
     lines: Mapping[int, int]
     dot: tuple[int, int]
@@ -73,6 +75,7 @@ _CACHES = {  # inner, outer, weights
     "pi4": (32 * _KIB, 256 * _KIB, 24 * _KIB),
     "pi5": (64 * _KIB, 512 * _KIB, 48 * _KIB),
     "arm64": (32 * _KIB, 256 * _KIB, 24 * _KIB),
+    "armv7": (32 * _KIB, 192 * _KIB, 16 * _KIB),
     "avx2": (32 * _KIB, 512 * _KIB, 96 * _KIB),
     "avx512": (32 * _KIB, 1024 * _KIB, 256 * _KIB),
 }
@@ -85,13 +88,16 @@ def machine(target: Target, block: int) -> Machine:
     caches = {"inner_bytes": inner, "outer_bytes": outer, "weights_bytes": weights}
     if target.width == 4:
         vectors = Vectors(block, 4, lanes=4)
+        if target.registers == 16:
+            return Machine(vectors, 16, {1: 4}, {1: 4}, (2, 4), fma=1, loads=1, latency=4, **caches)
         # LLVM's schedules for an in-order and for an unknown core load far ahead, which takes registers
         pixels = {1: 10, 2: 5} if target.name in ("pi4", "pi5") else {1: 7, 2: 4}
-        return Machine(vectors, pixels, {1: 12}, (4, 4), fma=1, loads=1, latency=4, **caches)
+        return Machine(vectors, 32, pixels, {1: 12}, (4, 4), fma=1, loads=1, latency=4, **caches)
     vectors = Vectors(block, min(target.width, block), lanes=0)
     if target.registers == 32:
-        return Machine(vectors, {1: 28, 2: 14, 4: 6}, {1: 24, 2: 14, 4: 6}, (4, 4), fma=2, loads=2, latency=4, **caches)
-    return Machine(vectors, {1: 12, 2: 6, 3: 4}, {1: 12, 2: 6, 3: 4}, (4, 2), fma=2, loads=2, latency=4, **caches)
+        pixels, lines = {1: 28, 2: 14, 4: 6}, {1: 24, 2: 14, 4: 6}
+        return Machine(vectors, 32, pixels, lines, (4, 4), fma=2, loads=2, latency=4, **caches)
+    return Machine(vectors, 16, {1: 12, 2: 6, 3: 4}, {1: 12, 2: 6, 3: 4}, (4, 2), fma=2, loads=2, latency=4, **caches)
 
 
 def cover_pixels(m: Machine, columns: int, blocks: int) -> list[Cover]:

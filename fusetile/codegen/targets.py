@@ -17,16 +17,18 @@ GLIBC = "2.28"
 @dataclass(frozen=True, slots=True)
 class Target:
     """One kind of CPU. `width` is the floats in a vector register, `registers` their number, `block` the channel block
-    that suits it; `zig` is the triple for the linker."""
+    that suits it; `zig` are the flags with which zig compiles C for it. With `lowering`, zig makes machine code of
+    TVM's LLVM IR too, with these flags; without, TVM does."""
 
     name: str
     triple: str
     cpu: str
     width: int
     registers: int
-    zig: str
+    zig: tuple[str, ...]
     block: int
     features: tuple[str, ...] = ()
+    lowering: tuple[str, ...] = ()
 
     @property
     def tvm(self) -> dict[str, Any]:
@@ -34,13 +36,28 @@ class Target:
         target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu}
         return {**target, "mattr": list(self.features)} if self.features else target
 
+    @property
+    def ir_flags(self) -> tuple[str, ...]:
+        """Flags for zig to compile TVM's LLVM IR; none if TVM does it."""
+        return (*self.zig, *self.lowering) if self.lowering else ()
+
 
 def _arm64(name: str, cpu: str) -> Target:
-    return Target(name, "aarch64-linux-gnu", cpu, 4, 32, f"aarch64-linux-gnu.{GLIBC}", 8)
+    return Target(name, "aarch64-linux-gnu", cpu, 4, 32, ("-target", f"aarch64-linux-gnu.{GLIBC}"), 8)
+
+
+def _armv7() -> Target:
+    """What all 32-bit Raspberry Pis since the second have. There is no fused multiply-add by element, but a vmla, which
+    LLVM takes only if it may not fuse, as TVM always lets it; and its default order of instructions spills."""
+    features = ("+neon", "+vfp4", "+hwdiv", "+hwdiv-arm")
+    zig = ("-target", f"arm-linux-gnueabihf.{GLIBC}", "-mcpu=cortex_a7")
+    lowering = ("-ffp-contract=off", "-mllvm", "-pre-RA-sched=source")
+    return Target("armv7", "armv7a-linux-gnueabihf", "generic", 4, 16, zig, 8, features, lowering)
 
 
 def _x86(name: str, cpu: str, width: int, registers: int, features: tuple[str, ...] = ()) -> Target:
-    return Target(name, "x86_64-linux-gnu", cpu, width, registers, f"x86_64-linux-gnu.{GLIBC}", width, features)
+    zig = ("-target", f"x86_64-linux-gnu.{GLIBC}")
+    return Target(name, "x86_64-linux-gnu", cpu, width, registers, zig, width, features)
 
 
 TARGETS = {
@@ -50,6 +67,7 @@ TARGETS = {
         _arm64("pi4", "cortex-a72"),
         _arm64("pi5", "cortex-a76"),
         _arm64("arm64", "generic"),
+        _armv7(),
         _x86("avx2", "x86-64-v3", 8, 16),
         # LLVM's x86-64-v4 avoids 512-bit registers unless it is told not to
         _x86("avx512", "x86-64-v4", 16, 32, ("-prefer-256-bit",)),

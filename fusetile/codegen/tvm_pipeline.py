@@ -1,8 +1,8 @@
 """TVMScript -> object file with plain C functions: no packed calling convention, no symbols of TVM's runtime.
 
 TVM's own lowering ends in MakePackedAPI, whose functions need the runtime library. Here a short pass takes its place
-that turns buffer parameters into raw pointers. Run as a module, it compiles the jobs that it reads from standard input
-(one JSON object per line) and answers each with a line.
+that turns buffer parameters into raw pointers. Machine code is then made by TVM's LLVM or by zig's. Run as a module, it
+compiles the jobs that it reads from standard input (one JSON object per line) and answers each with a line.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import linecache
 import os
+import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,20 +94,46 @@ def build(source: str, target: dict[str, Any]) -> Any:
         del linecache.cache[name]
 
 
-def compile_object(source: str, target: dict[str, Any], path: Path) -> None:
-    """Write the object file of a kernel; `path` appears complete or not at all."""
+def compile_object(source: str, target: dict[str, Any], zig: Sequence[str], path: Path) -> None:
+    """Write the object file of a kernel, with zig's LLVM and its flags `zig` if there are any, else with TVM's; `path`
+    appears complete or not at all."""
+    module = build(source, target)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / "kernel.o"
-        build(source, target).write_to_file(str(made), "o")
+        if zig:
+            compile_ir(module.inspect_source("ll"), zig, made)
+        else:
+            module.write_to_file(str(made), "o")
         os.replace(made, path)
 
 
+def assembly(source: str, target: dict[str, Any], zig: Sequence[str]) -> str:
+    """The assembly of a kernel, made as its object is."""
+    module = build(source, target)
+    if not zig:
+        return str(module.inspect_source("asm"))
+    with tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "kernel.s"
+        compile_ir(module.inspect_source("ll"), [*zig, "-S", "-g0"], made)
+        return made.read_text()
+
+
+def compile_ir(ir: str, zig: Sequence[str], path: Path) -> None:
+    """Compile LLVM IR, as TVM writes it, with zig: to an object or, with -S among the flags, to assembly."""
+    text = path.with_suffix(".ll")
+    text.write_text(ir)
+    command = [sys.executable, "-m", "ziglang", "cc", "-c", "-O2", "-fPIC", *zig, "-o", str(path), str(text)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+
+
 def answer(line: str) -> str:
-    """Do a job {symbol, source, target, path}; answers {symbol, error}. Both are one line of JSON."""
+    """Do a job {symbol, source, target, zig, path}; answers {symbol, error}. Both are one line of JSON."""
     job = json.loads(line)
     error = ""
     try:
-        compile_object(job["source"], job["target"], Path(job["path"]))
+        compile_object(job["source"], job["target"], job["zig"], Path(job["path"]))
     except Exception:  # whatever TVM raises is reported under the kernel's name
         error = traceback.format_exc(limit=-2)
     return json.dumps({"symbol": job["symbol"], "error": error})

@@ -6,6 +6,9 @@ into memory where they can be: .npy files, and the members of an .npz that `nump
 
 from __future__ import annotations
 
+import errno
+import math
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +24,7 @@ from fusetile.runtime.storage import pack
 
 _LOCAL_HEADER_bytes = 30
 _CHECKED_at_once = 1 << 22  # elements
+_ADDRESSABLE_bytes = sys.maxsize
 
 
 class Data:
@@ -85,7 +89,9 @@ def _open(path: Path) -> Mapping[str, np.ndarray]:
 
 def _load(file: Path) -> np.ndarray:
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        with open(file, "rb") as opened:
+            mapped = _map(opened, file)
+        return np.load(file, allow_pickle=False) if mapped is None else mapped
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"can't read {file} as an array: {error}") from error
 
@@ -113,7 +119,7 @@ class _Archive(Mapping[str, np.ndarray]):
         try:
             if info.compress_type == zipfile.ZIP_STORED:
                 with open(self._path, "rb") as file:
-                    mapped = _map_member(file, info)
+                    mapped = _map_member(file, info, self._path)
                 if mapped is not None:
                     return mapped
             with np.load(self._path, allow_pickle=False) as archive:
@@ -122,11 +128,17 @@ class _Archive(Mapping[str, np.ndarray]):
             raise UserError(f"can't read the array {name!r} of {self._path}: {error}") from error
 
 
-def _map_member(file: BinaryIO, info: zipfile.ZipInfo) -> np.ndarray | None:
-    """An uncompressed member as a mapped array; None if its .npy header is of a rare kind that only np.load reads."""
+def _map_member(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> np.ndarray | None:
+    """An uncompressed member as a mapped array; see `_map`."""
     file.seek(info.header_offset)
     local = file.read(_LOCAL_HEADER_bytes)
     file.seek(int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little"), 1)
+    return _map(file, path)
+
+
+def _map(file: BinaryIO, path: Path) -> np.ndarray | None:
+    """The .npy file that begins where `file` is, as a mapped array; None if its header is of a rare kind that only
+    np.load reads."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         return None
@@ -134,7 +146,19 @@ def _map_member(file: BinaryIO, info: zipfile.ZipInfo) -> np.ndarray | None:
     shape, fortran, dtype = read(file)
     if dtype.hasobject or 0 in shape or not shape:
         return None
-    return np.memmap(file, dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")
+    size_bytes = math.prod(shape) * dtype.itemsize
+    too_large = UserError(
+        f"{path} holds an array of {size_bytes / 1e9:.1f} GB, more than this {_ADDRESSABLE_bytes.bit_length() + 1}-bit "
+        "system can map into memory: use a 64-bit system, smaller images or fewer samples"
+    )
+    if size_bytes > _ADDRESSABLE_bytes:
+        raise too_large
+    try:
+        return np.memmap(file, dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise too_large from error
 
 
 def _find(arrays: Mapping[str, np.ndarray], feed: Feed, feeds: list[Feed], path: Path) -> np.ndarray:

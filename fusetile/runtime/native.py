@@ -12,6 +12,7 @@ import numpy as np
 
 from fusetile.errors import FusetileError, PlanError, UserError
 from fusetile.program import Call
+from fusetile.runtime.abi import check_runs
 
 _POINTERS, _INTS, _FLOATS = 10, 32, 6
 
@@ -49,6 +50,7 @@ class Library:
 
     def __init__(self, path: Path, *, threads: int) -> None:
         try:
+            check_runs(path)
             self._library = ctypes.CDLL(str(path.resolve()))
             self._start, self._run, self._stop = (
                 getattr(self._library, f"ft_{verb}") for verb in ("start", "run", "stop")

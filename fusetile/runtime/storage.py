@@ -9,13 +9,19 @@ from contextlib import suppress
 import numpy as np
 
 from fusetile.box import Box, Interval, extents, view4, volume
+from fusetile.errors import UserError
 from fusetile.program import Buffer
 
 
 def make_arena(size_bytes: int) -> np.ndarray:
     """`size_bytes` zeros (uint8), whose memory is taken when it is first touched. They start at a page, hence at a
-    multiple of the alignment which kernels assume."""
-    pages = mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    multiple of the alignment which kernels assume. Raises UserError if the system does not give so much."""
+    try:
+        pages = mmap.mmap(-1, max(1, size_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:  # OverflowError: more than a 32-bit system can address
+        raise UserError(
+            f"this device gives no {size_bytes / 1e6:.0f} MB of memory: compile with a smaller memory in cluster.toml"
+        ) from error
     with suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.ndarray((size_bytes,), np.uint8, pages)

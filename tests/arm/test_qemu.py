@@ -15,12 +15,16 @@ import pytest
 
 from fusetile.local import free_ports
 from models import lenet, resnet18, vgg_small
-from tests.arm.rootfs import PYTHON, arm64_root
+from tests.arm.rootfs import ARM64, ARMHF, PYTHON, root_of
 from tests.commands import fusetile, images, losses, save
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
-QEMU = "qemu-aarch64-static"
-CPUS = {"pi3": "cortex-a53", "pi4": "cortex-a72", "pi5": "cortex-a76"}
+EMULATED = {  # the emulator, its processor, and the system that it runs
+    "pi3": ("qemu-aarch64-static", "cortex-a53", ARM64),
+    "pi4": ("qemu-aarch64-static", "cortex-a72", ARM64),
+    "pi5": ("qemu-aarch64-static", "cortex-a76", ARM64),
+    "pi3-32": ("qemu-arm-static", "cortex-a7", ARMHF),  # a Pi 2's: no instruction that a 32-bit Pi could lack
+}
 REPOSITORY = Path(__file__).parents[2]
 Launch = Callable[[str], list[str]]
 
@@ -30,20 +34,23 @@ def python_on() -> Launch:
     """The command that runs Python on a kind of device. Skips where there is no qemu or apt, unless all tests must
     run."""
     must = bool(os.environ.get("FUSETILE_TEST_ALL"))
-    missing = [name for name in (QEMU, "apt-get", "dpkg-deb") if not shutil.which(name)]
+    tools = {"apt-get", "dpkg-deb", *(emulator for emulator, _, _ in EMULATED.values())}
+    missing = [name for name in sorted(tools) if not shutil.which(name)]
     if missing and not must:
         pytest.skip(f"{missing[0]} is not installed (Debian: apt install qemu-user-static)")
     try:
-        root = arm64_root()
+        roots = {architecture: root_of(architecture) for architecture in (ARM64, ARMHF)}
     except (OSError, subprocess.CalledProcessError) as error:
         if must:
             raise
-        pytest.skip(f"no arm64 system could be made: {error} {getattr(error, 'stderr', '') or ''}")
+        pytest.skip(f"no ARM system could be made: {error} {getattr(error, 'stderr', '') or ''}")
 
     def command(device: str) -> list[str]:
         if device == "host":
             return [sys.executable]
-        return [QEMU, "-cpu", CPUS[device], "-L", str(root), str(root / "usr" / "bin" / PYTHON)]
+        emulator, cpu, architecture = EMULATED[device]
+        root = roots[architecture]
+        return [emulator, "-cpu", cpu, "-L", str(root), str(root / "usr" / "bin" / PYTHON)]
 
     return command
 
@@ -93,11 +100,12 @@ def check_equal(found: Path, expected: Path) -> None:
     ("build", "devices", "plan"),
     [
         (vgg_small.build, ("pi3", "pi3"), "grid:2x1"),
-        (vgg_small.build, ("pi3", "host"), "batch"),  # two kinds of processor in one training
+        (vgg_small.build, ("pi3", "host", "pi3-32"), "batch"),  # all kinds of processor in one training
+        (vgg_small.build, ("pi3-32",), "single"),
         (resnet18.build, ("pi4", "pi4"), "auto"),
         (lenet.build, ("pi5", "pi5"), "channel"),
     ],
-    ids=["pi3-vgg-grid", "pi3-and-host-vgg-batch", "pi4-resnet-auto", "pi5-lenet-channel"],
+    ids=["pi3-vgg-grid", "all-kinds-vgg-batch", "armv7-vgg", "pi4-resnet-auto", "pi5-lenet-channel"],
 )
 def test_training_on_arm_equals_the_host(
     build: Callable[..., onnx.ModelProto], devices: Sequence[str], plan: str, python_on: Launch, tmp_path: Path
@@ -111,7 +119,10 @@ def test_training_on_arm_equals_the_host(
     check_equal(found, expected)
 
 
-def test_the_emulated_processor_is_the_one_asked_for(python_on: Launch) -> None:
-    code = "import platform, numpy; print(platform.machine(), numpy.__version__)"
-    said = subprocess.run([*python_on("pi3"), "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["aarch64", "1.24.4"]
+@pytest.mark.parametrize(
+    ("device", "expected"), [("pi3", ["aarch64", "8", "1.24.4"]), ("pi3-32", ["armv7l", "4", "1.24.2"])]
+)
+def test_the_emulated_processor_is_the_one_asked_for(device: str, expected: list[str], python_on: Launch) -> None:
+    code = "import platform, struct, numpy; print(platform.machine(), struct.calcsize('P'), numpy.__version__)"
+    said = subprocess.run([*python_on(device), "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == expected

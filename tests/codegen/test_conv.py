@@ -21,7 +21,7 @@ from fusetile.codegen.calls import KernelCall, Lowered
 from fusetile.codegen.conv_source import TAP_INTS, Tile, tap_convolution, weight_gradient
 from fusetile.codegen.conv_tiles import machine
 from fusetile.codegen.targets import TARGETS, Target, host
-from fusetile.codegen.tvm_pipeline import build
+from fusetile.codegen.tvm_pipeline import assembly
 from fusetile.errors import PlanError
 from fusetile.graph import Op
 from fusetile.ops import Domain, row
@@ -253,7 +253,7 @@ def test_tiles_of_arm(tmp_path, hardly_any_cache):
     check_all(8, replace(TARGETS["pi3"], **here), tmp_path, 6)
 
 
-@pytest.mark.parametrize("name", ["pi3", "pi4", "pi5", "arm64"])
+@pytest.mark.parametrize("name", ["pi3", "pi4", "pi5", "arm64", "armv7"])
 def test_arm_multiplies_by_element_and_spills_nothing(name):
     m = machine(TARGETS[name], 8)
     kernels = [
@@ -264,10 +264,10 @@ def test_arm_multiplies_by_element_and_spills_nothing(name):
         weight_gradient(vectors=m.vectors, tile=Tile(longest, 0, blocks)) for blocks, longest in m.lines.items()
     ]
     for kernel in kernels:
-        text = build(kernel.source, TARGETS[name].tvm).inspect_source("asm")
-        products = re.findall(r"\tfmla\t.*", text)
-        assert products and all(re.search(r"\.s\[\d\]", line) for line in products), kernel.symbol
-        assert not re.search(r"\t(ldr|ldp|str|stp)\tq.*\[sp", text), kernel.symbol
+        text = assembly(kernel.source, TARGETS[name].tvm, TARGETS[name].ir_flags)
+        products = re.findall(r"\t(?:fmla\t|vmla\.f32\tq|vfma).*", text)
+        assert products and all(re.search(r"(\.s|d\d+)\[\d\]", line) for line in products), kernel.symbol
+        assert not re.search(r"\t(ldr|ldp|str|stp)\tq.*\[sp|16-byte (Spill|Reload)", text), kernel.symbol
 
 
 def test_rows_without_a_border_are_one():

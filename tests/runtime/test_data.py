@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,3 +135,21 @@ def test_a_member_that_holds_objects_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", image=np.array([{}, 1], dtype=object), y=Y)
     with pytest.raises(UserError, match="can't read the array 'image'"):
         Data(tmp_path / "d.npz", program(), shuffle=True)
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_more_than_a_32_bit_system_can_map(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "data", kind, x=X, y=Y)
+    monkeypatch.setattr("fusetile.runtime.data._ADDRESSABLE_bytes", X.nbytes - 1)
+    with pytest.raises(UserError, match=r"data.* an array of 0.0 GB, .*-bit system can map .* fewer samples"):
+        Data(path, program(), shuffle=False)
+
+
+def test_no_room_to_map_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    path = save(tmp_path / "data", "npz", x=X, y=Y)
+    monkeypatch.setattr("numpy.memmap", full)
+    with pytest.raises(UserError, match="more than this 64-bit system can map"):
+        Data(path, program(), shuffle=False)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusetile.box import Box, extents, slices, view4
+from fusetile.errors import UserError
 from fusetile.program import Buffer
 from fusetile.runtime.storage import make_arena, pack, release, unpack
 
@@ -19,6 +20,12 @@ def test_the_arena_is_aligned_and_zero() -> None:
     for size in (1, 64, 1000):
         arena = make_arena(size)
         assert arena.size == size and arena.ctypes.data % 64 == 0 and not arena.any()
+
+
+def test_no_room_for_the_arena() -> None:
+    for size in (1 << 62, 1 << 65):
+        with pytest.raises(UserError, match=r"gives no [0-9]+ MB of memory: compile with a smaller memory"):
+            make_arena(size)
 
 
 def test_what_is_released_takes_no_memory_and_the_rest_keeps_its_content() -> None:
