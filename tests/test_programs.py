@@ -13,6 +13,7 @@ import pytest
 
 import fusetile.compile as compile_module
 from fusetile.cluster import PROFILES, Cluster, Node, local_cluster
+from fusetile.codegen import bands
 from fusetile.codegen.calls import KernelCall
 from fusetile.codegen.targets import host
 from fusetile.compile import compile_graph
@@ -149,6 +150,22 @@ def test_single_channels(plan: str, nodes: int, tmp_path: Path) -> None:
     graph = net.done(net.gemm(net.flatten(net.max_pool(net.conv(x, 1, bias=True))), 1))
     graph = net.done(net.conv(x, 1, bias=True)) if plan == "grid:2x1" else graph
     check_steps(graph, LocalCluster(build(graph, tmp_path, plan, nodes)), steps=2)
+
+
+@pytest.mark.parametrize(("plan", "nodes", "cut"), [("single", 1, True), ("channel", 2, True), ("batch", 2, False)])
+def test_gradients_of_large_matrices_in_bands(
+    plan: str, nodes: int, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are if the device that makes a gradient needs no other's part of it; rows and columns are cut."""
+    monkeypatch.setattr(bands, "BAND_bytes", 1024)
+    net = Net((3, 21, 2, 3))
+    x = net.relu(net.gemm(net.flatten(net.relu(net.conv(net.x, 21, bias=True))), 44))
+    graph = net.done(net.gemm(x, 21, bias=False))
+    cluster = LocalCluster(build(graph, tmp_path, plan, nodes))
+    gradients = [gradient.parameter for device in cluster.devices for gradient in device.program.gradients]
+    first = next(name for name, tensor in graph.tensors.items() if tensor.shape == (44, 126))
+    assert (gradients.count(first) > 10) == cut
+    check_steps(graph, cluster, steps=2)
 
 
 @pytest.mark.slow

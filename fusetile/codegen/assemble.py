@@ -9,7 +9,6 @@ from fusetile.cluster import Cluster
 from fusetile.codegen.calls import KernelCall, Ref
 from fusetile.codegen.emit import Draft, DraftRecv, DraftSend
 from fusetile.graph import Graph
-from fusetile.ops import domain_of
 from fusetile.ops.loss import CLASS_LOSSES
 from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import Communication
@@ -120,8 +119,7 @@ def assemble(
             replace(shard, buffer=placed(shard.buffer)) for shard in _shards(graph, communication, storage, rank)
         ),
         gradients=tuple(
-            replace(gradient, buffer=placed(gradient.buffer))
-            for gradient in _gradients(graph, plan, communication, draft, storage, where, rank)
+            replace(gradient, buffer=placed(gradient.buffer)) for gradient in _gradients(graph, draft, where)
         ),
         loss=placed(storage.delivered[loss]),
         segment_seconds=seconds,
@@ -211,36 +209,15 @@ def _shards(graph: Graph, communication: Communication, storage: DeviceBuffers, 
     return shards
 
 
-def _gradients(
-    graph: Graph,
-    plan: Plan,
-    communication: Communication,
-    draft: Draft,
-    storage: DeviceBuffers,
-    where: list[tuple[int, int]],
-    rank: int,
-) -> list[Gradient]:
-    """Where each gradient can be read: just before the update, in the update's shards."""
+def _gradients(graph: Graph, draft: Draft, where: list[tuple[int, int]]) -> list[Gradient]:
+    """Where each gradient can be read: just before the update, in the update's shards, piece by piece."""
     found = []
     producers = graph.producers()
-    for name, gradient in graph.gradients.items():
-        op = producers[graph.next_value[name]]
-        box = plan.placements[op.name].own[rank]
-        if not volume(box):
-            continue
-        parameter = graph.parameters[name]
-        step, call = where[draft.first_call[op.name]]
-        index = communication.reads[op.name, gradient]
-        found.append(
-            Gradient(
-                name,
-                parameter.onnx_name,
-                graph.tensors[name].shape,
-                parameter.transposed,
-                domain_of(graph, op).output(box),
-                storage.delivered[index],
-                step,
-                call,
+    for name in graph.gradients:
+        for piece in draft.pieces.get(producers[graph.next_value[name]].name, []):
+            shape, parameter = graph.tensors[name].shape, graph.parameters[name]
+            step, call = where[piece.at]
+            found.append(
+                Gradient(name, parameter.onnx_name, shape, parameter.transposed, piece.box, piece.buffer, step, call)
             )
-        )
     return found

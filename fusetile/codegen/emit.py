@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from fusetile.box import Box, volume
+from fusetile.codegen.bands import banded, bands
 from fusetile.codegen.calls import KernelCall, Ref, ref
 from fusetile.codegen.conv_choice import Numerics
 from fusetile.codegen.lower import lower
@@ -45,20 +46,29 @@ class DraftRecv:
     size_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a gradient, which is complete in `buffer` just before step `at` of the draft."""
+
+    box: Box
+    buffer: Buffer
+    at: int
+
+
 DraftStep = KernelCall | DraftSend | DraftRecv | Wait
 
 
 @dataclass(slots=True)
 class Draft:
     """One device's program on named buffers. `persistent` ones keep their content for ever, `fed` ones are filled
-    before each step, `logged` ones read after it. `first_call[op]` is the index in `steps` of an op's first call."""
+    before each step, `logged` ones read after it. `pieces[op]`: the gradient that an update takes."""
 
     steps: list[DraftStep] = field(default_factory=list)
     buffers: dict[str, Buffer] = field(default_factory=dict)
     persistent: set[str] = field(default_factory=set)
     fed: set[str] = field(default_factory=set)
     logged: set[str] = field(default_factory=set)
-    first_call: dict[str, int] = field(default_factory=dict)
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
 
 
 def emit(
@@ -96,13 +106,17 @@ class _Emitter:
         self.schedule, self.storage, self.device = schedule, storage, device
         self.target, self.block, self.numerics = target, block, numerics
         self.draft = Draft()
+        self.actions = schedule.actions[device]
+        self.banded = banded(graph, plan, communication, storage, self.actions, device)
+        producers = graph.producers()
+        self.gradients = {producers[graph.next_value[key]].name: name for key, name in graph.gradients.items()}
 
     def run(self) -> Draft:
         for name in self.graph.parameters:
             self._adopt(name, parameter=True)
         for name in sorted(self.graph.fed()):
             self._adopt(name, parameter=False)
-        for action in self.schedule.actions[self.device]:
+        for action in self.actions:
             self._act(action)
         deliveries = self.communication.deliveries
         self.draft.logged = {
@@ -133,8 +147,10 @@ class _Emitter:
 
     def _act(self, action: Action) -> None:
         match action:
-            case Compute(op):
-                self._compute(op)
+            case Compute(op) if op in self.banded:
+                self._compute_in_bands(op, self.banded[op])
+            case Compute(op) if op not in self.banded.values():
+                self._compute(op, self.plan.placements[op].compute[self.device])
             case Pack(tag):
                 self._pack(self.schedule.transfers[tag])
             case Ship(tag):
@@ -150,19 +166,37 @@ class _Emitter:
             case Place(delivery):
                 self._place(delivery)
 
-    def _compute(self, name: str) -> None:
+    def _compute(self, name: str, box: Box, band: Buffer | None = None) -> None:
+        """A box of an op's iterations; with `band`, that stands for the gradient that is made or taken."""
         op = self.graph.ops[name]
-        domain, box = domain_of(self.graph, op), self.plan.placements[name].compute[self.device]
-        inputs = [self._input(name, tensor) for tensor in op.inputs]
-        outputs = [self._use(self.storage.home[tensor]) for tensor in op.outputs]
+        gradient = self.gradients.get(name)
+        inputs = [band if band and tensor == gradient else self._input(name, tensor) for tensor in op.inputs]
+        outputs = [band] if band and not gradient else [self._use(self.storage.home[tensor]) for tensor in op.outputs]
+        domain = domain_of(self.graph, op)
+        if gradient:
+            place = inputs[op.inputs.index(gradient)]
+            self.draft.pieces.setdefault(name, []).append(Piece(domain.output(box), place, len(self.draft.steps)))
         lowered = lower(op, domain, box, inputs, outputs, target=self.target, numerics=self.numerics)
-        self.draft.first_call[name] = len(self.draft.steps)
         names = {buffer.name: Ref(f"{buffer.name} of {name}") for buffer in lowered.scratch}
         for buffer in lowered.scratch:
             label = names[buffer.name].buffer
-            self.draft.buffers[label] = replace(buffer, name=label)
+            known = self.draft.buffers.get(label, buffer)
+            self.draft.buffers[label] = replace(max(known, buffer, key=lambda one: one.size_bytes), name=label)
         for call in lowered.calls:
             self._call(replace(call, op=name), names)
+
+    def _compute_in_bands(self, update: str, maker: str) -> None:
+        """An update, and before it the op that makes its gradient."""
+        home = self.storage.home[self.gradients[update]]
+        domain = domain_of(self.graph, self.graph.ops[maker])
+        made = self.plan.placements[maker].compute[self.device]
+        for box in bands(domain.output(made), home):
+            rows_columns = dict(zip("kc", box, strict=True))
+            part = tuple(rows_columns.get(axis.name, all_) for axis, all_ in zip(domain.axes, made, strict=True))
+            band = replace(home, name=f"a band of {home.name}", box=box)
+            self._use(band)
+            self._compute(maker, part, band)
+            self._compute(update, box, band)
 
     def _call(self, call: KernelCall, places: Mapping[str, Ref]) -> None:
         """Append a call; buffers in `places` lie at that address of another one."""
