@@ -18,7 +18,7 @@ from rich.table import Table
 from fusetile.cluster import local_cluster
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
-from fusetile.passes.add_optimizer import add_optimizer
+from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.differentiate import differentiate
 from fusetile.passes.fuse import fuse
 from fusetile.passes.prune import prune
@@ -39,7 +39,7 @@ def training_graph(build: Callable[[], onnx.ModelProto], loss: str, batch: int) 
         path = Path(folder) / "model.onnx"
         onnx.save(build(), path)
         graph = import_onnx(path, batch=batch)
-    graph = prune(add_optimizer(differentiate(graph, loss=loss), momentum=0.9, weight_decay=0.0))
+    graph = prune(add_optimizer(differentiate(graph, loss=loss), Optimizer(momentum=0.9, weight_decay=0.0)))
     return rematerialize(fuse(graph))
 
 

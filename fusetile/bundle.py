@@ -56,7 +56,7 @@ def write_bundle(
         model_hash=model_hash,
         batch=graph.tensors[graph.inputs[0]].shape[0],
         seed=training.seed,
-        learning_rate=training.learning_rate,
+        rates=training.rates,
     )
     build.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{build.name}.", dir=build.parent))

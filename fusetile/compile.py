@@ -16,8 +16,9 @@ from fusetile.passes.add_optimizer import add_optimizer
 from fusetile.passes.assign import assign
 from fusetile.passes.buffers import buffers
 from fusetile.passes.communicate import communicate
-from fusetile.passes.differentiate import ClassOptions, differentiate
+from fusetile.passes.differentiate import differentiate
 from fusetile.passes.fit import fit
+from fusetile.passes.freeze import freeze
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import group
 from fusetile.passes.prune import prune
@@ -28,6 +29,7 @@ from fusetile.trace import Trace
 
 PASSES = (
     "import_onnx",
+    "freeze",
     "differentiate",
     "add_optimizer",
     "prune",
@@ -65,10 +67,12 @@ def compile_graph(
     """All that comes after the import; `model` is the file that the graph came from."""
     targets = [target_named(node.device.target) for node in cluster.nodes]
     block = min(target.block for target in targets)
+    with trace.stage("freeze") as seen:
+        graph = seen(freeze(graph, frozen=training.freeze, trained=training.train))
     with trace.stage("differentiate") as seen:
-        graph = seen(differentiate(graph, loss=training.loss, classes=_class_options(training)))
+        graph = seen(differentiate(graph, loss=training.loss, classes=training.classes))
     with trace.stage("add_optimizer") as seen:
-        graph = seen(add_optimizer(graph, momentum=training.momentum, weight_decay=training.weight_decay))
+        graph = seen(add_optimizer(graph, training.update))
     with trace.stage("prune") as seen:
         graph = seen(prune(graph))
     with trace.stage("fuse") as seen:
@@ -111,9 +115,3 @@ def compile_graph(
             on_progress=trace.on_progress,
         )
     return build
-
-
-def _class_options(training: Training) -> ClassOptions:
-    return ClassOptions(
-        ignore=training.ignore_index, weights=training.weight_per_class, smoothing=training.label_smoothing
-    )

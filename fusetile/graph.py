@@ -51,17 +51,19 @@ class Parameter:
 
     `value` is the initial value in the graph's shape. `onnx_name` is the initializer it came from ("" for optimizer
     state); `transposed` says that the initializer is stored with its two axes swapped (Gemm with transB = 0).
+    `average_of` is the weight whose running average this is.
     """
 
     value: np.ndarray
     trainable: bool
     onnx_name: str = ""
     transposed: bool = False
+    average_of: str = ""
 
 
 class Graph:
     """Ops over named tensors. Fed each step: `inputs`; `targets` (tensor -> its key in the data: y, or y0, y1, ...);
-    `controls` (tensor -> what it holds: "step" or "learning_rate", shape (1,)). `outputs` are the model's,
+    `controls` (tensor -> what it holds: "step", or a role in `rates`, shape (1,)). `outputs` are the model's,
     `parameters` persist, `next_value` maps a parameter to the tensor that becomes its value for the next step,
     `gradients` maps a trained parameter to its gradient tensor, `loss` names the loss (shape (1,))."""
 

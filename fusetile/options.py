@@ -16,9 +16,11 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from fusetile.errors import UserError
+from fusetile.passes.add_optimizer import Kind, Optimizer
+from fusetile.passes.differentiate import ClassOptions
+from fusetile.rates import Rates, Schedule
 
 Loss = Literal["cross-entropy", "nll", "mse", "l1", "smooth-l1", "bce-with-logits", "model"]
-Optimizer = Literal["sgd"]
 
 
 def _option(panel: str, flag: str, help_text: str, **more: Any) -> Any:
@@ -64,14 +66,54 @@ class Training:
         int | None,
         _training("--batch", "Samples per step, over all devices. Default: the model's own, or 1.", min=1),
     ] = None
-    optimizer: Annotated[Optimizer, _training("--optimizer", "sgd is PyTorch's: v = momentum*v + g; w -= lr*v.")] = (
-        "sgd"
-    )
-    learning_rate: Annotated[float, _training("--lr", "Learning rate.")] = 0.01
-    momentum: Annotated[float, _training("--momentum", "Momentum; 0 keeps no velocity in memory.")] = 0.9
+    optimizer: Annotated[
+        Kind, _training("--optimizer", "PyTorch's, with its defaults where no option says otherwise.")
+    ] = "sgd"
+    learning_rate: Annotated[
+        float | None,
+        _training("--lr", "Learning rate. Default: 0.01; for adam and adamw 0.001."),
+    ] = None
+    momentum: Annotated[
+        float | None,
+        _training("--momentum", "Of sgd (default 0.9) and rmsprop (default 0); 0 keeps no velocity in memory."),
+    ] = None
+    nesterov: Annotated[bool, _training("--nesterov", "Nesterov's momentum, for sgd.")] = False
     weight_decay: Annotated[
-        float, _training("--weight-decay", "Added to the gradient of every parameter, times the parameter.")
+        float | None,
+        _training(
+            "--weight-decay",
+            "Added to the gradient of every parameter, times the parameter; adamw shrinks the parameter itself. "
+            "Default: 0; for adamw 0.01.",
+        ),
+    ] = None
+    betas: Annotated[str, _training("--betas", "Of adam and adamw.", metavar="B1,B2")] = "0.9,0.999"
+    alpha: Annotated[float, _training("--alpha", "Of rmsprop: what stays of the mean square.", min=0.0, max=1.0)] = 0.99
+    epsilon: Annotated[float, _training("--eps", "Of adam, adamw and rmsprop.", min=0.0)] = 1e-8
+    clip_norm: Annotated[
+        float, _training("--clip-norm", "Scale all gradients down to this norm; 0 for no limit.", min=0.0)
     ] = 0.0
+    ema: Annotated[
+        float,
+        _training(
+            "--ema",
+            "The result is running averages of the weights, of which this part stays per step.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = 0.0
+    freeze: Annotated[str, _training("--freeze", "Initializers that stay as they are.", metavar="PATTERN,...")] = ""
+    train: Annotated[str, _training("--train", "Train only these initializers.", metavar="PATTERN,...")] = ""
+    schedule: Annotated[
+        Schedule, _training("--schedule", "How the learning rate goes on, step by step; see the README.")
+    ] = "constant"
+    warmup: Annotated[
+        int, _training("--warmup", "Steps in which the learning rate rises linearly.", min=0, metavar="STEPS")
+    ] = 0
+    step_size: Annotated[int, _training("--step-size", "Of schedule step.", min=1, metavar="STEPS")] = 1000
+    milestones: Annotated[str, _training("--milestones", "Of schedule multistep.", metavar="STEP,...")] = ""
+    gamma: Annotated[float, _training("--gamma", "Factor of schedules step and multistep.", min=0.0)] = 0.1
+    power: Annotated[float, _training("--power", "Of schedule polynomial.", min=0.0)] = 1.0
+    min_lr: Annotated[float, _training("--min-lr", "Where schedule cosine ends.", min=0.0)] = 0.0
     bn: Annotated[
         Literal["train", "frozen"],
         _training(
@@ -119,19 +161,71 @@ class Training:
     ] = False
 
     @property
-    def weight_per_class(self) -> tuple[float, ...]:
-        """The numbers of `class_weights`."""
-        return _numbers("--class-weights", self.class_weights)
+    def classes(self) -> ClassOptions:
+        """What the loss of classes counts how much."""
+        weights = _numbers("--class-weights", self.class_weights)
+        return ClassOptions(ignore=self.ignore_index, weights=weights, smoothing=self.label_smoothing)
+
+    @property
+    def update(self) -> Optimizer:
+        """The optimizer, with the defaults that it has in PyTorch, and momentum 0.9 for sgd."""
+        momentum = {"sgd": 0.9}.get(self.optimizer, 0.0) if self.momentum is None else self.momentum
+        decay = {"adamw": 0.01}.get(self.optimizer, 0.0) if self.weight_decay is None else self.weight_decay
+        return Optimizer(
+            kind=self.optimizer,
+            momentum=momentum,
+            nesterov=self.nesterov,
+            weight_decay=decay,
+            betas=self._betas,
+            alpha=self.alpha,
+            epsilon=self.epsilon,
+            clip_norm=self.clip_norm,
+            ema=self.ema,
+        )
+
+    @property
+    def rates(self) -> Rates:
+        """The learning rate of every step."""
+        milestones = _numbers("--milestones", self.milestones)
+        rate = {"adam": 0.001, "adamw": 0.001}.get(self.optimizer, 0.01)
+        return Rates(
+            learning_rate=rate if self.learning_rate is None else self.learning_rate,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            step_size=self.step_size,
+            milestones=tuple(map(int, milestones)),
+            gamma=self.gamma,
+            power=self.power,
+            minimum=self.min_lr,
+            betas=self._betas,
+        )
+
+    @property
+    def _betas(self) -> tuple[float, float]:
+        betas = _numbers("--betas", self.betas)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"--betas {self.betas}: give two numbers from 0 to below 1, such as 0.9,0.999")
+        return betas[0], betas[1]
 
     def __post_init__(self) -> None:
+        update, rates = self.update, self.rates
         for flag, value in (
-            ("--lr", self.learning_rate),
-            ("--momentum", self.momentum),
-            ("--weight-decay", self.weight_decay),
+            ("--lr", rates.learning_rate),
+            ("--momentum", update.momentum),
+            ("--weight-decay", update.weight_decay),
+            ("--clip-norm", update.clip_norm),
         ):
             if not 0 <= value < math.inf:
                 raise UserError(f"{flag} {value}: must be a number of at least 0")
-        if any(weight < 0 for weight in self.weight_per_class):
+        if self.nesterov and (self.optimizer != "sgd" or not update.momentum):
+            raise UserError("--nesterov needs --optimizer sgd and a momentum above 0")
+        if self.momentum and self.optimizer in ("adam", "adamw"):
+            raise UserError(f"--momentum {self.momentum}: {self.optimizer} has none; see --betas")
+        if self.schedule == "multistep" and not rates.milestones:
+            raise UserError("--schedule multistep needs --milestones")
+        if not self.ema < 1:
+            raise UserError(f"--ema {self.ema}: must be below 1, or no weight would ever count")
+        if any(weight < 0 for weight in self.classes.weights):
             raise UserError(f"--class-weights {self.class_weights}: weights must be at least 0")
 
 

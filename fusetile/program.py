@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from fusetile.box import Box, extents, view4
+from fusetile.rates import Rates
 
 ALIGNMENT_bytes = 64
 REDZONE_bytes = 256  # before and behind every buffer of a program with guards
@@ -127,7 +128,7 @@ _STEPS = {"run": Run, "send": Send, "recv": Recv, "wait": Wait}
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """A buffer that the runtime fills before each step. `role` is input, target, learning_rate or step; `key` is the
+    """A buffer that the runtime fills before each step. `role` is input, target, step or one of `Rates`; `key` is the
     name in the data (input or target); `shape` is that of the whole batch."""
 
     role: str
@@ -144,7 +145,7 @@ class Shard:
     (`updated` False) are loaded and never gathered: every device has what it needs of them."""
 
     parameter: str  # name in the graph
-    onnx_name: str  # initializer in the model; "" for optimizer state
+    onnx_name: str  # the initializer whose result this is; "" for state, and for weights of which an average is kept
     shape: tuple[int, ...]  # of the whole parameter, in the graph
     transposed: bool
     box: Box
@@ -198,7 +199,7 @@ class Program:
     gradients: tuple[Gradient, ...]
     loss: Buffer | None
     segment_seconds: float = 0.0  # longest predicted segment: the progress deadline derives from it
-    learning_rate: float = 0.0
+    rates: Rates = field(default_factory=lambda: Rates(learning_rate=0.0))
     peers: tuple[int, ...] = ()  # ranks with which this device exchanges something (besides the gathering at the end)
     zones: tuple[Zone, ...] = ()  # with --guard: all buffers, each between redzones
     schema: int = field(default=SCHEMA_VERSION)
@@ -222,6 +223,7 @@ def from_json(source: str) -> Program:
     fields["shards"] = tuple(Shard(**_with_buffer(item)) for item in fields["shards"])
     fields["gradients"] = tuple(Gradient(**_with_buffer(item)) for item in fields["gradients"])
     fields["zones"] = tuple(Zone(**{key: _tuples(value) for key, value in item.items()}) for item in fields["zones"])
+    fields["rates"] = Rates(**{key: _tuples(value) for key, value in fields["rates"].items()})
     fields["loss"] = _buffer(fields["loss"]) if fields["loss"] else None
     return Program(**{key: _tuples(value) for key, value in fields.items()})
 

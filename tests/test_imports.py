@@ -13,7 +13,7 @@ import fusetile
 
 ROOT = Path(fusetile.__file__).parent
 MODULES = {".".join(("fusetile", *path.relative_to(ROOT).with_suffix("").parts)): path for path in ROOT.rglob("*.py")}
-BASE = {"box", "plan", "program", "errors", "philox"}
+BASE = {"box", "plan", "program", "errors", "philox", "rates"}
 
 # What each part may import of fusetile besides itself; `graph` and `ops` are one layer, `passes` and `planner` another:
 # one pass asks the planner, which plays its plans through those that follow.
@@ -21,12 +21,13 @@ ALLOWED: dict[str, set[str]] = {
     "box": set(),
     "errors": set(),
     "philox": set(),
+    "rates": set(),
     "plan": {"box", "errors"},
-    "program": {"box"},
+    "program": {"box", "rates"},
     "graph": BASE | {"ops"},
     "ops": BASE | {"graph"},
     "trace": {"graph"},
-    "options": {"errors"},
+    "options": {"errors", "rates", "passes"},
     "reference": BASE | {"graph", "ops"},
     "cluster": {"errors"},
     "cost": BASE | {"graph", "ops", "cluster"},

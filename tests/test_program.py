@@ -24,6 +24,7 @@ from fusetile.program import (
     from_json,
     to_json,
 )
+from fusetile.rates import Rates
 
 MAP = Buffer("y", ((1, 3), (8, 30), (2, 9), (0, 5)), "float32", (1, 8), (1, 2), 11, 4096)
 FILTER = Buffer("w", ((8, 21), (0, 13), (0, 3), (0, 2)), "float32", (8, 8), offset_bytes=128)
@@ -50,7 +51,7 @@ def program() -> Program:
         gradients=(Gradient("fc.w", "fc.weight", (21, 13), False, ((0, 8), (0, 13)), FILTER, 1, 1),),
         loss=VECTOR,
         segment_seconds=0.25,
-        learning_rate=0.1,
+        rates=Rates(learning_rate=0.1),
         peers=(0, 2),
         zones=(Zone("y", 4096, 9216, (-1, 0), (2, 1)),),
     )

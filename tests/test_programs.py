@@ -20,6 +20,7 @@ from fusetile.compile import compile_graph
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.options import Training
+from fusetile.passes.add_optimizer import Optimizer
 from fusetile.program import Buffer, Run
 from fusetile.reference import evaluate
 from fusetile.runtime.storage import unpack
@@ -29,7 +30,7 @@ from tests.graphs import NETWORKS, Net, feeds
 from tests.local_cluster import Device, LocalCluster
 from tests.onnx_tools import save
 from tests.random_graphs import random_graph
-from tests.training import loss_of, training_graph, worst
+from tests.training import OPTIMIZER, loss_of, training_graph, worst
 
 TOLERANCE = 1e-4  # relative to the largest element of a tensor
 
@@ -42,11 +43,9 @@ def build(graph: Graph, folder: Path, plan: str, cluster: Cluster | int, **optio
         loss=loss_of(graph),
         batch=graph.tensors["x"].shape[0],
         learning_rate=0.05,
-        momentum=0.9,
-        weight_decay=1e-3,
         plan=plan,
         guard=True,
-        **options,
+        **({"momentum": 0.9, "weight_decay": 1e-3} | options),
     )
     cluster = local_cluster(cluster) if isinstance(cluster, int) else cluster
     return compile_graph(graph, model=model, cluster=cluster, training=training, build=folder / "build", trace=Trace())
@@ -57,9 +56,15 @@ def by_key(graph: Graph, fed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     return {graph.targets.get(name, graph.controls.get(name, name)): value for name, value in fed.items()}
 
 
-def check_steps(graph: Graph, cluster: LocalCluster, steps: int, tolerance: float = TOLERANCE) -> None:
+def check_steps(
+    graph: Graph,
+    cluster: LocalCluster,
+    steps: int,
+    tolerance: float = TOLERANCE,
+    optimizer: Optimizer = OPTIMIZER,
+) -> None:
     """Train and compare after every step; the reference goes on from its own parameters."""
-    graph = training_graph(graph)
+    graph = training_graph(graph, optimizer=optimizer)
     state: dict[str, np.ndarray] = {}
     for step in range(1, steps + 1):
         fed = feeds(graph, seed=step) | {
@@ -114,6 +119,13 @@ PLANS = [
 def test_programs_equal_the_reference(name: str, plan: str, nodes: int, tmp_path: Path) -> None:
     graph = NETWORKS[name](3)
     check_steps(graph, LocalCluster(build(graph, tmp_path, plan, nodes)), steps=2)
+
+
+def test_an_optimizer_with_state_average_and_clipping(tmp_path: Path) -> None:
+    graph = NETWORKS["normalized"](3)
+    options: dict[str, Any] = {"weight_decay": 0.1, "clip_norm": 0.05, "ema": 0.9}
+    cluster = LocalCluster(build(graph, tmp_path, "random:3", 3, optimizer="adamw", momentum=None, **options))
+    check_steps(graph, cluster, steps=2, optimizer=Optimizer(kind="adamw", **options))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -8,7 +8,7 @@ import numpy as np
 
 from fusetile.cluster import PROFILES, Cluster, Node, local_cluster
 from fusetile.graph import Graph
-from fusetile.passes.add_optimizer import add_optimizer
+from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.assign import assign
 from fusetile.passes.communicate import Communication, communicate
 from fusetile.passes.differentiate import ClassOptions, differentiate
@@ -20,6 +20,7 @@ from fusetile.plan import Plan
 from fusetile.plan_executor import execute
 
 GRIDS = {1: [], 2: ["grid:2x1", "grid:1x2"], 3: ["grid:3x1", "grid:1x3"], 4: ["grid:2x2"], 6: ["grid:2x3", "grid:3x2"]}
+OPTIMIZER = Optimizer(momentum=0.9, weight_decay=1e-3)
 
 
 def loss_of(graph: Graph) -> str:
@@ -32,12 +33,11 @@ def training_graph(
     *,
     loss: str = "",
     classes: ClassOptions | None = None,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-3,
+    optimizer: Optimizer = OPTIMIZER,
 ) -> Graph:
     """The graph that is planned: forward, loss, backward, update; pruned, fused, cheap maps recomputed."""
     graph = differentiate(graph, loss=loss or loss_of(graph), classes=classes)
-    return rematerialize(fuse(prune(add_optimizer(graph, momentum=momentum, weight_decay=weight_decay))))
+    return rematerialize(fuse(prune(add_optimizer(graph, optimizer))))
 
 
 def mixed_cluster(*kinds: str) -> Cluster:

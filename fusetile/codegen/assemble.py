@@ -29,6 +29,7 @@ from fusetile.program import (
     Wait,
     Zone,
 )
+from fusetile.rates import Rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Identity:
     model_hash: str
     batch: int
     seed: int
-    learning_rate: float
+    rates: Rates
 
 
 def lifetimes(draft: Draft) -> dict[str, tuple[int, int]]:
@@ -123,7 +124,7 @@ def assemble(
         ),
         loss=placed(storage.delivered[loss]),
         segment_seconds=seconds,
-        learning_rate=identity.learning_rate,
+        rates=identity.rates,
         peers=tuple(sorted({step.peer for step in steps if isinstance(step, Send | Recv)})),
         zones=_zones(draft, memory, where, len(steps)) if memory.redzone_bytes else (),
     )
@@ -192,7 +193,10 @@ def _feeds(graph: Graph, communication: Communication, storage: DeviceBuffers) -
 
 def _shards(graph: Graph, communication: Communication, storage: DeviceBuffers, rank: int) -> list[Shard]:
     shards = []
+    averaged = {parameter.average_of for parameter in graph.parameters.values()}
     for name, parameter in graph.parameters.items():
+        original = graph.parameters[parameter.average_of] if parameter.average_of else parameter
+        onnx_name = "" if name in averaged else original.onnx_name
         shape = graph.tensors[name].shape
         if name in communication.layouts:
             held = [(communication.layouts[name].own[rank], storage.home.get(name))]
@@ -205,7 +209,7 @@ def _shards(graph: Graph, communication: Communication, storage: DeviceBuffers, 
         for box, buffer in held:
             if volume(box) and buffer:
                 updated = name in graph.next_value
-                shards.append(Shard(name, parameter.onnx_name, shape, parameter.transposed, box, buffer, updated))
+                shards.append(Shard(name, onnx_name, shape, original.transposed, box, buffer, updated))
     return shards
 
 

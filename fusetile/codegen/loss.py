@@ -112,7 +112,7 @@ def _loss_of_classes(
     partial = Buffer(f"{op.name}.partial", ((0, units),), "float64")
     call = KernelCall(kernel, units, (*classes.refs, ref(partial)), classes.ints, tuple(classes.floats.values()))
     total = classes.refs[3] if len(inputs) > 2 else None
-    mean = _mean(ref(partial), units, op.attrs["count"], output, domain.output(box), total=total)
+    mean = mean_of_partials(ref(partial), units, op.attrs["count"], output, domain.output(box), total=total)
     return Lowered((call, mean), (partial,))
 
 
@@ -260,7 +260,7 @@ for u in T.serial(lo, hi):
     ints = (rows, columns, *_label_strides(labels), op.attrs.get("ignore", NO_LABEL))
     pointers = (ref(labels, need), ref(weights, domain.need(box, 1)), ref(partial))
     call = KernelCall(kernel, units, pointers, ints)
-    return Lowered((call, _mean(ref(partial), units, 1, outputs[0], domain.output(box))), (partial,))
+    return Lowered((call, mean_of_partials(ref(partial), units, 1, outputs[0], domain.output(box))), (partial,))
 
 
 def lower_mean_of_pairs(
@@ -292,11 +292,13 @@ def lower_mean_of_pairs(
     partial = Buffer(f"{op.name}.partial", ((0, size),), "float64")
     channels = extents(view4(domain.need(box, 0)))[1]
     call = mapped_call(kernel, loops, maps, pointers=[ref(partial)], ints=(channels,), floats=tuple(floats.values()))
-    mean = _mean(ref(partial), size, op.attrs["count"], outputs[0], domain.output(box))
+    mean = mean_of_partials(ref(partial), size, op.attrs["count"], outputs[0], domain.output(box))
     return Lowered((*before.calls, call, mean), (*before.scratch, partial))
 
 
-def _mean(partial: Ref, size: int, count: int, output: Buffer, box: Box, *, total: Ref | None = None) -> KernelCall:
+def mean_of_partials(
+    partial: Ref, size: int, count: int, output: Buffer, box: Box, *, total: Ref | None = None
+) -> KernelCall:
     """output[0] = (sum of the partial sums, in order) / count, or over a total that is data, unless that is zero."""
     divisor = 'T.Cast("float64", T.Select(TOTAL[0] == T.float32(0), T.float32(1), TOTAL[0]))'
     body = f"""

@@ -18,7 +18,8 @@ _CONVOLUTIONS = ("conv", "conv_input_grad", "conv_weight_grad")
 # Row.kernel -> the module in this package whose function lower_FAMILY lowers it
 _MODULES = {
     "elementwise": "elementwise",
-    "sgd": "update",
+    "update": "update",
+    "gradient_norm": "update",
     "dropout": "dropout",
     "max_pool": "pool",
     "max_pool_grad": "pool",

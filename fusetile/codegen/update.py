@@ -1,47 +1,121 @@
-"""SGD with momentum and weight decay, in place, in any layout of the parameter.
+"""The weight update: an optimizer's assignments in one pass, in place, in any layout of the parameter.
 
 Products and sums are never contracted, so that every CPU computes the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from fusetile.box import Box
-from fusetile.codegen.calls import Lowered, ref
+from fusetile.box import Box, volume
+from fusetile.codegen.calls import Lowered, Ref, ref, vectors
+from fusetile.codegen.loss import mean_of_partials
 from fusetile.codegen.reblock import conform
-from fusetile.codegen.strided import strided_call, strided_kernel
+from fusetile.codegen.strided import LANES, nest_of, strided_call, strided_kernel
 from fusetile.codegen.targets import Target
+from fusetile.errors import PlanError
 from fusetile.graph import Op
 from fusetile.ops import Domain
+from fusetile.ops.update import OPERATORS, assignments, controls_of, number_in, operand_names, states_of
 from fusetile.program import Buffer
 
 # TVM's LLVM fuses whatever product it sees go into a sum; it does not see one through integers. `zero` is 0.
-_ROUNDED = 'p[v] = T.reinterpret("float32", T.bitwise_xor(T.reinterpret("int32", {}), zero))'
+_ROUNDED = 'T.reinterpret("float32", T.bitwise_xor(T.reinterpret("int32", {}), zero))'
+
+_FLAGS = ("momentum", "nesterov", "weight_decay", "decoupled", "clipped", "ema")  # what changes the assignments
 
 
-def lower_sgd(
+@dataclass(slots=True)
+class _Translator:
+    """Expressions -> vector statements that fill t0, t1, ...; numbers become the float arguments a0, a1, ..."""
+
+    attrs: Mapping[str, Any]
+    values: dict[str, str]
+    statements: list[str] = field(default_factory=list)
+    floats: dict[str, tuple[str, float]] = field(default_factory=dict)
+
+    def assign(self, name: str, expression: str) -> None:
+        """From here on `name` has the value of the expression."""
+        self.values[name] = self._keep(self._text(ast.parse(expression, mode="eval").body))
+
+    def _text(self, node: ast.expr) -> str:
+        number = number_in(node, self.attrs, self.values)
+        if number is not None:
+            return self.floats.setdefault(ast.unparse(node), (f"a{len(self.floats)}", number))[0]
+        match node:
+            case ast.Name(id=name):
+                return self.values[name]
+            case ast.BinOp(left, operator, right):
+                text = f"({self._text(left)} {OPERATORS[type(operator)][0]} {self._text(right)})"
+                return self._keep(_ROUNDED.format(text)) if isinstance(operator, ast.Mult) else text
+            case ast.Call(ast.Name("sqrt"), [argument]):
+                return f"T.sqrt({self._text(argument)})"
+        raise PlanError(f"no kernel for {ast.unparse(node)!r}")
+
+    def _keep(self, text: str) -> str:
+        name = f"t{len(self.statements)}[v]"
+        self.statements.append(f"{name} = {text}")
+        return name
+
+
+def lower_update(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
-    """g' = g + weight_decay * w; v' = momentum * v + g'; w' = w - learning_rate * v'."""
-    _, gradient, rate, *_ = inputs
+    """One pass over the shard: the weight, its gradient and its states."""
     written = domain.output(box)
-    before, [moved] = conform(op, [(gradient, domain.need(box, 1))], outputs[0].block)
-    operands = [(outputs[0], written), moved, *((state, written) for state in outputs[1:])]
-    names = ("W", "G", "V")[: len(operands)]
-    statements = [_ROUNDED.format("decay * {W}"), "g[v] = {G} + p[v]"]
-    if len(outputs) > 1:
-        statements += [_ROUNDED.format("momentum * {V}"), "g[v] = p[v] + g[v]", "{V} = g[v]"]
-    statements += [_ROUNDED.format("RATE[0] * g[v]"), "{W} = {W} - p[v]"]
-    kernel = strided_kernel(
-        "sgd_momentum" if len(outputs) > 1 else "sgd",
-        operands=dict.fromkeys(names, "float32"),
-        constants={"RATE": "float32"},
-        statements=statements,
-        more_ints=("zero",),
-        floats=("decay", "momentum"),
-        scratch={"p": "float32", "g": "float32"},
+    before, [moved] = conform(op, [(inputs[1], domain.need(box, 1))], outputs[0].block)
+    changed = ("w", *states_of(op.kind, op.attrs))
+    controls = ("learning_rate", *controls_of(op.kind, op.attrs))
+    names = operand_names(op.kind, op.attrs)
+    translate = _Translator(
+        op.attrs, {**{name: f"{{{name}}}" for name in (*changed, "g")}, **{n: f"{n}[0]" for n in controls}}
     )
-    floats = (op.attrs["weight_decay"], op.attrs["momentum"])
-    call = strided_call(kernel, operands, constants=[ref(rate, domain.need(box, 2))], more_ints=(0,), floats=floats)
+    for name, expression in assignments(op.kind, op.attrs):
+        translate.assign(name, expression)
+    stores = [f"{{{name}}} = {translate.values[name]}" for name in changed]
+    flags = [
+        flag for flag in ("momentum", "nesterov", "weight_decay", "decoupled", "clipped", "ema") if op.attrs.get(flag)
+    ]
+    kernel = strided_kernel(
+        "_".join((op.kind.lower(), *flags)),
+        operands=dict.fromkeys((*changed, "g"), "float32"),
+        constants=dict.fromkeys(controls, "float32"),
+        statements=[*translate.statements, *stores],
+        more_ints=("zero",),
+        floats=[name for name, _ in translate.floats.values()],
+        scratch={f"t{i}": "float32" for i in range(len(translate.statements))},
+    )
+    call = strided_call(
+        kernel,
+        [*((buffer, written) for buffer in outputs), moved],
+        constants=[ref(inputs[i], domain.need(box, i)) for i in map(names.index, controls)],
+        more_ints=(0,),
+        floats=[number for _, number in translate.floats.values()],
+    )
     return Lowered((*before.calls, call), before.scratch)
+
+
+def lower_gradient_norm(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The squares of all shards, in float64: a sum per lane and unit of work of each, added up in order."""
+    needs = [domain.need(box, i) for i in range(len(inputs))]
+    shards = [(buffer, need) for buffer, need in zip(inputs, needs, strict=True) if volume(need)]
+    kernel = strided_kernel(
+        "squares",
+        operands={"G": "float32"},
+        constants={"PARTIAL": "float64"},
+        statements=['g[v] = T.Cast("float64", {G})', "total[v] = total[v] + g[v] * g[v]"],
+        scratch={"g": "float64", "total": "float64"},
+        before_unit=vectors(["total[v] = T.float64(0)"], LANES),
+        after_unit=vectors([f"PARTIAL[u * {LANES} + v] = total[v]"], LANES),
+    )
+    sizes = [nest_of([shard]).units * LANES for shard in shards]
+    partial = Buffer(f"{op.name}.partial", ((0, max(1, sum(sizes))),), "float64")
+    starts = [Ref(partial.name, 8 * sum(sizes[:i])) for i in range(len(sizes))]
+    calls = [strided_call(kernel, [shard], constants=[start]) for shard, start in zip(shards, starts, strict=True)]
+    total = mean_of_partials(ref(partial), sum(sizes), 1, outputs[0], domain.output(box))
+    return Lowered((*calls, total), (partial,))

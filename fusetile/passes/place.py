@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from fusetile.box import Box, empty, hull, intersect, volume, whole
 from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import domain_of, row
+from fusetile.ops.update import shards_box
 from fusetile.passes.tile import Split, shard, tile
 from fusetile.plan import Placement, Plan
 
@@ -30,8 +31,9 @@ def place_updates(
 ) -> dict[str, Placement]:
     """Placements of the ops that update parameters, given those of all others."""
     readers = graph.consumers()
-    placed = {}
-    for turns, op in enumerate(op for op in graph.ops.values() if op.phase == UPDATE):
+    placed: dict[str, Placement] = {}
+    updates = [op for op in graph.ops.values() if op.phase == UPDATE]
+    for turns, op in enumerate(op for op in updates if row(op.kind).in_place):
         _, position = row(op.kind).in_place[0]
         parameter = op.inputs[position]
         reads = [(reader, placements[reader.name]) for reader in readers[parameter] if reader.phase != UPDATE]
@@ -40,7 +42,22 @@ def place_updates(
         shards = shards_of(shape, needs, speeds=speeds, block=block, turns=turns)
         own = tuple(piece[:axes] if volume(piece) else empty(axes) for piece in shards)
         placed[op.name] = Placement(own, own)
-    return placed
+    clipping = {
+        op.name: _place_clipping(graph, op, placed, nodes=len(speeds)) for op in updates if op.name not in placed
+    }
+    return placed | clipping
+
+
+def _place_clipping(graph: Graph, op: Op, updates: Mapping[str, Placement], *, nodes: int) -> Placement:
+    """The norm is added up from the shards that are updated; everyone makes the factor of it."""
+    everything = domain_of(graph, op).box
+    if op.kind != "GradientNorm":
+        return Placement((everything,) * nodes, (everything, *[empty(len(everything))] * (nodes - 1)))
+    readers = graph.consumers()
+    of = [next(updates[reader.name] for reader in readers[name] if reader.name in updates) for name in op.inputs]
+    gradients = [graph.tensors[name] for name in op.inputs]
+    own = tuple(shards_box(gradients, [placement.own[device] for placement in of]) for device in range(nodes))
+    return Placement(own, own)
 
 
 def parameter_needs(

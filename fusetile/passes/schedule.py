@@ -149,14 +149,15 @@ def _order(graph: Graph, communication: Communication) -> tuple[str, ...]:
     position = {name: i for i, name in enumerate(names)}
     readers, producers = graph.consumers(), graph.producers()
     after: dict[int, list[str]] = {}
-    for op in graph.ops.values():
+    for op in graph.topological():
         if op.phase != UPDATE:
             continue
         before = [producers[name].name for name in op.inputs if name in producers]
         before += [reader.name for name in op.inputs if name in graph.parameters for reader in readers[name]]
         last = max((position[name] for name in before if name in position), default=len(names) - 1)
         crosses = any(communication.deliveries[communication.reads[op.name, name]].transfers() for name in op.inputs)
-        after.setdefault(_next_weight_gradient(graph, names, last) if crosses else last, []).append(op.name)
+        position[op.name] = _next_weight_gradient(graph, names, last) if crosses else last
+        after.setdefault(position[op.name], []).append(op.name)
     return tuple(name for i, op_name in enumerate(names) for name in (op_name, *after.get(i, [])))
 
 

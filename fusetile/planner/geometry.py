@@ -146,7 +146,7 @@ def placed_units(
             geometry.add(op, number, tuple(tiled[signature, split] for split in splits))
     readers = graph.consumers()
     for op in graph.ops.values():
-        if op.phase == UPDATE:
+        if op.phase == UPDATE and row(op.kind).in_place:  # clipping costs little beside the updates
             _, position = row(op.kind).in_place[0]
             reading = [reader for reader in readers[op.inputs[position]] if reader.phase != UPDATE]
             number = geometry.ops[reading[0].name].unit if reading else _unit_of_inputs(geometry, op)

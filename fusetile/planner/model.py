@@ -84,8 +84,8 @@ def model_of(
     """Tables for all units and for all pairs of units that exchange a tensor."""
     geometry = placed_units(graph, units, candidates, speeds=cluster.speeds, block=block)
     builder = _Builder(graph, geometry, cluster, [len(found) for found in candidates])
-    for name in graph.ops:
-        builder.add_compute(geometry.ops[name])
+    for placed in geometry.ops.values():
+        builder.add_compute(placed)
     for unit, compute in enumerate(builder.late):
         builder.compute[unit] = builder.early[unit].max(2).sum(0) + compute.max(1)
     for name, home in geometry.homes.items():
@@ -109,7 +109,8 @@ class _Builder:
         self.edge_waits: dict[Pair, Array] = {}
         self.edge_busy: dict[Pair, Array] = {}
         self.known: dict[tuple[bytes, ...], tuple[Array, Array]] = {}
-        self.readers = graph.consumers()
+        placed = {name: [op for op in ops if op.name in geometry.ops] for name, ops in graph.consumers().items()}
+        self.readers = placed
 
     def add_compute(self, placed: Placed) -> None:
         """The roofline of `cost.seconds_on`, for all candidates and devices at once."""

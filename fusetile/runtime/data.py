@@ -59,15 +59,15 @@ class Data:
             self._order = permutation(seed=self._program.seed, epoch=epoch, count=self.count)
         return self._order[position * self._program.batch : (position + 1) * self._program.batch]
 
-    def fill(self, arena: np.ndarray, step: int) -> None:
-        """Write the feeds of a training step."""
-        rows = self.rows(step)
+    def fill(self, arena: np.ndarray, step: int, *, total: int) -> None:
+        """Write the feeds of a training step, of `total`."""
+        rows, controls = self.rows(step), self._program.rates.controls(step, total)
         for feed in self._program.feeds:
             box = feed.buffer.box
-            if feed.role == "learning_rate":
-                pack(arena, feed.buffer, box, np.array(self._program.learning_rate, np.float32))
-            elif feed.role == "step":
+            if feed.role == "step":
                 pack(arena, feed.buffer, box, np.array(step, np.int32))
+            elif feed.role in controls:
+                pack(arena, feed.buffer, box, np.array(controls[feed.role], np.float32))
             elif volume(box):
                 batch, *rest = slices(box)
                 index: Any = (rows[batch], *rest)

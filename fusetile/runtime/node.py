@@ -100,7 +100,7 @@ def run(options: Options, signals: Signals) -> None:
         snapshot: Snapshot = []
         for step in range(1, total + 1):
             start = time.monotonic()
-            data.fill(arena, step)
+            data.fill(arena, step, total=total)
             loss = executor.run(step, snapshot=snapshot if step == total and meeting.wants["gradients"] else None)
             progress.step(StepRecord(step, loss, time.monotonic() - start, program.batch))
         release(arena, keep=results(program))  # the copies that follow take no more than a step did

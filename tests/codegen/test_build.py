@@ -30,6 +30,8 @@ SMALL = np.zeros((2, 19, 3, 3), np.float32)
 OPS: list[tuple[str, list[np.ndarray], dict[str, Any]]] = [
     ("LeakyRelu", [X], {"alpha": 0.1}),
     ("SGD", [C, C, ONE, C], {"momentum": 0.9, "weight_decay": 0.1}),
+    ("Adam", [C, C, ONE, C, C, ONE, ONE], {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8}),
+    ("GradientNorm", [C, C], {}),
     ("Dropout", [X, STEP], {"ratio": 0.5, "seed": 1, "site": 0}),
     ("MaxPool", [X], WINDOW),
     ("MaxPoolGrad", [SMALL, SMALL.astype(np.uint8)], {**WINDOW, "input_shape": X.shape}),
@@ -55,8 +57,8 @@ def kernels_of(kind: str, inputs: list[np.ndarray], attrs: dict[str, Any]) -> li
     box, tensors = case.domain.box, case.graph.tensors
     sources = [buffer_for(name, tensors[name], case.domain.need(box, i)) for i, name in enumerate(case.op.inputs)]
     results = [buffer_for(name, tensors[name], case.domain.output(box, o)) for o, name in enumerate(case.op.outputs)]
-    if kind in ("SGD", "RunningStatistics"):
-        results = [sources[0], sources[3]] if kind == "SGD" else sources[1:]
+    if kind in ("SGD", "Adam", "RunningStatistics"):
+        results = {"SGD": [sources[0], sources[3]], "Adam": [sources[0], *sources[3:5]]}.get(kind, sources[1:])
     return [call.kernel for call in lower(case.op, case.domain, box, sources, results, target=host()).calls]
 
 

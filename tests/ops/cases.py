@@ -322,13 +322,25 @@ def _others() -> list[Case]:
         Case("SumTo of rows", "SumTo", ((ROW, V),), {"shape": (7,)}),
         Case("Upsample", "Upsample", ((MAP, V),), {"factors": (2, 3)}),
         Case("Shift", "Shift", ((MAP, V),), {"offset": 0.5}),
+        Case("ClipScale", "ClipScale", (((1,), V),), {"limit": 0.5}, {0: np.array([4], np.float32)}),
     ]
     for shape, what in (((5, 3, 2, 2), F), ((4, 7), F), (C, V)):
         attrs = {"momentum": 0.9, "weight_decay": 0.01}
+        adam = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-3, "ema": 0.5}
+        rmsprop = {"alpha": 0.9, "epsilon": 1e-3}
+        positive = np.ones(shape, np.float32)
         state = ((shape, what), (shape, what), ((1,), V))
         cases += [
             Case(f"SGD of rank {len(shape)}", "SGD", state, attrs, rate),
             Case(f"SGD of rank {len(shape)} with momentum", "SGD", (*state, (shape, what)), attrs, rate),
+            Case(
+                f"Adam of rank {len(shape)} with an average",
+                "Adam",
+                (*state, *[(shape, what)] * 3, ((1,), V), ((1,), V)),
+                adam,
+                {**rate, 4: positive},
+            ),
+            Case(f"RMSprop of rank {len(shape)}", "RMSprop", (*state, (shape, what)), rmsprop, {**rate, 3: positive}),
         ]
     return cases
 

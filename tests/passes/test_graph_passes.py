@@ -7,7 +7,7 @@ import pytest
 
 from fusetile.errors import UserError
 from fusetile.graph import BACKWARD, FORWARD, UPDATE, Graph, Parameter
-from fusetile.passes.add_optimizer import add_optimizer
+from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.differentiate import differentiate
 from fusetile.passes.fuse import fuse
 from fusetile.passes.prune import prune
@@ -59,7 +59,7 @@ def assert_in_order(graph: Graph) -> None:
 
 
 def differentiated(graph: Graph) -> Graph:
-    return add_optimizer(differentiate(graph, loss=loss_of(graph)), momentum=0.9, weight_decay=1e-3)
+    return add_optimizer(differentiate(graph, loss=loss_of(graph)), Optimizer(momentum=0.9, weight_decay=1e-3))
 
 
 # -- differentiate ---------------------------------------------------------------------------------------------------
@@ -133,14 +133,14 @@ def test_errors_of_differentiate() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_add_optimizer_golden(momentum: float) -> None:
-    graph = add_optimizer(differentiate(small(), loss="cross-entropy"), momentum=momentum, weight_decay=0.01)
+    graph = add_optimizer(differentiate(small(), loss="cross-entropy"), Optimizer(momentum=momentum, weight_decay=0.01))
     updates = [line for line in as_text(graph).splitlines() if line.startswith(UPDATE)]
     names = ("add_optimizer", "add_optimizer_momentum")
     assert_golden(names[momentum > 0], "\n".join(updates) + "\n")
 
 
 def test_momentum_has_state_that_starts_at_zero() -> None:
-    graph = add_optimizer(differentiate(small(), loss="cross-entropy"), momentum=0.5, weight_decay=0.0)
+    graph = add_optimizer(differentiate(small(), loss="cross-entropy"), Optimizer(momentum=0.5, weight_decay=0.0))
     state = {name: p for name, p in graph.parameters.items() if name.endswith(".velocity")}
     assert len(state) == len(graph.gradients) == 3
     assert all(not p.value.any() and not p.trainable and p.onnx_name == "" for p in state.values())

@@ -13,6 +13,7 @@ from fusetile.box import Box
 from fusetile.errors import UserError
 from fusetile.philox import permutation
 from fusetile.program import Buffer, Feed, Program
+from fusetile.rates import Rates
 from fusetile.runtime.data import Data
 from fusetile.runtime.storage import make_arena, unpack
 from tests.runtime import toy
@@ -31,7 +32,9 @@ def program(*feeds: Feed, batch: int = 4) -> Program:
         Feed("learning_rate", "", (), Buffer("rate", (), offset_bytes=4160)),
         Feed("step", "", (), Buffer("step", (), "int32", offset_bytes=4224)),
     )
-    return replace(toy.program(0, ("h:1",)), batch=batch, feeds=feeds or default, arena_bytes=5000, learning_rate=0.5)
+    return replace(
+        toy.program(0, ("h:1",)), batch=batch, feeds=feeds or default, arena_bytes=5000, rates=Rates(learning_rate=0.5)
+    )
 
 
 def save(path: Path, kind: str, **arrays: np.ndarray) -> Path:
@@ -54,7 +57,7 @@ def test_boxes_of_the_shuffled_batch_are_read(tmp_path: Path, kind: str, name: s
     assert data.steps_per_epoch == 2 and data.count == 10
     arena = make_arena(made.arena_bytes)
     for step, (epoch, position) in {1: (0, 0), 2: (0, 4), 5: (2, 0), 3: (1, 0)}.items():
-        data.fill(arena, step)
+        data.fill(arena, step, total=9)
         rows = permutation(seed=3, epoch=epoch, count=10)[position : position + 4][1:4]
         np.testing.assert_array_equal(unpack(arena, made.feeds[0].buffer, BOX), X[rows][:, :, 1:4])
         np.testing.assert_array_equal(unpack(arena, made.feeds[1].buffer, ((1, 4),)), Y[rows])
@@ -70,7 +73,7 @@ def test_in_order_and_fortran_and_other_floats(tmp_path: Path) -> None:
         shuffle=False,
     )
     arena = make_arena(made.arena_bytes)
-    data.fill(arena, 2)
+    data.fill(arena, 2, total=9)
     np.testing.assert_array_equal(unpack(arena, made.feeds[0].buffer, BOX), X[5:8, :, 1:4])
 
 

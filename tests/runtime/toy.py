@@ -20,6 +20,7 @@ import numpy as np
 
 from fusetile.box import Box
 from fusetile.program import Buffer, Call, Feed, Gradient, Program, Recv, Run, Send, Shard, Wait, to_json
+from fusetile.rates import Rates
 from fusetile.runtime import safetensors
 
 COLUMNS = 12
@@ -125,7 +126,7 @@ def program(
         shards=(Shard("w", "weight", (COLUMNS,), False, (part,), w),),
         gradients=(Gradient("w", "weight", (COLUMNS,), False, (part,), gradient, len(steps) - 1, 2 + len(adds)),),
         loss=loss,
-        learning_rate=LEARNING_RATE,
+        rates=Rates(learning_rate=LEARNING_RATE),
         peers=tuple(others),
     )
 
