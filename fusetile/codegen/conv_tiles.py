@@ -89,7 +89,7 @@ def machine(target: Target, block: int) -> Machine:
     if target.width == 4:
         vectors = Vectors(block, 4, lanes=4)
         if target.registers == 16:
-            return Machine(vectors, 16, {1: 4}, {1: 4}, (2, 4), fma=1, loads=1, latency=4, **caches)
+            return Machine(vectors, 16, {1: 4}, {1: 6}, (2, 4), fma=1, loads=1, latency=4, **caches)
         # LLVM's schedules for an in-order and for an unknown core load far ahead, which takes registers
         pixels = {1: 10, 2: 5} if target.name in ("pi4", "pi5") else {1: 7, 2: 4}
         return Machine(vectors, 32, pixels, {1: 12}, (4, 4), fma=1, loads=1, latency=4, **caches)

@@ -266,7 +266,8 @@ def test_arm_multiplies_by_element_and_spills_nothing(name):
     for kernel in kernels:
         text = assembly(kernel.source, TARGETS[name].tvm, TARGETS[name].ir_flags)
         products = re.findall(r"\t(?:fmla\t|vmla\.f32\tq|vfma).*", text)
-        assert products and all(re.search(r"(\.s|d\d+)\[\d\]", line) for line in products), kernel.symbol
+        assert products and "\tvdup" not in text, kernel.symbol  # on armv7 a single line is loaded into all lanes
+        assert name == "armv7" or all(re.search(r"\.s\[\d\]", line) for line in products), kernel.symbol
         assert not re.search(r"\t(ldr|ldp|str|stp)\tq.*\[sp|16-byte (Spill|Reload)", text), kernel.symbol
 
 
