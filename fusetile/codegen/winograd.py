@@ -54,6 +54,8 @@ from fusetile.graph import Op
 from fusetile.ops.base import Domain
 from fusetile.program import Buffer
 
+SUMS_AGAIN = 1.25  # that sums of products are read and written again costs this much of reading V
+
 
 def lower_conv(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target, m: int
@@ -194,11 +196,28 @@ class Convolution:
         return m_strides(self.cpu.vectors, self.tiling.m, self.wide, self.tiling.long, by_xi=by_xi)[2]
 
     @property
+    def block_groups(self) -> int:
+        """Groups of tiles whose V and M stay in the cache while all of U passes."""
+        group_bytes = 4 * (self.tiling.products * self.v_xi + self.m_group(by_xi=False))
+        fitting = self.cpu.outer_bytes * 3 // 4 // group_bytes
+        return max(1, min(fitting, -(-self.tiling.groups // self.units)))
+
+    @property
+    def ranges(self) -> int:
+        """Ranges of groups of tiles whose sums of products, for one tile of output channels, fit the cache."""
+        return -(-self.tiling.groups // max(1, self.cpu.outer_bytes // (4 * self.m_group(by_xi=True))))
+
+    @property
     def has_many_channels(self) -> bool:
-        """Whether V is much smaller than U, and the sums of products of a tile of output channels stay in the cache."""
+        """Whether V is much smaller than U, or less to read for every tile of output channels than U is for every block
+        of tiles, and the sums of products of a tile of output channels stay in the cache."""
         m_bytes = 4 * self.m_group(by_xi=True) * self.tiling.groups
-        fits = self.wide <= 2 or 2 * m_bytes <= self.cpu.outer_bytes
-        return fits and 2 * self.tiling.tiles <= self.tiling.sizes.k_blocks * self.block
+        k = self.tiling.sizes.k_blocks * self.block
+        v_again = SUMS_AGAIN * self.tiling.tiles * self.k_tiles * self.ranges
+        u_again = k * -(-self.tiling.groups // self.block_groups)
+        return (self.wide <= 2 or 2 * m_bytes <= self.cpu.outer_bytes) and (
+            2 * self.tiling.tiles <= k or v_again <= u_again
+        )
 
     def ints(self) -> dict[str, int]:
         """What both ways of doing it tell their kernels."""
@@ -248,9 +267,7 @@ def _over_tiles(one: Convolution) -> Lowered:
     tiling, v_group = one.tiling, one.tiling.products * one.v_xi
     c_blocks = tiling.sizes.c_blocks
     u_xi = padded(c_blocks * one.block * one.row)
-    m_group = one.m_group(by_xi=False)
-    fitting = one.cpu.outer_bytes * 3 // 4 // (4 * (v_group + m_group))
-    block_groups = max(1, min(fitting, -(-tiling.groups // one.units)))
+    m_group, block_groups = one.m_group(by_xi=False), one.block_groups
     items = -(-tiling.groups // block_groups)
     units = min(one.units, items)
     u = _scratch(f"{one.name}.weights", one.k_tiles * tiling.products * u_xi)
@@ -281,7 +298,7 @@ def _over_channels(one: Convolution) -> Lowered:
     """Many channels: V as a whole."""
     tiling, c_blocks = one.tiling, one.tiling.sizes.c_blocks
     m_group = one.m_group(by_xi=True)
-    ranges = -(-tiling.groups // max(1, one.cpu.outer_bytes // (4 * m_group)))
+    ranges = one.ranges
     block_groups = -(-tiling.groups // ranges)
     chunk_bytes = 4 * tiling.products * one.block * one.row
     chunks = -(-c_blocks // max(1, one.cpu.outer_bytes * max(one.wide, 2) // 8 // chunk_bytes))

@@ -7,8 +7,9 @@ a channel block, `e` and `v` lanes.
 
 from __future__ import annotations
 
+from fusetile.codegen.calls import prefetch
 from fusetile.codegen.calls import vectors as vectorized
-from fusetile.codegen.conv_source import ACTIVATIONS, Vectors, indent
+from fusetile.codegen.conv_source import ACTIVATIONS, LINE, Vectors, indent
 from fusetile.codegen.winograd_math import both_sides, local_arrays, matrices
 
 PAD = 16  # floats after the products of a tile: strides that are powers of two would meet in one set of the cache
@@ -95,12 +96,18 @@ for o in T.serial({wide}):
                     + s * {v.width * v.block} + q * {v.width}
                 )
                 t1: T.int32 = (tap * {v.block} + q * {v.width}) * {v.per_block} + s
+                {indent(_prefetch(v, "w", "w1 + w_block", v.width * v.block), 16)}
                 {indent(_turn_square(v), 16)}
     for i in T.serial({v.block}):
         for s in T.serial({v.per_block}):
             u1: T.int32 = {u} + i * {wide * v.block} + o * {v.block} + s * {v.width}
             {indent(vectorized(work, v.width), 12)}
 """
+
+
+def _prefetch(v: Vectors, array: str, start: str, floats: int) -> str:
+    """Asks for what comes in another place than the data now read; not on ARM, as in `tap_convolution`."""
+    return "" if v.lanes else prefetch(*(f"{array}[{start} + {i}]" for i in range(0, floats, LINE)))
 
 
 def _turn_square(v: Vectors) -> str:
@@ -154,6 +161,8 @@ for q in T.serial({v.block // v.lanes}):
 for i in T.serial({v.block}):
     {indent(each(f"acc[p, r, e] = acc[p, r, e] + {x_at.format('i')} * {w_at.format('i')}"), 4)}
 """
+    # of the next xi: its products are far from these, and V may not be in the nearest caches
+    next_product = _prefetch(v, "v_", f"{v_at} + v_xi + c * {v_block}", length * v.block)
     zero = each("acc[p, r, e] = T.float32(0)")
     start = zero
     if first:
@@ -166,6 +175,7 @@ else:
     return f"""
 {start}
 for c in T.serial(c_start, c_stop):
+    {indent(next_product, 4)}
     {indent(inner, 4)}
 {each(f"{at_m} = acc[p, r, e]")}
 """
