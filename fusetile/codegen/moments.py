@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fusetile.box import Box
+from fusetile.codegen.activation import activation_gradient
 from fusetile.codegen.calls import KernelCall, Lowered, Ref, make_kernel, ref, vectors
 from fusetile.codegen.mapped import Loops, loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
@@ -20,12 +21,8 @@ from fusetile.program import Buffer
 _A64, _B64 = 'T.Cast("float64", {A})', 'T.Cast("float64", t[v])'
 _D64 = 'T.Cast("float64", d[v])'
 _XHAT = ["t[v] = {B} - STATS[k * BLOCK + v]", "t[v] = t[v] * STATS[pair + k * BLOCK + v]"]
-# the gradient before a fused activation: d from A and the sign of y, which is e
-_BEFORE = [
-    "e[v] = t[v] * GAMMA[k * BLOCK + v] + BETA[k * BLOCK + v]",
-    "d[v] = T.Select(e[v] > T.float32(0), {A}, SLOPE)",
-]
-SLOPES = {"relu": "T.float32(0)", "leaky_relu": "alpha * {A}"}
+# what a fused activation takes, and the gradient before it
+_Y, _BEFORE = "e[v] = t[v] * GAMMA[k * BLOCK + v] + BETA[k * BLOCK + v]", "BEFORE"
 # per family: the further map, the statements for a pixel, the sums it leaves
 _PIXEL = {
     "channel_sum": ((), [f"s0[v] = s0[v] + {_A64}"], 1),
@@ -37,7 +34,7 @@ _PIXEL = {
     "normalize_moments": (("B",), [f"s0[v] = s0[v] + {_A64}", *_XHAT, f"s1[v] = s1[v] + {_A64} * {_B64}"], 2),
     "normalize_moments_behind": (
         ("B",),
-        [*_XHAT, *_BEFORE, f"s0[v] = s0[v] + {_D64}", f"s1[v] = s1[v] + {_D64} * {_B64}"],
+        [*_XHAT, _Y, _BEFORE, f"s0[v] = s0[v] + {_D64}", f"s1[v] = s1[v] + {_D64} * {_B64}"],
         2,
     ),
 }
@@ -75,25 +72,29 @@ def _lower(family: str, op: Op, domain: Domain, box: Box, inputs: Sequence[Buffe
     partial = Buffer(f"{op.name}.partial", ((0, size),), "float64")
     scratch = {f"s{q}": "float64" for q in range(sums)}
     store = [f"PARTIAL[(u * {sums} + {q}) * {block} + v] = s{q}[v]" for q in range(sums)]
-    activation = op.attrs.get("activation", "") if more else ""
+    act = activation_gradient(op.attrs if more else {}, "{A}", "e[v]")
     vectors_of = dict.fromkeys(("STATS", "GAMMA", "BETA")[: max(0, len(inputs) - 2)], "float32")
-    pixel = [line.replace("BLOCK", str(block)).replace("SLOPE", SLOPES.get(activation, "")) for line in pixel]
+    lines = {_BEFORE: [*act.statements, f"d[v] = {act.value}"]}
+    pixel = [part.replace("BLOCK", str(block)) for line in pixel for part in lines.get(line, [line])]
     kernel = mapped_kernel(
-        f"{family}{'_' if activation else ''}{activation}",
+        f"{family}{act.suffix}",
         block=block,
         maps={"A": "float32", **dict.fromkeys(more, "float32")},
         pointers={"PARTIAL": "float64", **vectors_of},
         ints=("pair",),
-        floats=("alpha",),
-        scratch={**scratch, **{name: "float32" for name in "ted" if f"{name}[v]" in "".join(pixel)}},
+        floats=list(act.floats),
+        scratch={
+            **scratch,
+            **{name: "float32" for name in "ted" if f"{name}[v]" in "".join(pixel)},
+            **dict.fromkeys(act.scratch, "float32"),
+        },
         before_unit=vectors([f"s{q}[v] = T.float64(0)" for q in range(sums)], block),
         pixel=vectors(pixel, block),
         after_unit=vectors(store, block),
     )
     pointers = [ref(partial), *(ref(inputs[i], domain.need(box, i)) for i in range(2, len(inputs)))]
     pair = inputs[2].strides[0] if more else 0
-    alpha = (float(op.attrs.get("alpha", 0.0)),)
-    summed = mapped_call(kernel, loops, maps, pointers=pointers, ints=(pair,), floats=alpha)
+    summed = mapped_call(kernel, loops, maps, pointers=pointers, ints=(pair,), floats=tuple(act.floats.values()))
     finish = _finish(loops, sums, ref(partial), output, domain.output(box))
     return Lowered((*before.calls, summed, finish), (*before.scratch, partial))
 

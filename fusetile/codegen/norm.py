@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fusetile.box import Box, extents, view4
+from fusetile.codegen.activation import activation, activation_gradient, keeps_zero
 from fusetile.codegen.calls import KernelCall, Lowered, make_kernel, ref, vectors
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
-from fusetile.codegen.moments import SLOPES
+from fusetile.codegen.move import zero_pads
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.targets import Target
 from fusetile.graph import Op
@@ -117,22 +118,16 @@ def lower_normalize_parameter_grad(
 # -- maps ------------------------------------------------------------------------------------------------------------
 
 _CHANNEL = "k * {block} + v"
-_ACTIVATIONS = {
-    "": "{Y} = t[v]",
-    "relu": "{Y} = T.Select(t[v] < T.float32(0), T.float32(0), t[v])",
-    "leaky_relu": "{Y} = T.Select(t[v] > T.float32(0), t[v], alpha * t[v])",
-}
 
 
 def lower_normalize(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
     """y = activation((x - mean) / std * gamma + beta)."""
-    activation = op.attrs.get("activation", "")
     block = outputs[0].block[1]
-    c = _CHANNEL.format(block=block)
-    return _maps(
-        f"normalize{'_' if activation else ''}{activation}",
+    c, act = _CHANNEL.format(block=block), activation(op.attrs, "t[v]")
+    normalized = _maps(
+        f"normalize{act.suffix}",
         op,
         domain,
         box,
@@ -145,11 +140,14 @@ def lower_normalize(
             f"t[v] = {{X}} - STATS[{c}]",
             f"t[v] = t[v] * STATS[pair + {c}]",
             f"t[v] = t[v] * GAMMA[{c}] + BETA[{c}]",
-            _ACTIVATIONS[activation],
+            *act.statements,
+            f"{{Y}} = {act.value}",
         ],
-        scratch=("t",),
-        floats={"alpha": op.attrs.get("alpha", 0.0)},
+        scratch=("t", *act.scratch),
+        floats=act.floats,
     )
+    clears = () if keeps_zero(op.attrs) else zero_pads(outputs[0], domain.output(box))
+    return Lowered((*normalized.calls, *clears), normalized.scratch)
 
 
 def lower_normalize_input_grad(
@@ -157,14 +155,11 @@ def lower_normalize_input_grad(
 ) -> Lowered:
     """dx = gamma / std * (dy - moments[0] / count - xhat * moments[1] / count), dy before the activation if any."""
     c = _CHANNEL.format(block=outputs[0].block[1])
-    activation = op.attrs.get("activation", "")
-    dy = ["d[v] = {DY}"]
-    if activation:
-        slope = SLOPES[activation].replace("{A}", "{DY}")
-        dy = [f"e[v] = t[v] * GAMMA[{c}] + BETA[{c}]", f"d[v] = T.Select(e[v] > T.float32(0), {{DY}}, {slope})"]
+    fused, act = bool(op.attrs.get("activation")), activation_gradient(op.attrs, "{DY}", "e[v]")
+    again = [f"e[v] = t[v] * GAMMA[{c}] + BETA[{c}]"] if fused else []
     each = 'T.Cast("float64", count)'
     return _maps(
-        f"normalize_input_grad{'_' if activation else ''}{activation}",
+        f"normalize_input_grad{act.suffix}",
         op,
         domain,
         box,
@@ -172,7 +167,7 @@ def lower_normalize_input_grad(
         outputs[0],
         maps=("DY", "X"),
         pointers={"STATS": "float32", "GAMMA": "float32", "MOMENTS": "float64"}
-        | ({"BETA": "float32"} if activation else {}),
+        | ({"BETA": "float32"} if fused else {}),
         before=[
             f'm[v] = T.Cast("float32", MOMENTS[{c}] / {each})',
             f'x[v] = T.Cast("float32", MOMENTS[moments_pair + {c}] / {each})',
@@ -181,12 +176,14 @@ def lower_normalize_input_grad(
         pixel=[
             f"t[v] = {{X}} - STATS[{c}]",
             f"t[v] = t[v] * STATS[pair + {c}]",
-            *dy,
+            *again,
+            *act.statements,
+            f"d[v] = {act.value}",
             "t[v] = d[v] - m[v] - t[v] * x[v]",
             "{Y} = t[v] * g[v]",
         ],
-        scratch=("m", "x", "g", "t", "d", *(("e",) if activation else ())),
-        floats={"alpha": op.attrs.get("alpha", 0.0)},
+        scratch=("m", "x", "g", "t", "d", *(("e",) if fused else ()), *act.scratch),
+        floats=act.floats,
         ints={"moments_pair": inputs[4].strides[0], "count": op.attrs["count"]},
     )
 

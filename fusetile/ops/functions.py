@@ -111,6 +111,38 @@ def _vjp(kept: Sequence[str]) -> Vjp:
     return vjp
 
 
+# -- fused into a normalization --------------------------------------------------------------------------------------
+
+_ONLY_ALONE = ("Log", "Power", "Reciprocal", "Sqrt")
+"""Their derivative at 0 may be infinite, and 0 is what lanes hold that fill up a block."""
+
+_Y = re.compile(r"\by\b")
+FUSED_NAMES = {kind: kind.lower() for kind in FUNCTIONS if kind not in _ONLY_ALONE}
+
+
+def _in_dy_and_x(function: str, derivative: str) -> str:
+    """dx as an expression in dy and x."""
+    return f"dy * ({re.sub(_Y, f'({function})', derivative)})"
+
+
+# the name that fusion gives to an activation -> f(x), and dx of dy and x
+_FUSED = {
+    "relu": ("max(x, 0)", "select(x > 0, dy, 0)"),
+    "leaky_relu": ("select(x > 0, x, alpha * x)", "select(x > 0, dy, alpha * dy)"),
+    **{name: (FUNCTIONS[kind][0], _in_dy_and_x(*FUNCTIONS[kind])) for kind, name in FUSED_NAMES.items()},
+}
+
+
+def fused_expression(activation: str) -> str:
+    """An activation as an expression in x0; none is the identity."""
+    return _numbered(_FUSED[activation][0], ["x"]) if activation else "x0"
+
+
+def fused_gradient(activation: str) -> str:
+    """The gradient of an activation's input as an expression in x0, that of its output, and x1, its input."""
+    return _numbered(_FUSED[activation][1], ["dy", "x"]) if activation else "x0"
+
+
 for _kind, (_function, _derivative) in FUNCTIONS.items():
     _kept = [name for name in "xy" if re.search(rf"\b{name}\b", _derivative)]
     _forward, _gradient = _numbered(_function, "x"), _numbered(f"dy * ({_derivative})", ["dy", *_kept])

@@ -7,7 +7,7 @@
     NormalizeInputGrad  dx = gamma * (1/std) * (dy - moments[0]/count - xhat * moments[1]/count)
 
 After fusion Normalize has an activation; then its two gradient ops take the gradient behind the activation, and beta as
-a last input to find the sign of y by.
+a last input to compute y again.
 
 The sums are float64, so that E[x*x] - E[x]^2 does not cancel. `count` is that of the whole batch, n*h*w.
 The gradient of Normalize with respect to x holds the path through the statistics; the statistics get none of their own.
@@ -39,7 +39,7 @@ from fusetile.ops.base import (
     register,
     same_spec,
 )
-from fusetile.ops.pointwise import activate
+from fusetile.ops.functions import compute, fused_expression, fused_gradient
 
 
 def _pair(channels: int) -> Access:
@@ -110,7 +110,8 @@ def _batch_moments(sums: Array, count: int) -> tuple[Array, Array]:
 
 def _normalize(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
     x, stats, gamma, beta = inputs
-    return [activate(_xhat(x, stats) * _wide(gamma, x) + _wide(beta, x), op.attrs)]
+    y = _xhat(x, stats) * _wide(gamma, x) + _wide(beta, x)
+    return [compute(fused_expression(op.attrs.get("activation", "")), op.attrs, [y])]
 
 
 def _normalize_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
@@ -134,11 +135,8 @@ def _normalize_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[st
 
 
 def _before_activation(attrs: Attrs, dy: Array, y: Array) -> Array:
-    """The gradient of a fused activation's input, from that of its output; only the sign of y matters."""
-    if not attrs.get("activation"):
-        return dy
-    slope = dy.dtype.type(attrs["alpha"] if attrs["activation"] == "leaky_relu" else 0)
-    return np.where(y > 0, dy, dy * slope)
+    """The gradient of a fused activation's input y, from that of its output."""
+    return compute(fused_gradient(attrs.get("activation", "")), attrs, [dy, y])
 
 
 def _normalize_moments(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:

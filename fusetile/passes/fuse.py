@@ -5,58 +5,68 @@
     NormalizeMoments(dz, x, ...)                NormalizeInputGrad(dy, x, ..., activation=relu)
     NormalizeInputGrad(dz, x, ...)
 
-Forward only where nothing else reads z: the gradient of Relu and LeakyRelu reads y. Backward the normalization's
-gradient ops find the sign of y by themselves.
+Only where nothing else reads z. Convolutions take Relu and LeakyRelu, whose gradient reads y; a normalization takes
+nearly any function of one element, because its gradient ops compute z again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from fusetile.graph import FORWARD, Graph
+from fusetile.graph import FORWARD, Graph, Op
+from fusetile.ops.functions import FUSED_NAMES
 
-_HOSTS = ("Conv", "Gemm", "Normalize")
-_ACTIVATIONS = {"Relu": "relu", "LeakyRelu": "leaky_relu"}
-_GRADIENTS = ("ReluGrad", "LeakyReluGrad")
+_RECTIFIERS = {"Relu": "relu", "LeakyRelu": "leaky_relu"}
+_NAMES: dict[str, dict[str, str]] = {
+    "Conv": _RECTIFIERS,
+    "Gemm": _RECTIFIERS,
+    "Normalize": {**_RECTIFIERS, **FUSED_NAMES},
+}
+"""Host -> what can be fused into it, and its name there."""
 
 
 def fuse(graph: Graph) -> Graph:
     """The same graph with fewer ops; names of remaining tensors stay."""
     graph = graph.sorted()
-    _fuse_forward(graph)
-    _fuse_backward(graph)
+    for op in list(graph.ops.values()):
+        if op.phase == FORWARD and op.kind in _NAMES["Normalize"]:
+            _fuse(graph, op)
     return graph.sorted()
 
 
-def _fuse_forward(graph: Graph) -> None:
-    readers, producers, kept = graph.consumers(), graph.producers(), graph.kept()
-    for op in list(graph.ops.values()):
-        if op.kind not in _ACTIVATIONS or op.phase != FORWARD:
-            continue
-        host = producers.get(op.inputs[0])
-        if host is None or host.kind not in _HOSTS or len(readers[op.inputs[0]]) > 1 or op.inputs[0] in kept:
-            continue
-        attrs = {**host.attrs, "activation": _ACTIVATIONS[op.kind], "alpha": op.attrs.get("alpha", 0.0)}
-        del graph.ops[op.name], graph.tensors[op.inputs[0]]
-        fused = graph.replace_op(host, outputs=op.outputs, attrs=MappingProxyType(attrs))
-        producers[op.outputs[0]] = fused
-        for follower in [other for other in graph.ops.values() if other.layer == op.name]:
-            graph.replace_op(follower, layer=host.name)
-
-
-def _fuse_backward(graph: Graph) -> None:
-    readers, producers, kept = graph.consumers(), graph.producers(), graph.kept()
-    for op in list(graph.ops.values()):
-        host = producers.get(op.inputs[1]) if op.kind in _GRADIENTS else None
-        if host is None or host.kind != "Normalize" or not host.attrs.get("activation") or op.outputs[0] in kept:
-            continue
-        following = readers[op.outputs[0]]
-        if {reader.kind for reader in following} != {"NormalizeMoments", "NormalizeInputGrad"}:
-            continue
+def _fuse(graph: Graph, op: Op) -> None:
+    """Fuse one op, if it is an activation that can be."""
+    readers, kept = graph.consumers(), graph.kept()
+    (z,), (y, *_) = op.inputs, op.outputs
+    host = graph.producers().get(z)
+    if host is None or op.kind not in _NAMES.get(host.kind, {}) or z in kept:
+        return
+    activation = {**op.attrs, "activation": _NAMES[host.kind][op.kind], "alpha": op.attrs.get("alpha", 0.0)}
+    gradient = next((r for r in (*readers[y], *readers[z]) if r.kind == f"{op.kind}Grad" and _is_of(r, z, y)), None)
+    following = _behind(readers, gradient, kept) if gradient and host.kind == "Normalize" else []
+    if any(reader is not op and not (following and reader is gradient) for reader in readers[z]):
+        return
+    if gradient and following:
         _, _, gamma, beta = host.inputs
-        activation = {key: host.attrs[key] for key in ("activation", "alpha")}
         for reader in following:
             affine = [gamma, beta] if reader.kind == "NormalizeMoments" else [beta]
-            inputs = (op.inputs[0], *reader.inputs[1:], *affine)
+            inputs = (gradient.inputs[0], *reader.inputs[1:], *affine)
             graph.replace_op(reader, inputs=inputs, attrs=MappingProxyType({**reader.attrs, **activation}))
-        graph.remove(op)
+        graph.remove(gradient)
+    del graph.ops[op.name], graph.tensors[z]
+    graph.replace_op(host, outputs=op.outputs, attrs=MappingProxyType({**host.attrs, **activation}))
+    for follower in [other for other in graph.ops.values() if other.layer == op.name]:
+        graph.replace_op(follower, layer=host.name)
+
+
+def _is_of(gradient: Op, z: str, y: str) -> bool:
+    """Whether a gradient op is that of the activation from z to y."""
+    return set(gradient.inputs[1:]) <= {z, y}
+
+
+def _behind(readers: Mapping[str, Sequence[Op]], gradient: Op, kept: set[str]) -> list[Op]:
+    """A normalization's gradient ops, if only they read an activation's gradient."""
+    (dz,) = gradient.outputs
+    kinds = {reader.kind for reader in readers[dz]}
+    return list(readers[dz]) if kinds == {"NormalizeMoments", "NormalizeInputGrad"} and dz not in kept else []

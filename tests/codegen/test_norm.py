@@ -65,12 +65,15 @@ def test_a_constant_channel_has_no_negative_variance() -> None:
     assert np.isfinite(result).all()
 
 
+NUMBERS = {"alpha": 0.1, "low": -0.3, "high": 0.6}  # of activations
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("activation", ["", "relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", ["", "relu", "leaky_relu", "clip", "sigmoid"])
 def test_normalize(activation: str, shape: tuple[int, ...]) -> None:
     channels = shape[1]
     inputs = [*maps(shape, 1), stats(channels), vector(channels, 2), vector(channels, 3) - 1]
-    case = Case("Normalize", inputs, {"count": 9, "activation": activation, "alpha": 0.1})
+    case = Case("Normalize", inputs, {"count": 9, "activation": activation, **NUMBERS})
     case.check(middle(case.domain.box, case.domain, channels=8), rtol=1e-5, atol=1e-5, **LAYOUT)
 
 
@@ -87,12 +90,12 @@ def test_input_gradients(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "clip", "mish"])
 def test_gradients_behind_an_activation(activation: str, shape: tuple[int, ...]) -> None:
     channels = shape[1]
     (dy, x), moments = maps(shape, 2), seeded(5).standard_normal((2, channels)) * 50
     shift = vector(channels, 3) - 4  # signs of both kinds
-    attrs = {"activation": activation, "alpha": 0.1}
+    attrs = {"activation": activation, **NUMBERS}
     scale = [stats(channels), vector(channels, 2)]
     sums = Case("NormalizeMoments", [dy, x, *scale, shift], attrs)
     sums.check(middle(sums.domain.box, sums.domain, channels=8), rtol=2e-6, atol=1e-5, **LAYOUT)

@@ -7,6 +7,7 @@ import pytest
 
 from fusetile.errors import UserError
 from fusetile.graph import BACKWARD, FORWARD, UPDATE, Graph, Parameter
+from fusetile.ops.functions import FUSED_NAMES, compute, fused_gradient
 from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.differentiate import differentiate
 from fusetile.passes.fuse import fuse
@@ -205,6 +206,40 @@ def test_an_activation_stays_where_its_input_is_read_elsewhere() -> None:
     z = both.conv(both.x, 4)
     after = fuse(prune(differentiated(both.done(z, both.relu(z)))))
     assert "Relu" in [op.kind for op in after.ops.values()]
+
+
+FUNCTIONS = {kind: {} for kind in FUSED_NAMES} | {
+    "Celu": {"alpha": 0.7},
+    "Clip": {"low": -0.2, "high": 0.9},
+    "Elu": {"alpha": 0.7},
+    "HardSigmoid": {"alpha": 0.3, "beta": 0.4},
+    "LeakyRelu": {"alpha": -0.3},
+    "Selu": {"alpha": 1.67, "gamma": 1.05},
+}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_a_normalization_takes_any_function_and_its_gradient(kind: str) -> None:
+    net = Net((3, 3, 4, 4))
+    x = net.function(kind, net.batch_norm(net.conv(net.x, 5)), **FUNCTIONS[kind])
+    graph = prune(differentiated(net.done(net.conv(x, 2))))
+    after = fuse(graph)
+    assert_same(graph, after)
+    assert {kind, f"{kind}Grad"} <= {op.kind for op in graph.ops.values()}
+    assert not {kind, f"{kind}Grad"} & {op.kind for op in after.ops.values()}
+    if kind in FUSED_NAMES:  # lanes that fill up a block have zeros everywhere, and stay zero
+        zero = np.zeros(1)
+        assert compute(fused_gradient(FUSED_NAMES[kind]), FUNCTIONS[kind], [zero, zero])[0] == 0
+
+
+def test_a_function_that_nothing_can_compute_again_stays_if_its_gradient_reads_its_input() -> None:
+    for kind, stays in (("HardSwish", True), ("Sigmoid", False)):
+        net = Net((3, 3, 4, 4))
+        x = net.function(kind, net.batch_norm(net.conv(net.x, 5), frozen=True))
+        graph = prune(differentiated(net.done(net.conv(x, 2))))
+        after = fuse(graph)
+        assert_same(graph, after)
+        assert (kind in {op.kind for op in after.ops.values()}) == stays
 
 
 @pytest.mark.parametrize("seed", SEEDS)
