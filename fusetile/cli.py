@@ -117,10 +117,15 @@ def train_command(
 
 @app.command("export")
 def export_command(
-    run: Annotated[Path, typer.Argument(help="A finished run: the lowest-ranked node's folder, or its run folder.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="A run (the lowest-ranked node's folder, or OUT), a folder of checkpoints, or a file in it."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write.", metavar="trained.onnx")],
 ) -> None:
-    """Put the weights of a finished run into the model that was compiled: the same nodes and names, new weights."""
+    """Put the weights of a run or checkpoint into the model that was compiled: the same nodes and names."""
     export_run(run, out)
     _say(f"Wrote {out} (passes onnx.checker)")
 

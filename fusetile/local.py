@@ -20,9 +20,9 @@ from fusetile.cluster import Cluster
 from fusetile.errors import PeerFailure, UserError
 from fusetile.onnx_export import export_onnx
 from fusetile.options import RunOptions
-from fusetile.runtime import safetensors
+from fusetile.runtime import checkpoint, safetensors
 
-RESULT = "trained.safetensors"
+RESULT, CHECKPOINTS = "trained.safetensors", "checkpoints"
 GRACE_seconds = 5.0
 """So long after one node has failed the others may take to say what they saw of it."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -53,6 +53,7 @@ def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path)
             first = rank == 0
             command = [sys.executable, "-m", "fusetile.runtime.node", str(build / "nodes" / node.name)]
             command += replace(options, threads=threads).arguments()
+            command += ["--checkpoints", str(out / CHECKPOINTS)]
             command += ["--out", str(out)] if first else ["--quiet"]
             command += ["--log", str(options.log)] if first and options.log else []
             command += ["--save-gradients", str(options.save_gradients)] if options.save_gradients else []
@@ -94,8 +95,13 @@ def _wait(processes: Sequence[subprocess.Popen[str]], names: Sequence[str]) -> N
         raise KeyboardInterrupt
     if not failed:
         return
-    # a mistake of the user's is the cause where there is one; peers only say that they lost a node
-    messages = [(process.returncode, f"{name}: {_last_words(process)}") for name, process in failed]
+    # a mistake of the user's is the cause where there is one; peers only say that they lost a node, or repeat its words
+    words = [(process.returncode, name, _last_words(process)) for name, process in failed]
+    messages = [
+        (status, f"{name}: {text}")
+        for i, (status, name, text) in enumerate(words)
+        if not any(other in text and (other != text or k < i) for k, (_, _, other) in enumerate(words))
+    ]
     mistakes = [text for status, text in messages if status == UserError.exit_status]
     if mistakes:
         raise UserError(mistakes[0].split(": ", 1)[1])
@@ -122,18 +128,30 @@ def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
 
 
 def export_run(run: Path, out: Path, *, model: Path | None = None) -> None:
-    """Write `out`: the model of a finished run with its trained weights. `run` is the run's folder or its bundle."""
-    folders = [folder for folder in (run, run / "run") if (folder / RESULT).is_file()]
-    if not folders:
-        raise UserError(f"{run}: no {RESULT} in it or in its folder 'run'; has the run finished on the first node?")
-    weights, metadata = safetensors.load(folders[0] / RESULT)
-    near = [model] if model else [folders[0] / "model.onnx", folders[0].parent / "model.onnx"]
-    wanted = metadata.get("model_hash")
+    """Write `out`: a model with the weights of a finished run, or of a checkpoint. `run` is the run's folder or its
+    bundle (its result, or else its newest checkpoint), the folder of checkpoints, or a file in it."""
+    if run.is_file() or run.name == CHECKPOINTS:
+        weights, wanted, folder = _from_checkpoint(run)
+    else:
+        folders = [folder for folder in (run, run / "run") if (folder / RESULT).is_file()]
+        kept = [folder / CHECKPOINTS for folder in (run, run / "run") if (folder / CHECKPOINTS).is_dir()]
+        if not folders and not kept:
+            raise UserError(
+                f"{run}: no {RESULT} and no {CHECKPOINTS} in it or in its folder 'run'; has the run finished on the "
+                "first node?"
+            )
+        if folders:
+            folder = folders[0]
+            weights, metadata = safetensors.load(folder / RESULT)
+            wanted = metadata.get("model_hash")
+        else:
+            weights, wanted, folder = _from_checkpoint(kept[0])
+    near = [model] if model else [above / "model.onnx" for above in (folder, *folder.resolve().parents[:2])]
     models = [path for path in near if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted]
-    if not models and (folders[0] / "trained.onnx").is_file():
-        raise UserError(f"{folders[0]} holds trained.onnx already: `fusetile train` exports by itself")
+    if not models and (folder / "trained.onnx").is_file():
+        raise UserError(f"{folder} holds trained.onnx already: `fusetile train` exports by itself")
     if not models:
-        raise UserError(f"{folders[0]}: the model.onnx that was compiled is not beside it; it is in the build")
+        raise UserError(f"{folder}: the model.onnx that was compiled is not beside it; it is in the build")
     if broken := sorted(name for name, value in weights.items() if not np.isfinite(value).all()):
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         print(
@@ -141,3 +159,17 @@ def export_run(run: Path, out: Path, *, model: Path | None = None) -> None:
             file=sys.stderr,
         )
     export_onnx(models[0], weights, out)
+
+
+def _from_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], str | None, Path]:
+    """The weights, the model's hash, and the folder: of the step of a file, or of the newest whole step in a folder."""
+    folder = path.parent if path.is_file() else path
+    found = checkpoint.checkpoints(folder)
+    if path.is_file():
+        found = [each for each in found if any(part.path == path for parts in each.parts.values() for part in parts)]
+    if not found:
+        raise UserError(f"{path}: there is no checkpoint")
+    for each in found[:-1]:
+        if each.is_whole():
+            return each.trained(), str(each.run["model"]), folder
+    return found[-1].trained(), str(found[-1].run["model"]), folder

@@ -253,6 +253,14 @@ class RunOptions:
         Path | None, _run("--save-gradients", "Write the last step's gradients.", metavar="FILE.npz")
     ] = None
 
+    checkpoint_every: Annotated[
+        int | None,
+        _run("--checkpoint-every", "Write a checkpoint after every N steps, and at the end.", min=1, metavar="N"),
+    ] = None
+    resume: Annotated[
+        bool, _run("--resume", "Go on from the newest checkpoint in OUT/checkpoints, with any number of nodes.")
+    ] = False
+
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
@@ -264,9 +272,11 @@ class RunOptions:
             ("--steps", self.steps),
             ("--epochs", self.epochs),
             ("--threads", self.threads),
+            ("--checkpoint-every", self.checkpoint_every),
         ]
         found = [part for name, value in given if value is not None for part in (name, str(value))]
-        return found + (["--no-shuffle"] if self.no_shuffle else [])
+        flags = (("--no-shuffle", self.no_shuffle), ("--resume", self.resume))
+        return found + [name for name, given in flags if given]
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,13 +6,16 @@ main -> run: bundle, data, kernels, weights -> meet the other nodes -> steps -> 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,9 +24,12 @@ import numpy as np
 
 from fusetile.errors import FusetileError, UserError
 from fusetile.program import Program, from_json
+from fusetile.rates import Rates
+from fusetile.runtime import checkpoint
 from fusetile.runtime.data import Data
 from fusetile.runtime.executor import Executor, Snapshot
 from fusetile.runtime.faults import Stopped
+from fusetile.runtime.files import atomic_write
 from fusetile.runtime.native import Library
 from fusetile.runtime.progress import Progress, StepRecord
 from fusetile.runtime.rendezvous import LOWEST, Meeting, meet, partners
@@ -56,6 +62,9 @@ class Options:
     threads: int
     log: Path | None
     save_gradients: Path | None
+    checkpoint_every: int
+    checkpoints: Path
+    resume: bool
     out: Path
     deadline: float
     connect_timeout: float
@@ -85,24 +94,34 @@ def run(options: Options, signals: Signals) -> None:
     _check_outputs(options, lowest)
     data = Data(options.data, program, shuffle=options.shuffle)
     total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch
+    terms = {"samples": data.count, "shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
+    there = _checkpoints(options, program, total)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(total, show=lowest and not options.quiet, log=options.log))
         library = stack.enter_context(Library(options.bundle / program.library, threads=options.threads))
         arena = make_arena(program.arena_bytes)
         load_weights(options.bundle / "weights.safetensors", program, arena)
-        meeting = Meeting(wants={"gradients": options.save_gradients is not None})
+        meeting = Meeting(wants={"gradients": options.save_gradients is not None, "start": max(there)})
         transport = None
         if program.nodes > 1:
-            meeting = _meet(program, options, {"steps": total, "samples": data.count, "shuffle": options.shuffle})
+            meeting = _meet(program, options, terms | {"steps": total, "resume": options.resume}, list(there))
             transport = Transport(program, meeting.links, deadline=options.deadline)
+            transport.step = meeting.wants["start"]  # peers may begin before this node does
             stack.enter_context(_running(transport, signals))
         executor = Executor(program, library=library, arena=arena, transport=transport)
+        start = there[meeting.wants["start"]]
+        if start is not None:
+            checkpoint.load(start, program, arena, run=terms)
         snapshot: Snapshot = []
-        for step in range(1, total + 1):
-            start = time.monotonic()
+        losses = Losses(program.rates, total)
+        for step in range(meeting.wants["start"] + 1, total + 1):
+            began = time.monotonic()
             data.fill(arena, step, total=total)
             loss = executor.run(step, snapshot=snapshot if step == total and meeting.wants["gradients"] else None)
-            progress.step(StepRecord(step, loss, time.monotonic() - start, program.batch))
+            progress.step(StepRecord(step, loss, time.monotonic() - began, program.batch))
+            losses.check(step, loss)
+            if options.checkpoint_every and (step % options.checkpoint_every == 0 or step == total):
+                _write_checkpoint(options, program, arena, step, terms)
         release(arena, keep=results(program))  # the copies that follow take no more than a step did
         pieces = pieces_of(program, arena, snapshot)
         if lowest:
@@ -113,13 +132,61 @@ def run(options: Options, signals: Signals) -> None:
             transport.check()  # a signal may have come while the result was written
 
 
-def _meet(program: Program, options: Options, terms: Mapping[str, Any]) -> Meeting:
-    """Wait for the other nodes. `terms` must be the same on all."""
+class Losses:
+    """Watches the losses of a run."""
+
+    def __init__(self, rates: Rates, total: int) -> None:
+        self._rates, self._total, self._last = rates, total, "there was none before"
+
+    def check(self, step: int, loss: float | None) -> None:
+        """Raises FusetileError for a loss that is no number: nothing good can follow."""
+        if loss is not None and not math.isfinite(loss):
+            rate = self._rates.rate(step, self._total)
+            raise FusetileError(
+                f"the loss of step {step} is {loss} ({self._last}), with a learning rate of {rate:.3g}: lower --lr, or "
+                "give --clip-norm or --warmup; if it is so from the start, look for NaN or huge numbers in the data"
+            )
+        if loss is not None:
+            self._last = f"that of step {step} was {loss:.6g}"
+
+
+def _checkpoints(options: Options, program: Program, total: int) -> dict[int, checkpoint.Checkpoint | None]:
+    """By step, what this node can start from: with --resume, whole checkpoints; else only step 0."""
+    folder = options.checkpoints
+    if not options.resume:
+        if options.checkpoint_every and checkpoint.checkpoints(folder):
+            raise UserError(f"there are checkpoints of an earlier run in {folder}: give --resume, or remove them")
+        return {0: None}
+    found: dict[int, checkpoint.Checkpoint | None] = {**checkpoint.usable(folder, program)}
+    if not found:
+        raise UserError(
+            f"--resume: no step's files in {folder} have all that node {program.name!r} needs; copy the files of all "
+            "nodes there, or compile with the same model and optimizer"
+        )
+    if min(found) >= total:
+        raise UserError(f"--resume: the checkpoint in {folder} is of step {min(found)}, and the run has {total} steps")
+    return found
+
+
+def _write_checkpoint(
+    options: Options, program: Program, arena: np.ndarray, step: int, terms: Mapping[str, Any]
+) -> None:
+    """This node's file; the lowest rank also puts the model there, for `fusetile export`."""
+    folder, model = options.checkpoints, options.bundle / "model.onnx"
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write(folder, program, arena, step=step, run=terms)
+    if program.rank == LOWEST and model.is_file() and not (folder / model.name).exists():
+        with model.open("rb") as source:
+            atomic_write(folder / model.name, partial(shutil.copyfileobj, source))
+
+
+def _meet(program: Program, options: Options, terms: Mapping[str, Any], starts: list[int]) -> Meeting:
+    """Wait for the other nodes. `terms` must be the same on all; of the `starts` that all have, the last is taken."""
     if not options.quiet:
         others = ", ".join(program.addresses[rank] for rank in partners(program))
         print(f"node {program.name!r} is ready and waits for {others}", flush=True)
     wants = {"gradients": options.save_gradients is not None}
-    return meet(program, run=terms, wants=wants, timeout=options.connect_timeout)
+    return meet(program, run=terms, wants=wants, starts=starts, timeout=options.connect_timeout)
 
 
 @contextmanager
@@ -218,6 +285,10 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=_count, metavar="T", default=len(os.sched_getaffinity(0)), help="default: all cores")
     add("--log", type=Path, metavar="FILE.jsonl", help="write one JSON object per step")
     add("--save-gradients", type=Path, metavar="FILE.npz", help="on the lowest rank: write the last step's gradients")
+    add("--checkpoint-every", type=_count, default=0, metavar="N", help="write this node's checkpoint after every N "
+        "steps, and at the end; the two newest are kept")  # fmt: skip
+    add("--checkpoints", type=Path, metavar="DIR", help="where they are (default OUT/checkpoints)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint that all nodes have")
     add("--out", type=Path, metavar="DIR", help="on the lowest rank: where the result goes (default BUNDLE/run)")
     add("--deadline", type=_seconds, metavar="S", default=30.0,
         help="give up when another device is silent for S seconds (default 30)")  # fmt: skip
@@ -230,6 +301,7 @@ def parser() -> argparse.ArgumentParser:
 def _options(parsed: argparse.Namespace) -> Options:
     fields = vars(parsed)
     fields["out"] = fields["out"] or fields["bundle"] / "run"
+    fields["checkpoints"] = fields["checkpoints"] or fields["out"] / "checkpoints"
     return Options(**fields)
 
 

@@ -2,7 +2,8 @@
 
 Rank i listens on its address; higher ranks connect to lower ones and try again until it answers, because people start
 devices by hand. Both sides say HELLO and check the other's. A node whose connections are all up tells the lowest rank
-(READY); the lowest rank tells everybody when all are (GO). Only then do the deadlines for silence begin.
+(READY) and which steps it can start from; the lowest rank tells everybody when all are (GO), and the last step that all
+can start from. Only then do the deadlines for silence begin.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from fusetile.program import Program
 from fusetile.runtime.address import listen, resolve
 from fusetile.runtime.faults import abort_frame, node, reason_in, reason_of, this_node
 from fusetile.runtime.link import Link, part
-from fusetile.runtime.wire import Frame, Kind, VersionMismatch, encode, encode_json
+from fusetile.runtime.wire import Frame, Kind, VersionMismatch, encode_json
 
 LOWEST = 0  # the rank that gathers the result and prints progress
 _RETRY_seconds = (0.05, 1.0)  # the first pause between attempts to connect; it doubles up to the last
@@ -49,16 +50,26 @@ class _Dial:
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """What the meeting gave: a link per partner, and what the lowest rank asks of all (its HELLO's `wants`)."""
+    """What the meeting gave: a link per partner, and what the lowest rank asks of all: its HELLO's `wants`, and
+    `start`, the step after which the training begins."""
 
     links: dict[int, Link] = field(default_factory=dict)
     wants: dict[str, Any] = field(default_factory=dict)
 
 
-def meet(program: Program, *, run: Mapping[str, Any], wants: Mapping[str, Any], timeout: float) -> Meeting:
+def meet(
+    program: Program,
+    *,
+    run: Mapping[str, Any],
+    wants: Mapping[str, Any],
+    timeout: float,
+    starts: Collection[int] = (0,),
+) -> Meeting:
     """Connect to all partners and start together. `run` must be the same on all nodes; `wants` counts on the lowest
-    rank only. Raises UserError (port in use, other plan, other run), PeerFailure (who did not come in `timeout` s)."""
-    rendezvous = _Rendezvous(program, run, wants, timeout)
+    rank only; `starts` are the steps after which this node can begin.
+
+    Raises UserError (port in use, other plan, other run), PeerFailure (who did not come in `timeout` s)."""
+    rendezvous = _Rendezvous(program, run, wants, starts, timeout)
     try:
         return rendezvous.meet()
     except BaseException as error:
@@ -69,8 +80,16 @@ def meet(program: Program, *, run: Mapping[str, Any], wants: Mapping[str, Any], 
 
 
 class _Rendezvous:
-    def __init__(self, program: Program, run: Mapping[str, Any], wants: Mapping[str, Any], timeout: float) -> None:
+    def __init__(
+        self,
+        program: Program,
+        run: Mapping[str, Any],
+        wants: Mapping[str, Any],
+        starts: Collection[int],
+        timeout: float,
+    ) -> None:
         self._program, self._run, self._timeout = program, dict(run), timeout
+        self._starts = sorted(starts)  # on the lowest rank: those that all who are ready have
         self._partners = partners(program)
         self._selector = selectors.DefaultSelector()
         self._dials = {rank: _Dial(rank) for rank in self._partners if rank < program.rank}
@@ -230,11 +249,26 @@ class _Rendezvous:
                 raise ProtocolError(f"a {frame.kind.name} frame before HELLO")
             self._hear(link, frame.json(), dial)
         elif frame.kind == Kind.READY and self._program.rank == LOWEST:
-            self._ready.add(link.rank)
+            self._hear_ready(link, frame)
         elif frame.kind == Kind.GO and link.rank == LOWEST and self._told_ready:
+            self._meeting.wants["start"] = _step(frame.json().get("start"))
             self._started = True
         else:
             raise ProtocolError(f"{link.name!r} sent a {frame.kind.name} frame before the training began")
+
+    def _hear_ready(self, link: Link, frame: Frame) -> None:
+        theirs = frame.json().get("starts")
+        if not isinstance(theirs, list):
+            raise ProtocolError(f"{link.name!r} is ready for {theirs!r}")
+        common = sorted({*self._starts} & {_step(step) for step in theirs})
+        if not common:
+            mine = self._program
+            raise UserError(
+                f"node {mine.name!r} has checkpoints of steps {self._starts}, node {link.name!r} of {theirs}: there is "
+                "none to resume from; start without --resume, or bring back the files"
+            )
+        self._starts = common
+        self._ready.add(link.rank)
 
     def _hear(self, link: Link, hello: dict[str, Any], dial: _Dial | None) -> None:
         match hello:
@@ -292,12 +326,13 @@ class _Rendezvous:
             return
         if self._program.rank == LOWEST:
             if len(self._ready) == len(self._partners):
+                start = self._meeting.wants["start"] = self._starts[-1]
                 for link in self._meeting.links.values():
-                    link.socket.send(encode(Kind.GO))
+                    link.socket.send(encode_json(Kind.GO, {"start": start}))
                 self._started = True
         elif not self._told_ready:
             self._told_ready = True
-            self._meeting.links[LOWEST].socket.send(encode(Kind.READY))
+            self._meeting.links[LOWEST].socket.send(encode_json(Kind.READY, {"starts": self._starts}))
 
     def _missing(self) -> str:
         missing = [rank for rank in self._partners if rank not in self._meeting.links]
@@ -314,3 +349,9 @@ class _Rendezvous:
             f"{this_node(self._program)} gave up waiting after {self._timeout:g} s: {what}; "
             "is fusetile-runtime running on all devices? --connect-timeout waits longer"
         )
+
+
+def _step(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ProtocolError(f"{value!r} is no step to start from")
+    return value

@@ -23,7 +23,7 @@ from zlib import crc32
 from fusetile.errors import ProtocolError
 
 MAGIC = b"ftil"
-VERSION = 1
+VERSION = 2
 CHUNK_bytes = 1 << 16
 
 
@@ -31,8 +31,8 @@ class Kind(IntEnum):
     """Frame kinds. Step and tag are 0 where they are not mentioned."""
 
     HELLO = 1  # JSON: who I am and what I run
-    READY = 2  # to the lowest rank: all my connections are up
-    GO = 3  # from the lowest rank: everybody's are
+    READY = 2  # to the lowest rank, JSON: all my connections are up, and I can start from these steps
+    GO = 3  # from the lowest rank, JSON: everybody's are, and the start is this
     CREDIT = 4  # step, tag; u64: so many bytes of this transfer may come
     DATA = 5  # step, tag: the transfer's next bytes
     HEARTBEAT = 6  # u64 progress, u8 state (Activity)
@@ -45,8 +45,8 @@ class Kind(IntEnum):
 
 _LENGTHS = {  # bounds of the payload, in bytes
     Kind.HELLO: (2, 4096),
-    Kind.READY: (0, 0),
-    Kind.GO: (0, 0),
+    Kind.READY: (2, 4096),
+    Kind.GO: (2, 4096),
     Kind.CREDIT: (8, 8),
     Kind.DATA: (1, CHUNK_bytes),
     Kind.HEARTBEAT: (9, 9),
@@ -92,7 +92,7 @@ class Frame:
     payload: memoryview
 
     def json(self) -> dict[str, Any]:
-        """The payload of a HELLO, SHARD or ABORT."""
+        """The payload of a HELLO, READY, GO, SHARD or ABORT."""
         try:
             value = json.loads(bytes(self.payload))
         except ValueError as error:

@@ -68,7 +68,7 @@ def test_what_is_urgent_overtakes_and_nothing_is_mixed_up(pair: Pair) -> None:
     sender.data(outgoing(1, slow, priority=5))
     sender.send()  # some of it is under way
     sender.data(outgoing(2, urgent, priority=1))
-    sender.control(encode(Kind.GO))
+    sender.control(encode(Kind.GO, b"{}"))
     frames = pump(sender, receiver, 41 + 3 + 1)
     order = [frame.tag if frame.kind == Kind.DATA else "control" for frame in frames]
     begun = order.index("control")

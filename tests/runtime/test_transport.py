@@ -116,7 +116,7 @@ def test_a_receive_gives_credit_and_its_buffer_is_filled(ends: Ends) -> None:
         (encode(Kind.DATA, b"x", step=1, tag=5), "nobody waits for"),
         (encode_credit(step=1, tag=99, size_bytes=1), "a credit for transfer 99"),
         (encode_credit(step=5, tag=7, size_bytes=1), "of step 5 in step 1"),
-        (encode(Kind.GO), "a GO frame during the training"),
+        (encode(Kind.GO, b"{}"), "a GO frame during the training"),
         (encode(Kind.SHARD_DATA, b"x"), "nobody waits for"),
         (encode_json(Kind.SHARD, {"bytes": 1 << 60}), "array 0 of 1152921504606846976 bytes"),
         (encode_json(Kind.SHARD, {"bytes": 4}), "where 0 were announced"),

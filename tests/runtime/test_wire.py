@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fusetile.errors import ProtocolError
 from fusetile.runtime.wire import (
+    VERSION,
     CHUNK_bytes,
     Decoder,
     Header,
@@ -27,7 +28,7 @@ from fusetile.runtime.wire import (
 
 FRAMES = [
     encode_json(Kind.HELLO, {"rank": 1}),
-    encode(Kind.GO),
+    encode(Kind.GO, b"{}"),
     encode_credit(step=3, tag=7, size_bytes=1 << 33),
     encode(Kind.DATA, b"abcdef", step=3, tag=7),
     encode(Kind.DATA, b"gh", step=3, tag=7),
@@ -120,7 +121,7 @@ def test_noise_is_refused(noise: bytes) -> None:
         Receiver().feed(noise)
 
 
-def forge(*, kind: int, length: int, version: int = 1) -> bytes:
+def forge(*, kind: int, length: int, version: int = VERSION) -> bytes:
     head = struct.pack("!4sBBHIIII", b"ftil", version, kind, 0, 0, 0, length, 0)
     return head + struct.pack("!I", crc32(head))
 
@@ -136,8 +137,8 @@ def test_lengths_are_bounded_before_anything_is_allocated(kind: Kind, length: in
 def test_unknown_kinds_and_versions() -> None:
     with pytest.raises(ProtocolError, match="unknown kind 99"):
         Receiver().feed(forge(kind=99, length=0))
-    with pytest.raises(VersionMismatch, match=r"version 2 .* this device version 1") as caught:
-        Receiver().feed(forge(kind=Kind.HELLO, length=2, version=2))
+    with pytest.raises(VersionMismatch, match=r"version 1 .* this device version 2") as caught:
+        Receiver().feed(forge(kind=Kind.HELLO, length=2, version=1))
     assert caught.value.exit_status == 2
 
 
