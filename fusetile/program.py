@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class Buffer:
     @property
     def size_bytes(self) -> int:
         """Bytes of storage, without alignment."""
-        return int(np.prod(self.storage_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return prod(self.storage_shape) * np.dtype(self.dtype).itemsize
 
     def element(self, box: Box) -> int:
         """Elements from the start of the buffer to the first element of `box` (a box of the same tensor)."""

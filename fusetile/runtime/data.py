@@ -20,7 +20,7 @@ from fusetile.box import slices, volume
 from fusetile.errors import UserError
 from fusetile.philox import permutation
 from fusetile.program import Feed, Program
-from fusetile.runtime.storage import pack
+from fusetile.runtime.storage import Place
 
 _LOCAL_HEADER_bytes = 30
 _CHECKED_at_once = 1 << 22  # elements
@@ -45,6 +45,8 @@ class Data:
         for feed in {feed.key: feed for feed in self._feeds if feed.classes}.values():
             _check_classes(self._arrays[feed.key], feed, path)
         self._epoch, self._order = -1, np.arange(self.count)
+        self._places: list[Place] = []  # of the feeds, in the arena that is being filled
+        self._arena: np.ndarray | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -62,16 +64,18 @@ class Data:
     def fill(self, arena: np.ndarray, step: int, *, total: int) -> None:
         """Write the feeds of a training step, of `total`."""
         rows, controls = self.rows(step), self._program.rates.controls(step, total)
-        for feed in self._program.feeds:
-            box = feed.buffer.box
+        if self._arena is not arena:
+            self._arena = arena
+            self._places = [Place(arena, feed.buffer, feed.buffer.box) for feed in self._program.feeds]
+        for feed, place in zip(self._program.feeds, self._places, strict=True):
             if feed.role == "step":
-                pack(arena, feed.buffer, box, np.array(step, np.int32))
+                place.write(np.array(step, np.int32))
             elif feed.role in controls:
-                pack(arena, feed.buffer, box, np.array(controls[feed.role], np.float32))
-            elif volume(box):
-                batch, *rest = slices(box)
+                place.write(np.array(controls[feed.role], np.float32))
+            elif volume(feed.buffer.box):
+                batch, *rest = slices(feed.buffer.box)
                 index: Any = (rows[batch], *rest)
-                pack(arena, feed.buffer, box, self._arrays[feed.key][index])
+                place.write(self._arrays[feed.key][index])
 
 
 def _open(path: Path) -> Mapping[str, np.ndarray]:

@@ -11,7 +11,7 @@ from fusetile.errors import PlanError
 from fusetile.program import Gradient, Program, Recv, Run, Send, Step, Wait
 from fusetile.runtime.guard import Guard
 from fusetile.runtime.native import Library, Segment
-from fusetile.runtime.storage import unpack
+from fusetile.runtime.storage import Place, unpack
 from fusetile.runtime.transport import Transport
 
 Snapshot = list[tuple[Gradient, np.ndarray]]
@@ -24,6 +24,7 @@ class Executor:
         self._program, self._arena, self._transport = program, arena, transport
         self._library = library
         self._posted: set[int] = set()
+        self._loss = Place(arena, program.loss, program.loss.box) if program.loss is not None else None
         self._guard = Guard(program, arena) if program.zones else None
         self._actions = [self._guarded(self._action(step), index) for index, step in enumerate(program.steps)]
 
@@ -46,8 +47,7 @@ class Executor:
                 transport.check()
         if transport is not None:
             transport.end_step()
-        loss = self._program.loss
-        return None if loss is None else float(unpack(self._arena, loss, loss.box).item())
+        return None if self._loss is None else self._loss.read().item()
 
     def _guarded(self, action: Callable[[], None], index: int) -> Callable[[], None]:
         return action if self._guard is None else self._guard.around(action, index)

@@ -45,29 +45,49 @@ def _release_pages(pages: mmap.mmap, start: int, stop: int) -> None:
         pages.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
+class Place:
+    """A box of a buffer in the arena, looked up once for what is written or read every step."""
+
+    def __init__(self, arena: np.ndarray, buffer: Buffer, box: Box) -> None:
+        self._shape, self._shape4, self._dtype = extents(box), extents(view4(box)), buffer.dtype
+        self._parts = list(_parts(arena, buffer, box))
+
+    def write(self, values: np.ndarray) -> None:
+        """Write `values`, the canonical array of the box; converts the dtype. Nothing else of the buffer is touched:
+        border and pad lanes stay as they are."""
+        for stored, canonical in self._pairs(np.asarray(values)):
+            stored[...] = canonical
+
+    def read(self) -> np.ndarray:
+        """A canonical array (a copy, in the tensor's rank) of the box."""
+        values = np.empty(self._shape, self._dtype)
+        for stored, canonical in self._pairs(values):
+            canonical[...] = stored
+        return values
+
+    def _pairs(self, values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        values = values.reshape(self._shape4)
+        for stored, part in self._parts:
+            yield stored, values[part].reshape(stored.shape)
+
+
 def pack(arena: np.ndarray, buffer: Buffer, box: Box, values: np.ndarray) -> None:
-    """Write `values`, the canonical array of `box`, into its place in the buffer; converts the dtype. Nothing else of
-    the buffer is touched: border and pad lanes stay as they are."""
-    for stored, canonical in _parts(arena, buffer, box, np.asarray(values)):
-        stored[...] = canonical
+    """Write the canonical array of a box of a buffer, once."""
+    Place(arena, buffer, box).write(values)
 
 
 def unpack(arena: np.ndarray, buffer: Buffer, box: Box) -> np.ndarray:
-    """A canonical array (a copy, in the tensor's rank) of `box` of the buffer."""
-    values = np.empty(extents(box), buffer.dtype)
-    for stored, canonical in _parts(arena, buffer, box, values):
-        canonical[...] = stored
-    return values
+    """A copy of a box of a buffer as a canonical array, once."""
+    return Place(arena, buffer, box).read()
 
 
-def _parts(arena: np.ndarray, buffer: Buffer, box: Box, values: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of views of the same elements, in the buffer and in `values`, both [d0/b0, b0, d1/b1, b1, d2, d3]: up to
-    four pairs, because the last block of either blocked dimension may be filled in part."""
+def _parts(arena: np.ndarray, buffer: Buffer, box: Box) -> Iterator[tuple[np.ndarray, tuple[slice, slice]]]:
+    """Views [d0/b0, b0, d1/b1, b1, d2, d3] of the buffer, and which part of the canonical array, as four dimensions,
+    each of them is: up to four, because the last block of either blocked dimension may be filled in part."""
     if volume(box) == 0:
         return
     stored = arena[buffer.offset_bytes :][: buffer.size_bytes].view(buffer.dtype).reshape(buffer.storage_shape)
     box4, origin = view4(box), view4(buffer.box)
-    values = values.reshape(extents(box4))
     rows, columns = (
         slice(start - low + border, stop - low + border)
         for (start, stop), (low, _), border in zip(box4[2:], origin[2:], buffer.border, strict=True)
@@ -75,7 +95,7 @@ def _parts(arena: np.ndarray, buffer: Buffer, box: Box, values: np.ndarray) -> I
     for blocks0, lanes0, part0 in _blocks(box4[0], origin[0], buffer.block[0]):
         for blocks1, lanes1, part1 in _blocks(box4[1], origin[1], buffer.block[1]):
             inside = stored[blocks0, blocks1, rows, columns, :lanes1, :lanes0].transpose(0, 5, 1, 4, 2, 3)
-            yield inside, values[part0, part1].reshape(inside.shape)
+            yield inside, (part0, part1)
 
 
 def _blocks(interval: Interval, origin: Interval, block: int) -> Iterator[tuple[slice, int, slice]]:
