@@ -166,12 +166,13 @@ def _convolve(
 ) -> tuple[KernelCall, ...]:
     """The calls of a tap convolution: one, and more if the output channels do not divide into equal tiles."""
     step = (taps.step[0] * x.row, taps.step[1] * x.pixel)
-    lines, (taps_h, taps_w) = w.lines, taps.count
-    if taps_w > 1 and step[1] == w.lines and w.tap_w == w.lines * m.vectors.block:
-        lines, taps_w = lines * taps_w, 1  # the taps of a row are contiguous
+    lines, (taps_h, taps_w), pixel = w.lines, taps.count, taps.stride[1] * x.pixel
+    contiguous = taps_w > 1 and step[1] == w.lines and w.tap_w == w.lines * m.vectors.block
+    if contiguous and (not m.written or lines * taps_w <= m.written):  # a row of taps is like one of more lines
+        lines, taps_w = lines * taps_w, 1
     calls = []
     rows = sizes.images * sizes.rows
-    for cover in cover_pixels(m, sizes.columns, sizes.k_blocks):
+    for cover in cover_pixels(m, sizes.columns, sizes.k_blocks, pixel=pixel, lines=lines):
         blocking = block_convolution(
             m,
             cover,
@@ -216,9 +217,11 @@ def _convolve(
         kernel = tap_convolution(
             vectors=m.vectors,
             tile=cover.tile,
-            pixel=taps.stride[1] * x.pixel,
+            pixel=pixel,
+            loops=2 if taps_w != 1 else int(taps_h != 1),
+            lines=lines if lines <= m.written else 0,
             activation=epilogue.activation,
-            ragged=bool(m.vectors.lanes and lines % m.vectors.lanes),
+            ragged=bool(m.vectors.lanes and lines > m.written and lines % m.vectors.lanes),
         )
         bias = w.start if epilogue.bias is None else moved(epilogue.bias, cover.first * m.vectors.block)
         pointers = (x.start, moved(w.start, cover.first * w.k), bias, moved(y.start, cover.first * y.block))
@@ -281,7 +284,8 @@ def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int
             "d_block": dw.block,
         }
         pointers = (x.start, moved(dy.start, cover.first * dy.block), start)
-        kernel = weight_gradient(vectors=m.vectors, tile=cover.tile)
+        in_rows = m.written and dy.pixel == m.vectors.block
+        kernel = weight_gradient(vectors=m.vectors, tile=cover.tile, pixel=x.pixel if in_rows else 0)
         calls.append(KernelCall(kernel, count * cover.tiles * sizes.c_blocks, pointers, _order(GRADIENT_INTS, ints)))
         if count > 1:
             sums = {

@@ -67,6 +67,7 @@ GRADIENT_INTS = (
     *("x_image", "x_block", "x_row", "x_pixel", "x_tap_h", "x_tap_w"),
     *("y_image", "y_block", "y_row", "y_pixel", "d_part", "d_k", "d_block"),
 )
+WRITTEN_PRODUCTS = 64  # vectors that a written out turn of a weight gradient multiplies
 ACTIVATIONS = {
     "": "{}",
     "relu": "T.max({}, T.float32(0))",
@@ -103,15 +104,35 @@ for {index} in T.serial(short_tiles):
     return loops
 
 
+def segment(length: int, pixel: int, lines: int, lanes: int) -> list[int]:
+    """The vectors that hold the lines of a row of pixels, counted from its start. Pixels share lines if they are closer
+    than a pixel has lines."""
+    return sorted({(p * pixel + i) // lanes for p in range(length) for i in range(lines)})
+
+
 @cache
-def tap_convolution(*, vectors: Vectors, tile: Tile, pixel: int, activation: str = "", ragged: bool = False) -> Kernel:
+def tap_convolution(
+    *,
+    vectors: Vectors,
+    tile: Tile,
+    pixel: int,
+    loops: int,
+    lines: int = 0,
+    activation: str = "",
+    ragged: bool = False,
+) -> Kernel:
     """y = activation(bias + sum over blocks of input channels and taps of x * w), for `blocks` blocks, in chunks.
 
     A work unit is one tile of output channels x one block of rows; rows are counted over all images. Between chunks of
-    input channels the sums rest in y. `pixel` is the distance in x from one output pixel to the next; `ragged` says
-    that `lines` is no multiple of the lanes. Pointers x, w, bias, y; the float is the slope of leaky_relu.
+    input channels the sums rest in y. `pixel` is the distance in x from one output pixel to the next. `loops` is how
+    many axes of the window have more than one tap. `lines` is their number if they are written out, for ARM, where LLVM
+    would cut a loop over them badly; without, `ragged` says that they are no multiple of the lanes. Pointers x, w,
+    bias, y; the float is the slope of leaky_relu.
     """
     v = vectors
+    over = {"c": "T.min(chunk, blocks - chunk_index * chunk)", "th": "taps_h", "tw": "taps_w"}
+    over = dict([*over.items()][: 1 + loops])
+    x_tap, w_tap = ("".join(f" + {tap} * {o}_tap_{tap[1]}" for tap in [*over][1:]) for o in "xw")
     at = f"(r // {v.per_block}) * {{}} + r % {v.per_block} * {v.width} + e"
     y_at = "y[y0 + p * y_pixel + " + at.format("y_block") + "]"
 
@@ -119,7 +140,19 @@ def tap_convolution(*, vectors: Vectors, tile: Tile, pixel: int, activation: str
         value = f"acc[p, r, e] + {x_value} * w[w0 + {line} * {v.block} + {at.format('w_k')}]"
         return _each(f"acc[p, r, e] = {value}", length, tile.blocks, v)
 
-    def lines(length: int) -> str:
+    def written_out(length: int) -> str:
+        """The lines of a row of pixels in registers, then the products line by line."""
+        end, text = (length - 1) * pixel + lines, ""
+        for q in segment(length, pixel, lines, v.lanes):
+            many = min(v.lanes, end - q * v.lanes)  # the last vector must not read beyond the row
+            loop = f"T.vectorized({v.lanes})" if many == v.lanes else f"T.unroll({many})"
+            text += f"for j in {loop}:\n    xv[{q}, j] = x[x1 + {q * v.lanes} + j]\n"
+        for i in range(lines):
+            line = f"(p * {pixel} + {i})"
+            text += multiply(f"xv[{line} // {v.lanes}, {line} % {v.lanes}]", str(i), length)
+        return text
+
+    def looped(length: int) -> str:
         one = f"""
 for i in T.serial({f"T.truncdiv(lines, {v.lanes}) * {v.lanes}" if v.lanes else "0"}, lines):
     {indent(multiply(f"x[x1 + p * {pixel} + i]", "i", length), 4)}
@@ -163,11 +196,11 @@ else:
         {indent(each(f"acc[p, r, e] = bias[k_tile * {tile.blocks * v.block} + r * {v.width} + e]"), 8)}
     else:
         {indent(each("acc[p, r, e] = T.float32(0)"), 8)}
-for c, th, tw in T.grid(T.min(chunk, blocks - chunk_index * chunk), taps_h, taps_w):
-    x1: T.int32 = x_start + {start} * {pixel} + c * x_block + th * x_tap_h + tw * x_tap_w
-    w0: T.int32 = w_start + c * w_block + th * w_tap_h + tw * w_tap_w
+for {", ".join(over)} in T.grid({", ".join(over.values())}):
+    x1: T.int32 = x_start + {start} * {pixel} + c * x_block{x_tap}
+    w0: T.int32 = w_start + c * w_block{w_tap}
     {indent(next_tile(length), 4)}
-    {indent(lines(length), 4)}
+    {indent(written_out(length) if lines else looped(length), 4)}
 {store}
 """
 
@@ -188,10 +221,11 @@ for unit in T.serial(lo, hi):
         "acc": ((tile.long, tile.blocks * v.per_block, v.width), "float32")
     }
     if v.lanes:
-        scratch["xv"] = ((tile.long, v.lanes), "float32")
+        vectors_of_x = segment(tile.long, pixel, lines, v.lanes)[-1] + 1 if lines else tile.long
+        scratch["xv"] = ((vectors_of_x, v.lanes), "float32")
     suffix = (f"_{activation}" if activation else "") + ("_ragged" if ragged else "")
     return make_kernel(
-        f"conv_p{pixel}_t{tile.tag}_{v.tag}{suffix}",
+        f"conv{loops}_p{pixel}_l{lines}_t{tile.tag}_{v.tag}{suffix}",
         pointers=dict.fromkeys(("x", "w", "bias", "y"), "float32"),
         body=body,
         ints=TAP_INTS,
@@ -201,49 +235,71 @@ for unit in T.serial(lo, hi):
 
 
 @cache
-def weight_gradient(*, vectors: Vectors, tile: Tile) -> Kernel:
+def weight_gradient(*, vectors: Vectors, tile: Tile, pixel: int = 0) -> Kernel:
     """dw = sum over rows and columns of x * dy, for the tiles of lines of every row of taps.
 
     A work unit is one part of the rows x one tile of output channels x one block of input channels; a part writes its
     own dw, `d_part` elements from the next. Rows (over all images) are taken in outer chunks, for the outer cache, in
     which all units of a thread take their turn, and inner chunks, which the innermost cache holds; between inner
-    chunks the sums rest in dw. Pointers x, dy, dw.
+    chunks the sums rest in dw. With `pixel` > 0, that is the distance in x from one pixel to the next, in dy it is a
+    block, and several pixels are written out. Pointers x, dy, dw.
     """
     v = vectors
+    turn = max(1, WRITTEN_PRODUCTS // (tile.long * tile.blocks * v.per_block)) if pixel else 1
+    x_pixel, y_pixel = (str(pixel), str(v.block)) if pixel else ("x_pixel", "y_pixel")
     at = f"(r // {v.per_block}) * {{}} + r % {v.per_block} * {v.width} + e"
 
     def tile_body(length: int, start: str) -> str:
         d_at = f"dw[d0 + ({start} + p) * {v.block} + {at.format('d_k')}]"
-        y_at = f"dy[y0 + {at.format('y_block')}]"
 
         def each(statement: str) -> str:
             return _each(statement, length, tile.blocks, v)
 
-        groups = length // v.lanes if v.lanes else 0
-        grouped = groups * v.lanes
-        work = ""
-        if groups:
-            work += f"""
+        def work(at_pixel: int) -> str:
+            x_at = f"x1 + {at_pixel * pixel}"
+            y_at = f"dy[y0 + {at_pixel * v.block} + {at.format('y_block')}]"
+            groups = length // v.lanes if v.lanes else 0
+            grouped = groups * v.lanes
+            text = ""
+            if groups:
+                text += f"""
 for q in T.unroll({groups}):
     for j in T.vectorized({v.lanes}):
-        xv[q, j] = x[x1 + q * {v.lanes} + j]
+        xv[q, j] = x[{x_at} + q * {v.lanes} + j]
 {_each(f"acc[p, r, e] = acc[p, r, e] + xv[p // {v.lanes}, p % {v.lanes}] * {y_at}", grouped, tile.blocks, v)}
 """
-        if grouped < length:
-            shifted = f"acc[{grouped} + p, r, e] = acc[{grouped} + p, r, e] + x[x1 + {grouped} + p] * {y_at}"
-            work += _each(shifted, length - grouped, tile.blocks, v)
+            if grouped < length:
+                shifted = f"acc[{grouped} + p, r, e] = acc[{grouped} + p, r, e] + x[{x_at} + {grouped} + p] * {y_at}"
+                text += _each(shifted, length - grouped, tile.blocks, v)
+            return text
+
+        one_by_one = f"""
+for column in T.serial({f"T.truncdiv(columns, {turn}) * {turn}" if turn > 1 else "0"}, columns):
+    x1: T.int32 = x0 + column * {x_pixel}
+    y0: T.int32 = y_start + column * {y_pixel}
+    {indent(work(0), 4)}
+"""
+        in_turns = f"""
+for q in T.serial(T.truncdiv(columns, {turn})):
+    x1: T.int32 = x0 + q * {turn * pixel}
+    y0: T.int32 = y_start + q * {turn * v.block}
+    {indent("".join(work(i) for i in range(turn)), 4)}
+"""
         return f"""
 if first > 0:
     {indent(each("acc[p, r, e] = T.float32(0)"), 4)}
 else:
     {indent(each(f"acc[p, r, e] = {d_at}"), 4)}
-for row in T.serial(row_start, row_stop):
-    x0: T.int32 = x_start + T.truncdiv(row, height) * x_image + T.truncmod(row, height) * x_row + {start}
-    y_start: T.int32 = T.truncdiv(row, height) * y_image + T.truncmod(row, height) * y_row + y_tile
-    for column in T.serial(columns):
-        x1: T.int32 = x0 + column * x_pixel
-        y0: T.int32 = y_start + column * y_pixel
-        {indent(work, 8)}
+first_image: T.int32 = T.truncdiv(row_start, height)
+for i in T.serial(T.truncdiv(row_stop + height - 1, height) - first_image):
+    image: T.int32 = first_image + i
+    h_start: T.int32 = T.max(row_start - image * height, 0)
+    for j in T.serial(T.min(row_stop - image * height, height) - h_start):
+        h: T.int32 = h_start + j
+        x0: T.int32 = x_start + image * x_image + h * x_row + {start}
+        y_start: T.int32 = y_tile + image * y_image + h * y_row
+        {indent(in_turns if turn > 1 else "", 8)}
+        {indent(one_by_one, 8)}
 {each(f"{d_at} = acc[p, r, e]")}
 """
 
@@ -275,7 +331,7 @@ for outer in T.serial(T.truncdiv(part_rows + outer_rows - 1, outer_rows)):
     if v.lanes:
         scratch["xv"] = ((max(tile.long // v.lanes, 1), v.lanes), "float32")
     return make_kernel(
-        f"conv_gradient_t{tile.tag}_{v.tag}",
+        f"conv_gradient_p{pixel}_t{tile.tag}_{v.tag}",
         pointers=dict.fromkeys(("x", "dy", "dw"), "float32"),
         body=body,
         ints=GRADIENT_INTS,

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from fusetile.codegen.conv_source import Tile, Vectors
+from fusetile.codegen.conv_source import Tile, Vectors, segment
 from fusetile.codegen.targets import Target
 
 LONGEST_ROW = 256  # pixels; longer rows leave nothing to choose for caches and threads
 ROWS_GAIN = 0.02  # what merging rows must gain
+WRITTEN_LINES, WEIGHT_REGISTERS = 36, 3
 MIN_UNITS = 16  # work units per call that keep four threads evenly busy
 
 
@@ -22,7 +23,7 @@ class Machine:
     the longest tile of a convolution and of a weight gradient that needs no stack; `dot` is the tile (rows, lines) of
     the fully connected input gradient. `fma` and `loads` are vector operations per cycle, `latency` that of an fma in
     cycles. `inner_bytes` and `outer_bytes` are the cache nearest to a core and its share of the next; `weights_bytes`
-    is how much of the weights one may stream over.
+    is how much of the weights one may stream over. `written` is the most lines of a tap that kernels have written out.
     """
 
     vectors: Vectors
@@ -36,6 +37,7 @@ class Machine:
     inner_bytes: int
     outer_bytes: int
     weights_bytes: int
+    written: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,7 @@ def machine(target: Target, block: int) -> Machine:
         vectors = Vectors(block, 4, lanes=4)
         if target.registers == 16:
             return Machine(vectors, 16, {1: 4}, {1: 6}, (2, 4), fma=1, loads=1, latency=4, **caches)
-        # LLVM's schedules for an in-order and for an unknown core load far ahead, which takes registers
-        pixels = {1: 10, 2: 5} if target.name in ("pi4", "pi5") else {1: 7, 2: 4}
-        return Machine(vectors, 32, pixels, {1: 12}, (4, 4), fma=1, loads=1, latency=4, **caches)
+        return Machine(vectors, 32, {1: 7}, {1: 12}, (4, 4), fma=1, loads=1, latency=4, **caches, written=WRITTEN_LINES)
     vectors = Vectors(block, min(target.width, block), lanes=0)
     if target.registers == 32:
         pixels, lines = {1: 28, 2: 14, 4: 6}, {1: 24, 2: 14, 4: 6}
@@ -100,9 +100,18 @@ def machine(target: Target, block: int) -> Machine:
     return Machine(vectors, 16, {1: 12, 2: 6, 3: 4}, {1: 12, 2: 6, 3: 4}, (4, 2), fma=2, loads=2, latency=4, **caches)
 
 
-def cover_pixels(m: Machine, columns: int, blocks: int) -> list[Cover]:
-    """Register tiles for rows of so many pixels and so many blocks of output channels."""
-    return _cover(m, columns, blocks, m.pixels, unit=1)[1]
+def cover_pixels(m: Machine, columns: int, blocks: int, *, pixel: int, lines: int) -> list[Cover]:
+    """Register tiles for rows of so many pixels, `pixel` lines from one to the next, and blocks of output channels."""
+    longest = m.pixels
+    if lines <= m.written:
+        longest = {1: max(length for length in range(1, m.registers) if _fits(m, length, pixel, lines))}
+    return _cover(m, columns, blocks, longest, unit=1)[1]
+
+
+def _fits(m: Machine, length: int, pixel: int, lines: int) -> bool:
+    """Whether the registers hold the sums of a row of pixels, its written out lines, and some weights."""
+    taken = length * m.vectors.per_block + len(segment(length, pixel, lines, m.vectors.lanes))
+    return taken + WEIGHT_REGISTERS <= m.registers
 
 
 def best_rows(m: Machine, counts: Sequence[int], columns: int, blocks: int) -> int:

@@ -19,7 +19,7 @@ from fusetile.codegen import conv
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import KernelCall, Lowered
 from fusetile.codegen.conv_source import TAP_INTS, Tile, tap_convolution, weight_gradient
-from fusetile.codegen.conv_tiles import machine
+from fusetile.codegen.conv_tiles import cover_pixels, machine
 from fusetile.codegen.targets import TARGETS, Target, host
 from fusetile.codegen.tvm_pipeline import assembly
 from fusetile.errors import PlanError
@@ -256,10 +256,8 @@ def test_tiles_of_arm(tmp_path, hardly_any_cache):
 @pytest.mark.parametrize("name", ["pi3", "pi4", "pi5", "arm64", "armv7"])
 def test_arm_multiplies_by_element_and_spills_nothing(name):
     m = machine(TARGETS[name], 8)
-    kernels = [
-        tap_convolution(vectors=m.vectors, tile=Tile(longest, longest - 1, blocks), pixel=8)
-        for blocks, longest in m.pixels.items()
-    ]
+    tile, lines = cover_pixels(m, 997, 1, pixel=8, lines=24)[0].tile, 24 if m.written else 0
+    kernels = [tap_convolution(vectors=m.vectors, tile=tile, pixel=8, loops=1, lines=lines)]
     kernels += [
         weight_gradient(vectors=m.vectors, tile=Tile(longest, 0, blocks)) for blocks, longest in m.lines.items()
     ]

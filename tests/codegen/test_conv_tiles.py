@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fusetile.codegen.conv_tiles import (
     LONGEST_ROW,
+    WRITTEN_LINES,
     best_rows,
     block_convolution,
     block_gradient,
@@ -20,16 +21,33 @@ machines = st.sampled_from(sorted(TARGETS)).map(lambda name: machine(TARGETS[nam
 sizes = st.integers(1, 130)
 
 
-@given(m=machines, extent=sizes, blocks=sizes, cover=st.sampled_from((cover_pixels, cover_lines)))
-def test_covers_exactly(m, extent, blocks, cover):
-    longest = m.pixels if cover is cover_pixels else m.lines
+def check_cover(parts, extent, blocks):
     found = []
-    for part in cover(m, extent, blocks):
+    for part in parts:
         tile = part.tile
         assert part.long_tiles * tile.long + part.short_tiles * tile.short == extent
-        assert 0 < tile.long <= longest[tile.blocks] and tile.short < tile.long
+        assert 0 <= tile.short < tile.long
         found += range(part.first, part.first + part.tiles * tile.blocks)
     assert found == list(range(blocks))
+
+
+@given(m=machines, extent=sizes, blocks=sizes)
+def test_covers_lines_exactly(m, extent, blocks):
+    parts = cover_lines(m, extent, blocks)
+    check_cover(parts, extent, blocks)
+    assert all(part.tile.long <= m.lines[part.tile.blocks] for part in parts)
+
+
+@given(m=machines, extent=sizes, blocks=sizes, pixel=st.integers(1, 24), lines=st.integers(1, WRITTEN_LINES))
+def test_covers_pixels_exactly(m, extent, blocks, pixel, lines):
+    parts = cover_pixels(m, extent, blocks, pixel=pixel, lines=lines)
+    check_cover(parts, extent, blocks)
+    for tile in (part.tile for part in parts):
+        if lines > m.written:
+            assert tile.long <= m.pixels[tile.blocks]
+        elif tile.long > 1:
+            inputs = {(p * pixel + i) // m.vectors.lanes for p in range(tile.long) for i in range(lines)}
+            assert tile.long * m.vectors.per_block * tile.blocks + len(inputs) < m.registers
 
 
 @given(m=machines, rows=sizes, columns=sizes, blocks=sizes)
@@ -47,7 +65,7 @@ def test_a_small_map_is_one_row():
 @given(m=machines, rows=sizes, columns=sizes, k=sizes, c=sizes, taps=st.integers(1, 49))
 def test_blocking_is_legal(m, rows, columns, k, c, taps):
     filter_block = taps * m.vectors.block**2
-    for part in cover_pixels(m, columns, k):
+    for part in cover_pixels(m, columns, k, pixel=8, lines=24):
         cut = block_convolution(
             m, part, rows=rows, columns=columns, blocks=c, filter_block=filter_block, x_row=columns * m.vectors.block
         )
