@@ -7,7 +7,6 @@ here returns it in that one form, so that boxes compare with `==`. The rank-0 bo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import prod
 
 Interval = tuple[int, int]
 Box = tuple[Interval, ...]
@@ -25,7 +24,10 @@ def whole(shape: Sequence[int]) -> Box:
 
 def volume(box: Box) -> int:
     """Number of elements."""
-    return prod(stop - start for start, stop in box)
+    elements = 1
+    for start, stop in box:
+        elements *= stop - start
+    return elements
 
 
 def extents(box: Box) -> tuple[int, ...]:
@@ -35,8 +37,13 @@ def extents(box: Box) -> tuple[int, ...]:
 
 def intersect(a: Box, b: Box) -> Box:
     """The elements that are in both."""
-    both = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
-    return both if all(start < stop for start, stop in both) else empty(len(a))
+    both = []
+    for (a0, a1), (b0, b1) in zip(a, b, strict=True):
+        start, stop = a0 if a0 > b0 else b0, a1 if a1 < b1 else b1
+        if start >= stop:
+            return empty(len(a))
+        both.append((start, stop))
+    return tuple(both)
 
 
 def contains(outer: Box, inner: Box) -> bool:

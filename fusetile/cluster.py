@@ -29,6 +29,8 @@ from fusetile.errors import UserError
 DEFAULT_PORT = 7300
 ABIS = {"aarch64": "", "armv7": "-32"}  # what is appended to the name of a Raspberry Pi's profile
 ADDRESSABLE_32_bytes = 2_000_000_000  # what one block of memory of a 32-bit process may have
+MESSAGE_seconds = 0.1e-3
+"""What a message keeps a link busy for besides its bytes: system calls at both ends, the frame's header."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,13 +80,20 @@ def compile_graph(
     with trace.stage("rematerialize") as seen:
         graph = seen(rematerialize(graph))
     with trace.stage("assign"):
-        plan = assign(graph, plan=training.plan, cluster=cluster, block=block)
+        plan = assign(
+            graph,
+            plan=training.plan,
+            cluster=cluster,
+            block=block,
+            halo=training.halo,
+            on_progress=trace.on_progress,
+        )
     with trace.stage("group"):
         plan = group(graph, plan, cluster=cluster, halo=training.halo)
     with trace.stage("communicate"):
         communication = communicate(graph, plan, block=block)
     with trace.stage("schedule"):
-        order = schedule(graph, plan, communication)
+        order = schedule(graph, plan, communication, cluster=cluster)
     with trace.stage("buffers"):
         storage = buffers(graph, plan, communication, order.order, block=block)
     with trace.stage("emit"):

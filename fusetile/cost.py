@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusetile.box import Box, volume
-from fusetile.cluster import Node
+from fusetile.cluster import Cluster, Device, Node
 from fusetile.graph import Graph, Op
 from fusetile.ops import domain_of, row
+from fusetile.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +39,17 @@ def cost_of(graph: Graph, op: Op, box: Box) -> Cost:
 def seconds_on(cost: Cost, node: Node) -> float:
     """The larger of computing and moving: a roofline (Williams, Waterman, Patterson, 2009)."""
     return max(cost.flops / node.flops, cost.traffic_bytes / node.device.bandwidth)
+
+
+def op_seconds(graph: Graph, plan: Plan, cluster: Cluster) -> dict[str, tuple[float, ...]]:
+    """What every device takes for its part of every op."""
+    found = {}
+    for op in graph.ops.values():
+        known: dict[tuple[Box, Device], float] = {}
+        for box, node in zip(plan.placements[op.name].compute, cluster.nodes, strict=True):
+            if (box, node.device) not in known:
+                known[box, node.device] = seconds_on(cost_of(graph, op, box), node)
+        found[op.name] = tuple(
+            known[box, node.device] for box, node in zip(plan.placements[op.name].compute, cluster.nodes, strict=True)
+        )
+    return found

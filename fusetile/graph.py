@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
 import numpy as np
 
 from fusetile.errors import PlanError
+
+if TYPE_CHECKING:
+    from fusetile.ops import Domain
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 PHASES = (FORWARD, BACKWARD, UPDATE)
@@ -79,6 +82,7 @@ class Graph:
         self.next_value: dict[str, str] = {}
         self.gradients: dict[str, str] = {}
         self.loss: str = ""
+        self.domains: dict[str, tuple[Op, Domain]] = {}  # iteration domains that were asked for, by op
         self._fresh = 0
 
     # -- building ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 class CompileProgress:
-    """A line with the current pass, a bar while kernels are compiled."""
+    """A line with the current pass, a bar while plans are played and kernels compiled."""
 
     def __init__(self, console: Console, title: str) -> None:
         self.console = console
@@ -44,11 +44,11 @@ class CompileProgress:
     def stage(self, name: str) -> None:
         """A pass begins."""
         self.passed.append(name)
-        self.bar.update(self.task, description=f"{self.title}: {name}")
+        self.bar.update(self.task, description=f"{self.title}: {name}", completed=0, total=None)
 
     def advance(self, done: int, total: int) -> None:
-        """Kernels compiled so far."""
-        self.bar.update(self.task, description=f"{self.title}: kernels", completed=done, total=total)
+        """How far a pass is: plans that were played, kernels that are compiled."""
+        self.bar.update(self.task, completed=done, total=total)
 
     def times(self, seconds: dict[str, float]) -> None:
         """A table of the passes' times."""

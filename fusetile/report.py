@@ -20,7 +20,7 @@ from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan
 from fusetile.passes.schedule import Part, Schedule, Transfer
 from fusetile.plan import Plan
-from fusetile.planner.simulate import step_seconds
+from fusetile.planner.simulate import simulate
 from fusetile.program import SCHEMA_VERSION
 
 Description = dict[str, Any]
@@ -45,7 +45,7 @@ def describe(
         "training": asdict(training) | {"batch": graph.tensors[graph.inputs[0]].shape[0]},
         "channel_block": block,
         "link": asdict(cluster.link),
-        "step_seconds": step_seconds(graph, plan, communication, schedule, cluster),
+        "step_seconds": simulate(communication, schedule, cluster).seconds,
         "search": _search(plan),
         "nodes": [
             {
@@ -106,18 +106,13 @@ def predicted_seconds(graph: Graph, plan: Plan, cluster: Cluster) -> list[float]
     ]
 
 
-def size_bytes(transfer: Transfer) -> int:
-    """Bytes of values on the wire, without the padding of channel blocks."""
-    return sum(part_bytes(part, dtype) for part, dtype in zip(transfer.parts, transfer.dtypes, strict=True))
-
-
 def part_bytes(part: Part, dtype: str) -> int:
     """Bytes of values of one part."""
     return volume(part.move.box) * np.dtype(dtype).itemsize
 
 
 def _sent(schedule: Schedule, rank: int) -> int:
-    return sum(size_bytes(transfer) for transfer in schedule.transfers if transfer.source == rank)
+    return sum(transfer.size_bytes for transfer in schedule.transfers if transfer.source == rank)
 
 
 def _transfer(communication: Communication, transfer: Transfer) -> Description:
@@ -126,7 +121,7 @@ def _transfer(communication: Communication, transfer: Transfer) -> Description:
         "source": transfer.source,
         "target": transfer.target,
         "priority": transfer.priority,
-        "bytes": size_bytes(transfer),
+        "bytes": transfer.size_bytes,
         "parts": [
             {
                 "tensor": communication.deliveries[part.delivery].tensor,

@@ -276,8 +276,11 @@ def overwritten(graph: Graph, op: Op) -> tuple[str, ...]:
 
 def domain_of(graph: Graph, op: Op) -> Domain:
     """The iteration domain of an op of a graph."""
-    inputs, outputs = ([graph.tensors[name] for name in names] for names in (op.inputs, op.outputs))
-    return row(op.kind).domain(op.attrs, inputs, outputs)
+    known = graph.domains.get(op.name)
+    if known is None or known[0] is not op:
+        inputs, outputs = ([graph.tensors[name] for name in names] for names in (op.inputs, op.outputs))
+        known = graph.domains[op.name] = (op, row(op.kind).domain(op.attrs, inputs, outputs))
+    return known[1]
 
 
 # -- what several rows share -----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ What the rules are stands in rules.py; how a split places ops, in place.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from fusetile.cluster import Cluster
 from fusetile.errors import UserError
 from fusetile.graph import UPDATE, Graph
 from fusetile.ops import Domain, domain_of
+from fusetile.passes.group import Halo
 from fusetile.passes.place import place, place_updates
 from fusetile.passes.rules import rule_splits
 from fusetile.passes.tile import Split, tile
@@ -30,14 +32,23 @@ from fusetile.plan import Placement, Plan
 from fusetile.planner.choose import best_plan
 
 
-def assign(graph: Graph, *, plan: str, cluster: Cluster, block: int) -> Plan:
-    """A placement for every op. Raises UserError if `plan` is not one or does not fit the cluster."""
+def assign(
+    graph: Graph,
+    *,
+    plan: str,
+    cluster: Cluster,
+    block: int,
+    halo: Halo = "auto",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """A placement for every op; `halo` is what `group` will be told. Raises UserError if `plan` is not one or does not
+    fit the cluster."""
     if plan.endswith(".json"):
         return _read_plan(graph, Path(plan), len(cluster.nodes))
     if plan.startswith("random:") and plan[7:].isdecimal():
         return _random_plan(graph, int(plan[7:]), cluster, block)
     if plan == "auto" and len(cluster.nodes) > 1:
-        return best_plan(graph, cluster=cluster, block=block)
+        return best_plan(graph, cluster=cluster, block=block, halo=halo, on_progress=on_progress)
     rule = "single" if plan == "auto" else plan  # one device leaves no choice
     return place(graph, rule_splits(graph, rule, cluster), speeds=cluster.speeds, block=block)
 
@@ -52,7 +63,7 @@ def _read_plan(graph: Graph, path: Path, nodes: int) -> Plan:
         raise UserError(f"--plan {path}: not a plan.json of fusetile for {nodes} node(s) ({error})") from None
     for op in graph.ops.values():
         axes = len(domain_of(graph, op).axes)
-        if op.name not in placements or any(len(box) != axes for box in placements[op.name].own):
+        if op.name not in placements or any(len(box) not in (0, axes) for box in placements[op.name].own):
             raise UserError(
                 f"--plan {path}: it was made for another model or other options: no place for op {op.name!r}"
             )
@@ -60,7 +71,7 @@ def _read_plan(graph: Graph, path: Path, nodes: int) -> Plan:
 
 
 def _boxes(items: list[list[list[int]] | None], nodes: int) -> tuple[Box, ...]:
-    rank = max(len(item) for item in items if item)
+    rank = max((len(item) for item in items if item), default=0)  # nothing anywhere: what is not computed again
     if len(items) != nodes:
         raise ValueError(f"it is for {len(items)} nodes")
     return tuple(tuple((int(a), int(b)) for a, b in item) if item else empty(rank) for item in items)

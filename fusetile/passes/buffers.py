@@ -68,14 +68,18 @@ def _overwritten(graph: Graph, communication: Communication, order: Sequence[str
     """Output -> (the input in whose place it is written, the delivery through which that is read): an input that
     nothing reads afterwards. Whatever is sent of it has been waited for by then, as its other readers come first."""
     position = {name: i for i, name in enumerate(order)}
-    readers = graph.consumers()
+    last: dict[str, int] = {}  # tensor -> when it is read for the last time
+    for delivery in communication.deliveries:
+        reading = [position[reader] for reader in delivery.readers if reader in position]
+        last[delivery.tensor] = max([*reading, last.get(delivery.tensor, 0)])
     lasting = {*graph.gradients.values(), *graph.next_value.values(), *graph.parameters, *graph.fed(), graph.loss}
     above: dict[str, tuple[str, int]] = {}
     for op in (graph.ops[name] for name in order):
-        for name in overwritten(graph, op):
-            is_last = all(position[reader.name] <= position[op.name] for reader in readers[name])
-            if is_last and not {name, op.outputs[0]} & lasting:
-                above[op.outputs[0]] = (name, communication.reads[op.name, name])
+        for read in overwritten(graph, op):
+            index = communication.reads[op.name, read]
+            name = communication.deliveries[index].tensor
+            if last[name] <= position[op.name] and not {name, op.outputs[0]} & lasting:
+                above[op.outputs[0]] = (name, index)
                 break
     return above
 

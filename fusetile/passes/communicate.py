@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from fusetile.box import Box, empty, hull, volume, whole
 from fusetile.graph import Graph, Op, Tensor
 from fusetile.ops import domain_of
+from fusetile.passes.keep import is_left_out, originals
 from fusetile.plan import Layout, Move, Plan, redistribute
 
 LOGGED = "(the log)"
@@ -54,23 +57,40 @@ def communicate(graph: Graph, plan: Plan, *, block: int) -> Communication:
         layout.check(whole(graph.tensors[name].shape), name)
     deliveries: list[Delivery] = []
     reads: dict[tuple[str, str], int] = {}
-    readers = graph.consumers()
-    written = [name for op in graph.ops.values() for name in op.outputs]
+    readers, kept = graph.consumers(), _kept(graph, plan)
+    written = [name for op in graph.ops.values() for name in op.outputs if name not in kept]
     for name in [*graph.parameters, *sorted(graph.fed()), *written]:
-        needs = {op.name: _needs(graph, plan, op, name, block) for op in readers[name]}
+        read_as = {op.name: same for same in (name, *_repeats(kept, name)) for op in readers[same]}
+        needs = {op: _needs(graph, plan, graph.ops[op], same, block) for op, same in read_as.items()}
         if name == graph.loss:
             needs[LOGGED] = (whole(graph.tensors[name].shape),) * plan.nodes
         constant = name in graph.parameters and name not in layouts
         for need, served in _merge(needs, force=constant):
             for op_name in served:
-                reads[op_name, name] = len(deliveries)
+                reads[op_name, read_as.get(op_name, name)] = len(deliveries)
             deliveries.append(_delivery(name, layouts.get(name), need, served))
     return Communication(layouts, tuple(deliveries), reads)
 
 
+def _kept(graph: Graph, plan: Plan) -> dict[str, str]:
+    """Tensors that nobody computes again -> what was kept instead."""
+    kept: dict[str, str] = {}
+    for name, first in originals(graph).items():
+        if is_left_out(plan.placements[name]):
+            kept.update(zip(graph.ops[name].outputs, first.outputs, strict=True))
+    return kept
+
+
+def _repeats(kept: dict[str, str], name: str) -> list[str]:
+    return [repeated for repeated, original in kept.items() if original == name]
+
+
 def _layouts(graph: Graph, plan: Plan) -> dict[str, Layout]:
     layouts = {}
+    repeated = originals(graph)
     for op in graph.ops.values():
+        if op.name in repeated and is_left_out(plan.placements[op.name]):
+            continue
         domain, placement = domain_of(graph, op), plan.placements[op.name]
         partial = any(volume(box) and domain.is_partial(box) for box in placement.own)
         for i, name in enumerate(op.outputs):
@@ -131,7 +151,17 @@ def _delivery(name: str, source: Layout | None, need: tuple[Box, ...], readers: 
     return Delivery(name, need, in_place, tuple(moves), readers)
 
 
+def busiest(graph: Graph, delivery: Delivery) -> tuple[int, int]:
+    """Bytes and messages of a delivery on the link direction that carries most."""
+    size = np.dtype(graph.tensors[delivery.tensor].dtype).itemsize
+    sizes: dict[tuple[str, int], list[int]] = {}
+    for move in delivery.transfers():
+        for end in (("out", move.source), ("in", move.target)):
+            sizes.setdefault(end, []).append(size * volume(move.box))
+    return max(map(sum, sizes.values()), default=0), max(map(len, sizes.values()), default=0)
+
+
 def moved_bytes(graph: Graph, delivery: Delivery) -> int:
     """Bytes that a delivery puts on the wire, over all devices."""
-    size = {"float64": 8, "uint8": 1}.get(graph.tensors[delivery.tensor].dtype, 4)
+    size = np.dtype(graph.tensors[delivery.tensor].dtype).itemsize
     return sum(size * volume(move.box) for move in delivery.transfers())

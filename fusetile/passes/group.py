@@ -20,13 +20,23 @@ from fusetile.cluster import Cluster
 from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import Domain, domain_of, row
 from fusetile.ops.base import Along
+from fusetile.passes.keep import keep
 from fusetile.plan import Placement, Plan
 
 Halo = Literal["auto", "exchange", "recompute"]
 
 
-def group(graph: Graph, plan: Plan, *, cluster: Cluster, halo: Halo = "auto", seed: int | None = None) -> Plan:
-    """Grow compute boxes along rows and columns. `halo` forces one choice everywhere; `seed` lets a lot decide."""
+def group(
+    graph: Graph,
+    plan: Plan,
+    *,
+    cluster: Cluster,
+    halo: Halo = "auto",
+    seed: int | None = None,
+    keep_maps: bool = True,
+) -> Plan:
+    """Grow compute boxes along rows and columns, and leave out what is kept (keep.py) if `keep_maps`. `halo` forces one
+    choice everywhere; `seed` lets a lot decide."""
     if plan.settled:
         return plan
     rng = np.random.default_rng(seed) if seed is not None else None
@@ -51,7 +61,7 @@ def group(graph: Graph, plan: Plan, *, cluster: Cluster, halo: Halo = "auto", se
             )
             grown.append(larger if wanted else box)
         placements[op.name] = Placement(tuple(grown), placement.own)
-    return replace(plan, placements=placements, settled=True)
+    return replace(plan, placements=keep(graph, placements) if keep_maps else placements, settled=True)
 
 
 def _needed(graph: Graph, reader: Op, box: Box, name: str) -> Box:

@@ -5,24 +5,29 @@
 All devices follow the one global order, each leaving out what is not its part. A transfer is shipped, and its receive
 posted, where its tensor is written; it is awaited, on both sides, where its first reader stands. So of all
 devices the one that is furthest behind can always go on: there is no deadlock, and `check` proves it for each schedule.
-Input gradients come before weight gradients; an update whose gradient crosses the network waits for one more layer.
+The order itself is made in order.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from fusetile.box import volume
+from fusetile.box import Box, contains, hull, volume
+from fusetile.cluster import Cluster
+from fusetile.cost import op_seconds
 from fusetile.errors import PlanError
-from fusetile.graph import UPDATE, Graph
+from fusetile.graph import Graph
+from fusetile.ops import domain_of
 from fusetile.passes.communicate import Communication
+from fusetile.passes.order import order_ops
 from fusetile.plan import Move, Plan
 
 SMALL_bytes = 16_384
 """Up to here the cost of a message is that of its existence, not of its bytes."""
+SOON_ops = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +41,15 @@ class Part:
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """One message of a step: one move, or several small ones of the same moment (the parameters that a step begins
-    with). `dtypes` are those of the parts on the wire; the lower `priority`, the sooner the target waits for it."""
+    with). `dtypes` are those of the parts on the wire, `size_bytes` is that of all their values; the lower `priority`,
+    the sooner the target waits for it."""
 
     tag: int
     source: int
     target: int
     parts: tuple[Part, ...]
     dtypes: tuple[str, ...]
+    size_bytes: int
     priority: int
 
 
@@ -93,20 +100,23 @@ Action = Compute | Pack | Ship | Post | Await | Place
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """`order`: the names of all ops; `actions`: per device what to do, in order."""
+    """`order`: the names of all ops, `seconds`: what each device is expected to take for its part of them; `actions`:
+    per device what to do, in order."""
 
     order: tuple[str, ...]
+    seconds: Mapping[str, tuple[float, ...]]
     transfers: tuple[Transfer, ...]
     actions: tuple[tuple[Action, ...], ...]
 
 
-def schedule(graph: Graph, plan: Plan, communication: Communication) -> Schedule:
+def schedule(graph: Graph, plan: Plan, communication: Communication, *, cluster: Cluster) -> Schedule:
     """Raises PlanError if the result could block."""
-    order = _order(graph, communication)
+    seconds = op_seconds(graph, plan, cluster)
+    order = order_ops(graph, communication, cluster.link, seconds)
     position = {name: i for i, name in enumerate(order)}
-    readers = _first_readers(plan, communication, position)
+    readers = _first_readers(graph, plan, communication, position)
     transfers = _transfers(graph, communication, position, readers)
-    result = Schedule(order, transfers, _actions(graph, plan, communication, order, transfers, readers))
+    result = Schedule(order, seconds, transfers, _actions(graph, plan, communication, order, transfers, readers))
     check(result, plan.nodes)
     return result
 
@@ -114,14 +124,18 @@ def schedule(graph: Graph, plan: Plan, communication: Communication) -> Schedule
 def _transfers(
     graph: Graph, communication: Communication, position: dict[str, int], readers: dict[tuple[int, int], int]
 ) -> tuple[Transfer, ...]:
-    """Moves as messages; small ones with the same ends and the same moment of writing share one."""
+    """Moves as messages. Small ones with the same ends and the same moment of writing share one; of the parameters that
+    a step begins with, those that are read soon after each other."""
     producers = graph.producers()
     messages: dict[tuple[int, ...], list[Part]] = {}
     for number, part in enumerate(_moves(communication)):
         tensor = graph.tensors[communication.deliveries[part.delivery].tensor]
-        written = position[producers[tensor.name].name] if tensor.name in producers else -1
-        small = volume(part.move.box) * np.dtype(tensor.dtype).itemsize <= SMALL_bytes
-        ends = (part.move.source, part.move.target, written)
+        if tensor.name in producers:
+            moment = position[producers[tensor.name].name]
+        else:
+            moment = -1 - readers[part.delivery, part.move.target] // SOON_ops
+        small = _size_bytes(graph, communication, part) <= SMALL_bytes
+        ends = (part.move.source, part.move.target, moment)
         messages.setdefault(ends if small else (*ends, number), []).append(part)
     return tuple(
         Transfer(
@@ -130,10 +144,16 @@ def _transfers(
             target,
             tuple(parts),
             tuple(graph.tensors[communication.deliveries[part.delivery].tensor].dtype for part in parts),
+            sum(_size_bytes(graph, communication, part) for part in parts),
             min(readers[part.delivery, target] for part in parts),
         )
         for tag, ((source, target, *_), parts) in enumerate(messages.items())
     )
+
+
+def _size_bytes(graph: Graph, communication: Communication, part: Part) -> int:
+    dtype = graph.tensors[communication.deliveries[part.delivery].tensor].dtype
+    return volume(part.move.box) * np.dtype(dtype).itemsize
 
 
 def _moves(communication: Communication) -> Iterator[Part]:
@@ -144,40 +164,31 @@ def _moves(communication: Communication) -> Iterator[Part]:
         yield from (Part(index, move) for move in rotated)
 
 
-def _order(graph: Graph, communication: Communication) -> tuple[str, ...]:
-    names = [op.name for op in graph.topological() if op.phase != UPDATE]
-    position = {name: i for i, name in enumerate(names)}
-    readers, producers = graph.consumers(), graph.producers()
-    after: dict[int, list[str]] = {}
-    for op in graph.topological():
-        if op.phase != UPDATE:
-            continue
-        before = [producers[name].name for name in op.inputs if name in producers]
-        before += [reader.name for name in op.inputs if name in graph.parameters for reader in readers[name]]
-        last = max((position[name] for name in before if name in position), default=len(names) - 1)
-        crosses = any(communication.deliveries[communication.reads[op.name, name]].transfers() for name in op.inputs)
-        position[op.name] = _next_weight_gradient(graph, names, last) if crosses else last
-        after.setdefault(position[op.name], []).append(op.name)
-    return tuple(name for i, op_name in enumerate(names) for name in (op_name, *after.get(i, [])))
-
-
-def _next_weight_gradient(graph: Graph, names: list[str], start: int) -> int:
-    later = [i for i in range(start + 1, len(names)) if graph.ops[names[i]].kind.endswith("WeightGrad")]
-    return later[0] if later else len(names) - 1
-
-
-def _first_readers(plan: Plan, communication: Communication, position: dict[str, int]) -> dict[tuple[int, int], int]:
-    """(delivery, device) -> position of the first op on the device that reads it; the loss is read at the end."""
+def _first_readers(
+    graph: Graph, plan: Plan, communication: Communication, position: Mapping[str, int]
+) -> dict[tuple[int, int], int]:
+    """(delivery, device) -> position of the first op on the device that waits for it; the loss is read at the end."""
     first: dict[tuple[int, int], int] = {}
     for index, delivery in enumerate(communication.deliveries):
+        readers = sorted((position[name], name) for name in delivery.readers if name in position)
         for device in range(plan.nodes):
-            places = [
-                position[name]
-                for name in delivery.readers
-                if name in position and volume(plan.placements[name].compute[device])
-            ]
-            first[index, device] = min(places, default=len(position))
+            places = (at for at, name in readers if _waits(graph, plan, communication, index, name, device))
+            first[index, device] = next(places, len(position))
     return first
+
+
+def _waits(graph: Graph, plan: Plan, communication: Communication, index: int, name: str, device: int) -> bool:
+    """Whether an op reads more of a delivery on a device than what the device has anyway."""
+    box, delivery = plan.placements[name].compute[device], communication.deliveries[index]
+    if volume(box) == 0:
+        return False
+    if not delivery.in_place[device]:
+        return True
+    domain, reads = domain_of(graph, graph.ops[name]), communication.reads
+    needs: list[Box] = [
+        domain.need(box, i) for i, read in enumerate(graph.ops[name].inputs) if reads[name, read] == index
+    ]
+    return not contains(communication.layouts[delivery.tensor].have[device], hull(needs))
 
 
 def _actions(

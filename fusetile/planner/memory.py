@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-import numpy as np
-
-from fusetile.box import volume
 from fusetile.graph import Graph
 from fusetile.passes.buffers import DeviceBuffers, buffers
 from fusetile.passes.communicate import Communication
@@ -43,9 +40,7 @@ def _most_live(graph: Graph, communication: Communication, order: Schedule, stor
         live[name] = (min(first, at), max(last, at))
 
     def touch_message(tag: int, at: int) -> None:
-        transfer = order.transfers[tag]
-        moved = zip(transfer.parts, transfer.dtypes, strict=True)
-        touch(f"message {tag}", sum(volume(p.move.box) * np.dtype(dtype).itemsize for p, dtype in moved), at)
+        touch(f"message {tag}", order.transfers[tag].size_bytes, at)
 
     actions = order.actions[device]
     for name, buffer in storage.home.items():

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusetile.cluster import Cluster
+from fusetile.cluster import Cluster, MESSAGE_seconds
 from fusetile.graph import FORWARD, UPDATE, Graph
+from fusetile.passes.keep import originals
 from fusetile.planner.candidates import Candidate
 from fusetile.planner.geometry import Geometry, Home, Placed, placed_units, volumes
-from fusetile.planner.simulate import MESSAGE_seconds
 from fusetile.planner.units import Unit
 
 Array = np.ndarray
@@ -111,6 +111,7 @@ class _Builder:
         self.known: dict[tuple[bytes, ...], tuple[Array, Array]] = {}
         placed = {name: [op for op in ops if op.name in geometry.ops] for name, ops in graph.consumers().items()}
         self.readers = placed
+        self.kept = {tensor for name in originals(graph) for tensor in graph.ops[name].outputs}
 
     def add_compute(self, placed: Placed) -> None:
         """The roofline of `cost.seconds_on`, for all candidates and devices at once."""
@@ -131,6 +132,8 @@ class _Builder:
             self.held[home.unit] += 3 * home.size * volumes(self.geometry.need(name, using))
         for unit in sorted({self.geometry.ops[reader.name].unit for reader in readers}):
             ops = [reader for reader in readers if self.geometry.ops[reader.name].unit == unit]
+            if name in self.kept and unit != home.unit:
+                continue  # see passes/keep.py: a map is rather kept than sent again
             need = self.geometry.need(name, [op.name for op in ops])
             awaited = any(op.phase != UPDATE for op in ops)
             awaited &= not (home.forward and all(op.phase != FORWARD for op in ops)) and not home.persists

@@ -24,7 +24,7 @@ from fusetile.errors import ProtocolError
 
 MAGIC = b"ftil"
 VERSION = 2
-CHUNK_bytes = 1 << 16
+CHUNK_bytes = 1 << 14
 
 
 class Kind(IntEnum):

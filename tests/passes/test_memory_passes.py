@@ -35,7 +35,7 @@ cases = pytest.mark.parametrize(("name", "nodes", "plan"), [(name, *plan) for na
 def drafted(name: str, nodes: int, plan: str) -> tuple[Draft, ...]:
     graph = training_graph(NETWORKS[name](2))
     placed, communication = planned(graph, plan, nodes)
-    order = schedule(graph, placed, communication)
+    order = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes))
     storage = buffers(graph, placed, communication, order.order, block=8)
     return emit(graph, placed, communication, order, storage, targets=[TARGETS["avx2"]] * nodes, block=8)
 
@@ -203,7 +203,7 @@ def test_buffers_live_from_their_first_use_until_a_transfer_is_awaited(name: str
 def test_plan_memory_golden() -> None:
     graph = training_graph(small(), momentum=0.0)
     placed, communication = planned(graph, "single", 1)
-    order = schedule(graph, placed, communication)
+    order = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes))
     storage = buffers(graph, placed, communication, order.order, block=8)
     (draft,) = emit(graph, placed, communication, order, storage, targets=[TARGETS["avx2"]], block=8)
     homes = [buffer for held in storage for buffer in dict.fromkeys(held.home.values())]

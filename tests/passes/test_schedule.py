@@ -8,9 +8,11 @@ from functools import cache
 import numpy as np
 import pytest
 
-from fusetile.box import volume
+from fusetile.box import contains, volume
+from fusetile.cluster import local_cluster
 from fusetile.errors import PlanError
 from fusetile.graph import UPDATE, Graph
+from fusetile.ops import domain_of
 from fusetile.passes.communicate import Communication
 from fusetile.passes.schedule import (
     Action,
@@ -22,6 +24,7 @@ from fusetile.passes.schedule import (
     Schedule,
     Ship,
     SMALL_bytes,
+    SOON_ops,
     check,
     schedule,
 )
@@ -38,14 +41,14 @@ cases = pytest.mark.parametrize(("name", "nodes", "plan"), [(name, *plan) for na
 def scheduled(name: str, nodes: int, plan: str) -> tuple[Graph, Plan, Communication, Schedule]:
     graph = training_graph(NETWORKS[name](2) if name in NETWORKS else small())
     placed, communication = planned(graph, plan, nodes, halo="exchange")
-    return graph, placed, communication, schedule(graph, placed, communication)
+    return graph, placed, communication, schedule(graph, placed, communication, cluster=local_cluster(placed.nodes))
 
 
 @pytest.mark.parametrize("plan", ["grid:2x1", "channel"])
 def test_schedule_golden(plan: str) -> None:
     graph = training_graph(small(), momentum=0.0)
     placed, communication = planned(graph, plan, 2, halo="exchange")
-    found = schedule(graph, placed, communication)
+    found = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes))
     assert_golden(f"schedule_{plan.replace(':', '_')}", schedule_text(found, communication))
 
 
@@ -104,8 +107,13 @@ def test_what_an_op_reads_is_there_and_what_is_sent_is_written(name: str, nodes:
         for action in actions:
             match action:
                 case Compute(op):
-                    for tensor in dict.fromkeys(graph.ops[op].inputs):
-                        assert communication.reads[op, tensor] in ready, f"{op} reads {tensor} before it is there"
+                    for i, tensor in enumerate(graph.ops[op].inputs):
+                        index = communication.reads[op, tensor]
+                        need = domain_of(graph, graph.ops[op]).need(placed.placements[op].compute[device], i)
+                        mine = communication.deliveries[index].in_place[device] and contains(
+                            communication.layouts[communication.deliveries[index].tensor].have[device], need
+                        )
+                        assert mine or index in ready, f"{op} reads {tensor} before it is there"
                     computed.add(op)
                 case Pack(tag) | Ship(tag):
                     for part in found.transfers[tag].parts:
@@ -155,10 +163,10 @@ def test_random_speeds_never_block(name: str, nodes: int, plan: str) -> None:
 
 
 def test_small_moves_of_one_moment_travel_together() -> None:
-    """The parameters that a step begins with: one message per pair of devices, large ones apart."""
+    """The parameters that a step begins with: a message per pair of devices and time of reading, large ones apart."""
     graph, _, communication, found = scheduled("normalized", 3, "batch")
     first = [t for t in found.transfers if communication.deliveries[t.parts[0].delivery].tensor in graph.parameters]
-    gathered = [(t.source, t.target) for t in first if len(t.parts) > 1]
+    gathered = [(t.source, t.target, t.priority // SOON_ops) for t in first if len(t.parts) > 1]
     assert gathered and len(gathered) == len(set(gathered))
     for transfer in found.transfers:
         sizes = [

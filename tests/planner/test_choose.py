@@ -22,7 +22,7 @@ from fusetile.planner.candidates import candidates_of
 from fusetile.planner.choose import best_plan
 from fusetile.planner.model import model_of
 from fusetile.planner.search import minimise
-from fusetile.planner.simulate import step_seconds
+from fusetile.planner.simulate import simulate
 from fusetile.planner.units import units_of
 from models import lenet, resnet18, vgg_small, yolov2
 from tests.graphs import NETWORKS
@@ -46,7 +46,7 @@ def imported(proto: onnx.ModelProto, batch: int, folder: Path) -> Graph:
 def simulated(graph: Graph, plan: Plan, cluster: Cluster) -> float:
     grown = group(graph, plan, cluster=cluster)
     communication = communicate(graph, grown, block=8)
-    return step_seconds(graph, grown, communication, schedule(graph, grown, communication), cluster)
+    return simulate(communication, schedule(graph, grown, communication, cluster=cluster), cluster).seconds
 
 
 def check_not_worse(graph: Graph, cluster: Cluster) -> None:

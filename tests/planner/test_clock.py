@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fusetile.cluster import Link
-from fusetile.planner.simulate import CHUNK_bytes, Message, MESSAGE_seconds, Work, play
+from fusetile.planner.clock import CHUNK_bytes, Message, MESSAGE_seconds, Work, play
 from fusetile.runtime import wire
 
 LINK = Link(1e6, 0.01)
@@ -17,23 +17,23 @@ def approximately(seconds: float):  # type: ignore[no-untyped-def]
 
 
 def test_devices_that_share_nothing_take_as_long_as_the_slower() -> None:
-    assert play([[Work(0.2), Work(0.3)], [Work(0.1)]], [], LINK) == approximately(0.5)
+    assert play([[Work(0.2), Work(0.3)], [Work(0.1)]], [], LINK).seconds == approximately(0.5)
 
 
 def test_a_message_takes_its_bytes_and_the_latency() -> None:
     works = [[Work(0.2), Work(ships=(0,))], [Work(posts=(0,)), Work(awaits=(0,)), Work(0.1)]]
-    time = play(works, [Message(0, 1, 500_000)], LINK)
+    time = play(works, [Message(0, 1, 500_000)], LINK).seconds
     assert time == approximately(0.2 + MESSAGE_seconds + 0.5 + 0.01 + 0.1)
 
 
 def test_computing_hides_a_message() -> None:
     works = [[Work(ships=(0,)), Work(0.6), Work(awaits=(0,))], [Work(posts=(0,)), Work(0.7), Work(awaits=(0,))]]
-    assert play(works, [Message(0, 1, 500_000)], LINK) == approximately(0.7)
+    assert play(works, [Message(0, 1, 500_000)], LINK).seconds == approximately(0.7)
 
 
 def test_nothing_is_sent_before_it_is_posted() -> None:
     works = [[Work(ships=(0,)), Work(awaits=(0,))], [Work(1.0), Work(posts=(0,)), Work(awaits=(0,))]]
-    assert play(works, [Message(0, 1, 100_000)], LINK) == approximately(1.0 + MESSAGE_seconds + 0.1 + 0.01)
+    assert play(works, [Message(0, 1, 100_000)], LINK).seconds == approximately(1.0 + MESSAGE_seconds + 0.1 + 0.01)
 
 
 def test_links_are_full_duplex_and_one_direction_is_shared() -> None:
@@ -44,7 +44,7 @@ def test_links_are_full_duplex_and_one_direction_is_shared() -> None:
             sent = tuple(tag for tag in tags if messages[tag].source == device)
             received = tuple(tag for tag in tags if messages[tag].target == device)
             works.append([Work(posts=received), Work(ships=sent), Work(awaits=(*sent, *received))])
-        return play(works, messages, LINK)
+        return play(works, messages, LINK).seconds
 
     both_ways = exchange([Message(0, 1, 50_000), Message(1, 0, 50_000)], 2)
     assert both_ways == approximately(MESSAGE_seconds + 0.05 + 0.01)
@@ -56,8 +56,10 @@ def test_links_are_full_duplex_and_one_direction_is_shared() -> None:
 
 def test_an_urgent_message_overtakes_a_long_one_after_a_chunk() -> None:
     messages = [Message(0, 1, 20 * CHUNK_bytes, 9), Message(0, 1, 1000, 1)]
-    works = [[Work(ships=(0,)), Work(ships=(1,))], [Work(posts=(0, 1)), Work(awaits=(1,)), Work(5.0)]]
-    assert play(works, messages, LINK) == approximately(CHUNK_seconds + 2 * MESSAGE_seconds + 0.001 + 0.01 + 5.0)
+    works = [[Work(ships=(0,)), Work(0.001), Work(ships=(1,))], [Work(posts=(0, 1)), Work(awaits=(1,)), Work(5.0)]]
+    assert play(works, messages, LINK).seconds == approximately(
+        CHUNK_seconds + 2 * MESSAGE_seconds + 0.001 + 0.01 + 5.0
+    )
 
 
 def test_a_schedule_that_waits_for_itself_is_an_error() -> None:

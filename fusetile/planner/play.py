@@ -1,0 +1,77 @@
+"""Play plans: through the passes that follow, and through the simulation. What was played once is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fusetile.cluster import Cluster
+from fusetile.graph import Graph
+from fusetile.passes.communicate import communicate
+from fusetile.passes.group import Halo, group
+from fusetile.passes.place import place
+from fusetile.passes.schedule import schedule
+from fusetile.passes.tile import Split
+from fusetile.plan import Plan
+from fusetile.planner.memory import needed_bytes
+from fusetile.planner.simulate import simulate
+
+Splits = Mapping[str, Split]
+"""By the names of the layers' forward ops."""
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A plan whose step takes `seconds`, by the simulation; `name`: the rule that it comes from."""
+
+    name: str
+    splits: Splits
+    plan: Plan
+    seconds: float
+
+
+class Player:
+    """Plays plans of a graph on a cluster."""
+
+    def __init__(self, graph: Graph, *, cluster: Cluster, block: int, halo: Halo) -> None:
+        self.graph, self.cluster, self.block, self.halo = graph, cluster, block, halo
+        self.played: list[Played] = []
+        self._known: dict[object, Played] = {}
+        self._lacking: dict[int, tuple[int, ...]] = {}
+
+    def play(self, name: str, splits: Splits, *, keep: bool = True) -> Played:
+        """Without `keep`, maps are computed and sent again rather than kept."""
+        key = (tuple(sorted(splits.items())), keep)
+        if key not in self._known:
+            graph, cluster = self.graph, self.cluster
+            plan = place(graph, splits, speeds=cluster.speeds, block=self.block)
+            plan = group(graph, plan, cluster=cluster, halo=self.halo, keep_maps=keep)
+            communication = communicate(graph, plan, block=self.block)
+            order = schedule(graph, plan, communication, cluster=cluster)
+            seconds = simulate(communication, order, cluster).seconds
+            self._known[key] = Played(name, splits, plan, seconds)
+            self.played.append(self._known[key])
+        return self._known[key]
+
+    def lacking_bytes(self, played: Played) -> tuple[int, ...]:
+        """By how much a plan exceeds each device's memory; 0 where it fits."""
+        if id(played) not in self._lacking:
+            graph, plan, nodes = self.graph, played.plan, self.cluster.nodes
+            communication = communicate(graph, plan, block=self.block)
+            order = schedule(graph, plan, communication, cluster=self.cluster)
+            needed = needed_bytes(graph, plan, communication, order, block=self.block)
+            self._lacking[id(played)] = tuple(
+                max(0, need - node.device.memory_bytes) for need, node in zip(needed, nodes, strict=True)
+            )
+        return self._lacking[id(played)]
+
+    def fits(self, played: Played) -> bool:
+        """Whether every device has enough memory."""
+        return not any(self.lacking_bytes(played))
+
+    def best(self) -> Played:
+        """The fastest that fits into the devices' memory; if none does, the one that lacks least."""
+        for result in sorted(self.played, key=lambda result: result.seconds):
+            if self.fits(result):
+                return result
+        return min(self.played, key=lambda result: (sum(self.lacking_bytes(result)), result.seconds))
