@@ -46,7 +46,7 @@ def drafted(name: str, nodes: int, plan: str) -> tuple[Draft, ...]:
 def test_buffers_golden() -> None:
     graph = training_graph(small(), momentum=0.0)
     placed, communication = planned(graph, "grid:2x1", 2, halo="exchange")
-    order = schedule(graph, placed, communication).order
+    order = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes)).order
     assert_golden("buffers", buffers_text(buffers(graph, placed, communication, order, block=8)))
 
 
@@ -55,7 +55,7 @@ def test_buffers_golden() -> None:
 def test_buffers_hold_what_is_computed_and_read_with_its_padding(name: str, nodes: int, plan: str, block: int) -> None:
     graph: Graph = training_graph(NETWORKS[name](2))
     placed, communication = planned(graph, plan, nodes, halo="exchange", block=block)
-    order = schedule(graph, placed, communication).order
+    order = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes)).order
     for device, held in enumerate(buffers(graph, placed, communication, order, block=block)):
         names = {id(buffer): buffer.name for buffer in (*held.home.values(), *held.delivered.values())}
         assert len(set(names.values())) == len(names)
@@ -88,7 +88,7 @@ def test_buffers_hold_what_is_computed_and_read_with_its_padding(name: str, node
 def test_a_halo_that_comes_is_received_beside_what_is_there() -> None:
     graph = training_graph(NETWORKS["plain"](2))
     placed, communication = planned(graph, "grid:2x1", 2, halo="exchange")
-    storage = buffers(graph, placed, communication, schedule(graph, placed, communication).order, block=8)
+    storage = buffers(graph, placed, communication, schedule(graph, placed, communication, cluster=local_cluster(placed.nodes)).order, block=8)
     index, delivery = next(
         (i, d) for i, d in enumerate(communication.deliveries) if d.transfers() and d.tensor.startswith("maxpool")
     )
@@ -104,7 +104,7 @@ def test_a_halo_that_comes_is_received_beside_what_is_there() -> None:
 def test_a_shared_home_is_overwritten_only_after_the_last_reader(name: str, nodes: int, plan: str) -> None:
     graph = training_graph(NETWORKS[name](2))
     placed, communication = planned(graph, plan, nodes)
-    order = schedule(graph, placed, communication).order
+    order = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes)).order
     position = {op: i for i, op in enumerate(order)}
     readers, producers = graph.consumers(), graph.producers()
     for held in buffers(graph, placed, communication, order, block=8):
