@@ -21,6 +21,7 @@ from fusetile.plan_executor import execute
 
 GRIDS = {1: [], 2: ["grid:2x1", "grid:1x2"], 3: ["grid:3x1", "grid:1x3"], 4: ["grid:2x2"], 6: ["grid:2x3", "grid:3x2"]}
 OPTIMIZER = Optimizer(momentum=0.9, weight_decay=1e-3)
+PLAIN = Optimizer(weight_decay=1e-3)
 
 
 def loss_of(graph: Graph) -> str:

@@ -25,7 +25,7 @@ from fusetile.passes.schedule import schedule
 from fusetile.program import ALIGNMENT_bytes, Buffer, Wait
 from tests.graphs import NETWORKS
 from tests.passes.golden import assert_golden, buffers_text, memory_text, small
-from tests.training import planned, training_graph
+from tests.training import PLAIN, planned, training_graph
 
 PLANS = [(1, "single"), (2, "grid:2x1"), (3, "channel"), (3, "batch"), (4, "grid:2x2"), (4, "random:1")]
 cases = pytest.mark.parametrize(("name", "nodes", "plan"), [(name, *plan) for name in NETWORKS for plan in PLANS])
@@ -44,7 +44,7 @@ def drafted(name: str, nodes: int, plan: str) -> tuple[Draft, ...]:
 
 
 def test_buffers_golden() -> None:
-    graph = training_graph(small(), momentum=0.0)
+    graph = training_graph(small(), optimizer=PLAIN)
     placed, communication = planned(graph, "grid:2x1", 2, halo="exchange")
     order = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes)).order
     assert_golden("buffers", buffers_text(buffers(graph, placed, communication, order, block=8)))
@@ -88,7 +88,8 @@ def test_buffers_hold_what_is_computed_and_read_with_its_padding(name: str, node
 def test_a_halo_that_comes_is_received_beside_what_is_there() -> None:
     graph = training_graph(NETWORKS["plain"](2))
     placed, communication = planned(graph, "grid:2x1", 2, halo="exchange")
-    storage = buffers(graph, placed, communication, schedule(graph, placed, communication, cluster=local_cluster(placed.nodes)).order, block=8)
+    order = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes)).order
+    storage = buffers(graph, placed, communication, order, block=8)
     index, delivery = next(
         (i, d) for i, d in enumerate(communication.deliveries) if d.transfers() and d.tensor.startswith("maxpool")
     )
@@ -201,7 +202,7 @@ def test_buffers_live_from_their_first_use_until_a_transfer_is_awaited(name: str
 
 
 def test_plan_memory_golden() -> None:
-    graph = training_graph(small(), momentum=0.0)
+    graph = training_graph(small(), optimizer=PLAIN)
     placed, communication = planned(graph, "single", 1)
     order = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes))
     storage = buffers(graph, placed, communication, order.order, block=8)

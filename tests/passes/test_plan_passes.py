@@ -26,7 +26,7 @@ from fusetile.plan import Placement, Plan, uncovered
 from tests.graphs import NETWORKS
 from tests.passes.golden import assert_golden, communication_text, plan_text, small
 from tests.random_graphs import random_graph
-from tests.training import mixed_cluster, planned, training_graph
+from tests.training import PLAIN, mixed_cluster, planned, training_graph
 
 PLANS = [
     *((2, plan) for plan in ("grid:2x1", "batch", "channel", "random:1")),
@@ -117,7 +117,7 @@ def test_small_parameters_have_one_owner() -> None:
 
 @pytest.mark.parametrize("plan", ["batch", "grid:2x1", "channel"])
 def test_assign_golden(plan: str) -> None:
-    graph = training_graph(small(), momentum=0.0)
+    graph = training_graph(small(), optimizer=PLAIN)
     placed = assign(graph, plan=plan, cluster=mixed_cluster("pi3", "pi4"), block=8)
     assert_golden(f"assign_{plan.replace(':', '_')}", plan_text(graph, placed))
 
@@ -211,7 +211,7 @@ def test_a_plan_read_from_a_file_is_that_plan(tmp_path: Path) -> None:
 
 
 def test_group_golden() -> None:
-    graph = training_graph(small(), momentum=0.0)
+    graph = training_graph(small(), optimizer=PLAIN)
     cluster = local_cluster(2)
     placed = group(graph, assign(graph, plan="grid:2x1", cluster=cluster, block=8), cluster=cluster, halo="recompute")
     assert_golden("group", plan_text(graph, placed))
@@ -240,7 +240,7 @@ def test_exchange_grows_nothing_and_recompute_leaves_no_halo_to_send_between_con
 
 @pytest.mark.parametrize("plan", ["grid:2x1", "channel"])
 def test_communicate_golden(plan: str) -> None:
-    graph = training_graph(small(), momentum=0.0)
+    graph = training_graph(small(), optimizer=PLAIN)
     _, communication = planned(graph, plan, 2, halo="exchange")
     assert_golden(f"communicate_{plan.replace(':', '_')}", communication_text(communication))
 

@@ -31,7 +31,7 @@ from fusetile.passes.schedule import (
 from fusetile.plan import Plan
 from tests.graphs import NETWORKS
 from tests.passes.golden import assert_golden, schedule_text, small
-from tests.training import planned, training_graph
+from tests.training import PLAIN, planned, training_graph
 
 PLANS = [(2, "grid:2x1"), (2, "channel"), (3, "batch"), (4, "grid:2x2"), (4, "random:1"), (6, "auto"), (6, "random:2")]
 cases = pytest.mark.parametrize(("name", "nodes", "plan"), [(name, *plan) for name in NETWORKS for plan in PLANS])
@@ -46,7 +46,7 @@ def scheduled(name: str, nodes: int, plan: str) -> tuple[Graph, Plan, Communicat
 
 @pytest.mark.parametrize("plan", ["grid:2x1", "channel"])
 def test_schedule_golden(plan: str) -> None:
-    graph = training_graph(small(), momentum=0.0)
+    graph = training_graph(small(), optimizer=PLAIN)
     placed, communication = planned(graph, plan, 2, halo="exchange")
     found = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes))
     assert_golden(f"schedule_{plan.replace(':', '_')}", schedule_text(found, communication))
