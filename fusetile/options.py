@@ -237,13 +237,17 @@ class RunOptions:
         Path,
         typer.Option(
             "--data",
-            help="A .npz or a folder of .npy: inputs under the model's input names (or x), targets under y "
-            "(or y0, y1, ...).",
+            help="A folder with a folder of images per class; or an .npz or a folder of .npy: inputs under the model's "
+            "input names (or x), targets under y (or y0, y1, ...).",
         ),
     ]
     steps: Annotated[int | None, _run("--steps", "Stop after this many steps.", min=1)] = None
     epochs: Annotated[int | None, _run("--epochs", "Passes over the data. Default: 1.", min=1)] = None
     no_shuffle: Annotated[bool, _run("--no-shuffle", "Take the samples in order.")] = False
+    mean: Annotated[
+        str, _run("--mean", "Per channel, subtracted from inputs; bytes become 0 to 1 first.", metavar="M,...")
+    ] = ""
+    std: Annotated[str, _run("--std", "Per channel, what inputs are then divided by.", metavar="S,...")] = ""
     threads: Annotated[
         int | None,
         _run("--threads", "Threads per node. Default: this machine's cores shared among the nodes.", min=1),
@@ -264,6 +268,9 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
+        numbers = _numbers("--mean", self.mean), _numbers("--std", self.std)
+        if any(value <= 0 for value in numbers[1]):
+            raise UserError(f"--std {self.std}: must be above 0")
 
     def arguments(self) -> list[str]:
         """For fusetile-runtime on any node."""
@@ -275,6 +282,8 @@ class RunOptions:
             ("--checkpoint-every", self.checkpoint_every),
         ]
         found = [part for name, value in given if value is not None for part in (name, str(value))]
+        # one word each: a first number may be negative
+        found += [f"{name}={value}" for name, value in (("--mean", self.mean), ("--std", self.std)) if value]
         flags = (("--no-shuffle", self.no_shuffle), ("--resume", self.resume))
         return found + [name for name, given in flags if given]
 

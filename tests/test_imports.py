@@ -108,9 +108,9 @@ def test_every_rule_is_about_a_part_that_exists() -> None:
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) in BASE | {"runtime"}))
 def test_a_device_needs_only_numpy(module: str) -> None:
-    """What runs on a device; rich may be there or not."""
+    """What runs on a device; rich, and Pillow for images, may be there or not."""
     outside = {name.split(".")[0] for name in imports(MODULES[module], module)} - set(sys.stdlib_module_names)
-    assert outside <= {"fusetile", "numpy"} | ({"rich"} if part(module) == "runtime" else set())
+    assert outside <= {"fusetile", "numpy"} | ({"rich", "PIL"} if part(module) == "runtime" else set())
 
 
 def test_the_package_itself_imports_nothing() -> None:

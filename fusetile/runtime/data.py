@@ -1,7 +1,8 @@
-"""Training data: named arrays in an .npz file or a folder of .npy files, checked once, read batch by batch.
+"""Training data: named arrays in an .npz file or a folder of .npy files, or images; checked once, read batch by batch.
 
 The first dimension of every array counts the samples. A node reads only the boxes that its feeds want. Files are mapped
-into memory where they can be: .npy files, and the members of an .npz that `numpy.savez` wrote (uncompressed).
+into memory where they can be: .npy files, and the members of an .npz that `numpy.savez` wrote (uncompressed). What the
+next step needs is read while this one computes.
 """
 
 from __future__ import annotations
@@ -11,29 +12,64 @@ import math
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from fusetile.box import slices, volume
+from fusetile.box import Box, slices, volume
 from fusetile.errors import UserError
 from fusetile.philox import permutation
 from fusetile.program import Feed, Program
+from fusetile.runtime.images import ImageFolder
 from fusetile.runtime.storage import Place
 
 _LOCAL_HEADER_bytes = 30
 _CHECKED_at_once = 1 << 22  # elements
 _ADDRESSABLE_bytes = sys.maxsize
+_AHEAD_bytes = 1 << 18  # smaller batches are read faster than a thread is woken
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What happens to inputs: bytes become numbers from 0 to 1; then, per channel, (x - mean) / std. A single number is
+    for all channels."""
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def check(self, feed: Feed) -> None:
+        """Raises UserError if the channels are not those of an input."""
+        channels = feed.shape[1]
+        for flag, values in (("--mean", self.mean), ("--std", self.std)):
+            if len(values) not in (0, 1, channels):
+                raise UserError(f"{flag}: {len(values)} numbers for the {channels} channels of {feed.key!r}")
+
+    def apply(self, values: np.ndarray, box: Box) -> np.ndarray:
+        """The values of a box of an input, scaled; as they are if there is nothing to do."""
+        if values.dtype != np.uint8 and not self.mean and not self.std:
+            return values
+        mean, std = np.array(self.mean or (0.0,)), np.array(self.std or (1.0,))
+        numbers = (1 / 255 if values.dtype == np.uint8 else 1.0) / std, -mean / std
+        factor, offset = (
+            (part[slice(*box[1])] if len(part) > 1 else part).astype(np.float32).reshape(-1, *[1] * (len(box) - 2))
+            for part in numbers
+        )
+        return values.astype(np.float32) * factor + offset
 
 
 class Data:
     """The samples of a program's feeds. Raises UserError if anything about them is wrong."""
 
-    def __init__(self, path: Path, program: Program, *, shuffle: bool) -> None:
-        self._program, self._shuffle = program, shuffle
+    def __init__(self, path: Path, program: Program, *, shuffle: bool, scaling: Scaling | None = None) -> None:
+        self._program, self._shuffle, self._scaling = program, shuffle, scaling or Scaling()
         self._feeds = [feed for feed in program.feeds if feed.role in ("input", "target")]
-        arrays = _open(path)
+        for feed in self._feeds:
+            if feed.role == "input":
+                self._scaling.check(feed)
+        arrays = _open(path, self._feeds)
         self._arrays = {feed.key: _find(arrays, feed, self._feeds, path) for feed in self._feeds}
         counts = {key: len(array) for key, array in self._arrays.items()} or _counts(arrays)
         if len(set(counts.values())) != 1:
@@ -47,6 +83,9 @@ class Data:
         self._epoch, self._order = -1, np.arange(self.count)
         self._places: list[Place] = []  # of the feeds, in the arena that is being filled
         self._arena: np.ndarray | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._ahead_step = 0
+        self._ahead: Future[list[np.ndarray | None]] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,32 +102,69 @@ class Data:
 
     def fill(self, arena: np.ndarray, step: int, *, total: int) -> None:
         """Write the feeds of a training step, of `total`."""
-        rows, controls = self.rows(step), self._program.rates.controls(step, total)
+        controls = self._program.rates.controls(step, total)
+        ahead = self._ahead.result() if self._ahead is not None else None
+        read = ahead if ahead is not None and self._ahead_step == step else self._read(step)
         if self._arena is not arena:
             self._arena = arena
             self._places = [Place(arena, feed.buffer, feed.buffer.box) for feed in self._program.feeds]
+        samples = iter(read)
         for feed, place in zip(self._program.feeds, self._places, strict=True):
             if feed.role == "step":
                 place.write(np.array(step, np.int32))
             elif feed.role in controls:
                 place.write(np.array(controls[feed.role], np.float32))
-            elif volume(feed.buffer.box):
-                batch, *rest = slices(feed.buffer.box)
-                index: Any = (rows[batch], *rest)
-                place.write(self._arrays[feed.key][index])
+            elif (values := next(samples)) is not None:
+                place.write(values)
+        self._ahead = None
+        if step < total and sum(values.nbytes for values in read if values is not None) >= _AHEAD_bytes:
+            self._ahead_step, self._ahead = step + 1, self._reader.submit(self._read, step + 1)
+
+    def close(self) -> None:
+        """Read nothing any more."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _read(self, step: int) -> list[np.ndarray | None]:
+        """Per feed of samples, what it gets of the step's batch."""
+        rows = self.rows(step)
+        return [self._read_feed(feed, rows) for feed in self._feeds]
+
+    def _read_feed(self, feed: Feed, rows: np.ndarray) -> np.ndarray | None:
+        box = feed.buffer.box
+        if not volume(box):
+            return None
+        batch, *rest = slices(box)
+        index: Any = (rows[batch], *rest)
+        values = np.asarray(self._arrays[feed.key][index])
+        return self._scaling.apply(values, box) if feed.role == "input" and not feed.classes else values
 
 
-def _open(path: Path) -> Mapping[str, np.ndarray]:
+def _open(path: Path, feeds: list[Feed]) -> Mapping[str, Any]:
+    """Arrays, or what looks like them, by name."""
+    if path.is_dir() and ImageFolder.is_one(path):
+        return _images(path, feeds)
     if path.is_dir():
         files = {file.stem: file for file in sorted(path.glob("*.npy"))}
         if not files:
-            raise UserError(f"there are no .npy files in the folder {path}")
+            raise UserError(f"there are no .npy files, and no folders with images, in the folder {path}")
         return {name: _load(file) for name, file in files.items()}
     if not path.exists():
         raise UserError(f"there is no data file {path}")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is neither an .npz file nor a folder of .npy files: write one with numpy.savez")
     return _Archive(path)
+
+
+def _images(path: Path, feeds: list[Feed]) -> dict[str, Any]:
+    """The one input and the one target of a classifier."""
+    folder = ImageFolder(path)
+    found: dict[str, Any] = {"y": folder.labels}
+    for feed in feeds:
+        if feed.role == "input":
+            found[feed.key] = folder.images(feed.shape[1:])
+        elif feed.classes and feed.classes != len(folder.classes):
+            raise UserError(f"{path} has {len(folder.classes)} classes, the model {feed.classes}")
+    return found
 
 
 def _load(file: Path) -> np.ndarray:
@@ -180,7 +256,7 @@ def _find(arrays: Mapping[str, np.ndarray], feed: Feed, feeds: list[Feed], path:
         expected = ", ".join(map(str, ("samples", *sample)))
         raise UserError(f"{path}: {name!r} has shape {array.shape} where the model wants ({expected})")
     wanted = "iu" if feed.classes else "f"
-    if array.dtype.kind not in wanted:
+    if array.dtype.kind not in wanted and not (array.dtype == np.uint8 and feed.role == "input"):
         what = "integer class indices" if feed.classes else "floating-point numbers (convert with .astype('float32'))"
         raise UserError(f"{path}: {name!r} has dtype {array.dtype} where the model wants {what}")
     return array

@@ -26,7 +26,7 @@ from fusetile.errors import FusetileError, UserError
 from fusetile.program import Program, from_json
 from fusetile.rates import Rates
 from fusetile.runtime import checkpoint
-from fusetile.runtime.data import Data
+from fusetile.runtime.data import Data, Scaling
 from fusetile.runtime.executor import Executor, Snapshot
 from fusetile.runtime.faults import Stopped
 from fusetile.runtime.files import atomic_write
@@ -59,6 +59,8 @@ class Options:
     steps: int | None
     epochs: int
     shuffle: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     threads: int
     log: Path | None
     save_gradients: Path | None
@@ -92,11 +94,13 @@ def run(options: Options, signals: Signals) -> None:
     program = load_program(options.bundle)
     lowest = program.rank == LOWEST
     _check_outputs(options, lowest)
-    data = Data(options.data, program, shuffle=options.shuffle)
+    scaling = Scaling(options.mean, options.std)
+    data = Data(options.data, program, shuffle=options.shuffle, scaling=scaling)
     total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch
     terms = {"samples": data.count, "shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
     there = _checkpoints(options, program, total)
     with ExitStack() as stack:
+        stack.callback(data.close)
         progress = stack.enter_context(Progress(total, show=lowest and not options.quiet, log=options.log))
         library = stack.enter_context(Library(options.bundle / program.library, threads=options.threads))
         arena = make_arena(program.arena_bytes)
@@ -276,12 +280,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add = lines.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="this device's folder, BUILD/nodes/NAME")
-    add("--data", type=Path, required=True, help="an .npz file or a folder of .npy files: inputs under the model's "
+    add("--data", type=Path, required=True, help="a folder with a folder of images per class; or an .npz file or a "
+        "folder of .npy files: inputs under the model's "
         "input names (or x), targets under y, or y0, y1, ...; the first dimension counts the samples")  # fmt: skip
     length = lines.add_mutually_exclusive_group()
     length.add_argument("--steps", type=_count, metavar="N", help="train N batches")
     length.add_argument("--epochs", type=_count, metavar="E", default=1, help="go E times through the data (default 1)")
     add("--no-shuffle", dest="shuffle", action="store_false", help="take the samples in their order")
+    add("--mean", type=_numbers, default=(), metavar="M,...", help="per channel, subtracted from inputs (bytes become "
+        "numbers from 0 to 1 first)")  # fmt: skip
+    add("--std", type=_numbers, default=(), metavar="S,...", help="per channel, what they are then divided by")
     add("--threads", type=_count, metavar="T", default=len(os.sched_getaffinity(0)), help="default: all cores")
     add("--log", type=Path, metavar="FILE.jsonl", help="write one JSON object per step")
     add("--save-gradients", type=Path, metavar="FILE.npz", help="on the lowest rank: write the last step's gradients")
@@ -303,6 +311,16 @@ def _options(parsed: argparse.Namespace) -> Options:
     fields["out"] = fields["out"] or fields["bundle"] / "run"
     fields["checkpoints"] = fields["checkpoints"] or fields["out"] / "checkpoints"
     return Options(**fields)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers separated by commas")
+    return values
 
 
 def _count(text: str) -> int:

@@ -14,7 +14,8 @@ from fusetile.errors import UserError
 from fusetile.philox import permutation
 from fusetile.program import Buffer, Feed, Program
 from fusetile.rates import Rates
-from fusetile.runtime.data import Data
+from fusetile.runtime.data import Data, Scaling
+from fusetile.runtime.images import ImageFolder
 from fusetile.runtime.storage import make_arena, unpack
 from tests.runtime import toy
 
@@ -94,7 +95,7 @@ def test_a_node_without_feeds_counts_the_samples(tmp_path: Path) -> None:
         ({"y": Y}, r"has no array 'image' or 'x' \(the input of the model\); it has 'y'"),
         ({"image": X[:, :2], "y": Y}, r"'image' has shape \(10, 2, 5, 4\) where the model wants \(samples, 3, 5, 4\)"),
         ({"image": X, "y": Y.reshape(10, 1)}, r"'y' has shape \(10, 1\) where the model wants \(samples\)"),
-        ({"image": X.astype(np.uint8), "y": Y}, "'image' has dtype uint8 where the model wants floating-point"),
+        ({"image": X.astype(np.int32), "y": Y}, "'image' has dtype int32 where the model wants floating-point"),
         ({"image": X, "y": Y.astype(np.float32)}, "'y' has dtype float32 where the model wants integer class"),
         ({"image": X, "y": Y + 1}, "'y' has class 4 at sample 3; the model has 4 classes, 0 to 3"),
         ({"image": X, "y": Y - 1}, "'y' has class -1 at sample 0"),
@@ -156,3 +157,87 @@ def test_no_room_to_map_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("numpy.memmap", full)
     with pytest.raises(UserError, match="more than this 64-bit system can map"):
         Data(path, program(), shuffle=False)
+
+
+def image_folder(path: Path) -> dict[tuple[str, str], np.ndarray]:
+    """Two classes, images [5,4] of three channels, losslessly."""
+    image = pytest.importorskip("PIL.Image")
+    made = {}
+    random = np.random.default_rng(4)
+    for name, files in (("cat", ("b.png", "a.png")), ("dog", ("1.bmp", "2.PNG", "3.png"))):
+        (path / name).mkdir(parents=True)
+        for file in files:
+            made[name, file] = random.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+            image.fromarray(made[name, file]).save(path / name / file)
+    (path / "dog" / "notes.txt").write_text("not an image")
+    return made
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    """Samples go by class and name; bytes are scaled per channel, also in a part of the channels."""
+    made = image_folder(tmp_path / "d")
+    mean, std = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.25, 0.5])
+    wanted = program()
+    feeds = tuple(replace(feed, classes=2 if feed.classes else 0) for feed in wanted.feeds)
+    wanted = replace(wanted, feeds=feeds)
+    data = Data(tmp_path / "d", wanted, shuffle=False, scaling=Scaling((0.5, 0.4, 0.3), (0.2, 0.25, 0.5)))
+    arena = make_arena(wanted.arena_bytes)
+    data.fill(arena, 1, total=3)
+    order = [("cat", "a.png"), ("cat", "b.png"), ("dog", "1.bmp"), ("dog", "2.PNG")]
+    pictures = np.stack([made[name] for name in order]).transpose(0, 3, 1, 2).astype(np.float32) / 255
+    expected = (pictures - mean.reshape(3, 1, 1)) / std.reshape(3, 1, 1)
+    found = unpack(arena, wanted.feeds[0].buffer, BOX)
+    np.testing.assert_allclose(found, expected[1:4, :, 1:4], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(unpack(arena, wanted.feeds[1].buffer, ((1, 4),)), [0, 1, 1])
+    part = ((0, 1), (1, 3), (0, 5), (0, 4))
+    scaled = Scaling((0.5, 0.4, 0.3)).apply((pictures[:1, 1:3] * 255).astype(np.uint8), part)
+    np.testing.assert_allclose(scaled, pictures[:1, 1:3] - mean[1:].reshape(2, 1, 1), atol=1e-6)
+
+
+def test_images_of_another_size_are_fitted(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "a").mkdir()
+    image.new("L", (40, 10), 255).save(tmp_path / "a" / "1.png")
+    (values,) = ImageFolder(tmp_path).images((3, 5, 4))[np.array([0]), :, :, :]
+    assert values.shape == (3, 5, 4) and (values == 255).all()
+
+
+@pytest.mark.parametrize("what", ["damaged", "empty", "classes", "channels", "std"])
+def test_folders_that_can_not_be_used(tmp_path: Path, what: str) -> None:
+    image_folder(tmp_path)
+    made, scaling = program(), Scaling()
+    message = {
+        "damaged": "cat/a.png",
+        "empty": "emu: there is no image",
+        "classes": "has 2 classes, the model 4",
+        "channels": "1 or 3 channels",
+        "std": "--std: 2 numbers for the 3 channels",
+    }[what]
+    if what == "damaged":
+        (tmp_path / "cat" / "a.png").write_bytes(b"no png")
+    if what == "empty":
+        (tmp_path / "emu").mkdir()
+    if what == "channels":
+        box = ((0, 4), (0, 2), (0, 5), (0, 4))
+        made = program(Feed("input", "image", (4, 2, 5, 4), Buffer("x", box, block=(1, 2), offset_bytes=0)))
+    if what == "std":
+        scaling = Scaling(std=(1.0, 2.0))
+    with pytest.raises(UserError, match=message):
+        Data(tmp_path, made, shuffle=False, scaling=scaling)
+
+
+def test_large_batches_are_read_ahead(tmp_path: Path) -> None:
+    """The same values, in any order of steps."""
+    x = np.random.default_rng(1).random((12, 3, 150, 200)).astype(np.float32)
+    box = ((0, 4), (0, 3), (0, 150), (0, 200))
+    made = replace(
+        program(Feed("input", "x", (4, 3, 150, 200), Buffer("x", box, block=(1, 3), offset_bytes=0))),
+        arena_bytes=4 * x[:4].size,
+    )
+    data = Data(save(tmp_path / "d", "npz", x=x), made, shuffle=False)
+    arena = make_arena(made.arena_bytes)
+    for step in (1, 2, 3, 5, 4):
+        data.fill(arena, step, total=9)
+        first = (step - 1) % 3 * 4
+        np.testing.assert_array_equal(unpack(arena, made.feeds[0].buffer, box), x[first : first + 4])
+    data.close()
