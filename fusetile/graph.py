@@ -111,9 +111,10 @@ class Graph:
         self.tensors[name] = Tensor(name, tuple(int(size) for size in shape), dtype, kind)
         return name
 
-    def add_parameter(self, name: str, parameter: Parameter) -> str:
-        """Declare a tensor that persists, with its initial value."""
-        kind: Literal["map", "filter"] = "filter" if parameter.value.ndim >= 2 else "map"
+    def add_parameter(self, name: str, parameter: Parameter, *, kind: Literal["map", "filter"] | None = None) -> str:
+        """Declare a tensor that persists, with its initial value; what has two dimensions is a filter unless told
+        otherwise."""
+        kind = kind or ("filter" if parameter.value.ndim >= 2 else "map")
         self.add_tensor(name, parameter.value.shape, str(parameter.value.dtype), kind)
         self.parameters[name] = parameter
         return name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ from fusetile.errors import UnsupportedOp, UserError
 from fusetile.graph import FORWARD, Graph, Parameter
 from fusetile.onnx_import import files, folding
 from fusetile.onnx_import.unshare import unshare_norms
+from fusetile.onnx_import.views import View
+from fusetile.ops.rearrange import Dims, reshaped, whole_view
+from fusetile.ops.resample import Taps, resample
 
 Array = np.ndarray
 
@@ -84,6 +88,9 @@ class Importer:
         self.values = {name: array for name, array in self.initializers.items() if name in self.constant}
         self.alias: dict[str, str] = {}
         self.transposes: dict[str, str] = {}
+        self.views: dict[str, View] = {}
+        self.zero_padded: dict[str, tuple[str, tuple[int, ...]]] = {}  # what a convolution may pad itself: (x, pads)
+        self._tensors: dict[View, str] = {}
         self.uses = Counter(name for node in self.nodes for name in node.input)
         self.uses.update(output.name for output in model.graph.output)
         self.reserved = {name for node in model.graph.node for name in (*node.input, *node.output)}
@@ -154,13 +161,49 @@ class Importer:
         """The error to raise for a form of an op that is not supported."""
         return UnsupportedOp(f"{self.where}: {node.origin}: {why}")
 
-    def data(self, node: Node, i: int = 0) -> str:
-        """The graph tensor of a feature-map operand."""
-        name = self._resolve(node.inputs[i])
+    def view(self, node: Node, i: int = 0) -> View:
+        """A feature-map operand as a view of a graph tensor."""
+        name = self.resolved(node.inputs[i])
+        if name in self.views:
+            return self.views[name]
         if name in self.graph.tensors and name not in self.graph.parameters:
-            return name
+            return self.whole(name)
         what = "an initializer" if name in self.initializers else "a constant"
         raise self.refuse(node, f"its input {node.inputs[i]!r} is {what}; it must depend on the model's inputs")
+
+    def whole(self, name: str) -> View:
+        """The view of a graph tensor as it is."""
+        return View(name, whole_view(self.shape(name)))
+
+    def seen_through(self, view: View) -> Dims | None:
+        """The dimensions of a view, None if it is the tensor as it is stored."""
+        return None if view.is_whole(self.shape(view.base)) else view.dims
+
+    def data(self, node: Node, i: int = 0) -> str:
+        """A feature-map operand as a graph tensor with the dimensions that the model sees."""
+        return self.tensor(node, self.view(node, i))
+
+    def tensor(self, node: Node, view: View, name: str = "") -> str:
+        """A graph tensor with the dimensions of a view; made, under this name, when it is first asked for."""
+        if self.seen_through(view) is None:
+            return view.base
+        if view not in self._tensors:
+            shape, stored = view.shape, self.shape(view.base)
+            if not 1 <= len(shape) <= 4:
+                raise self.refuse(node, f"a tensor of shape {shape} is needed; supported are 1 to 4 dimensions")
+            in_order = reshaped(view.dims, stored) == whole_view(stored)
+            plain = in_order and shape[0] == stored[0] and min(len(shape), len(stored)) > 1
+            kind, attrs = ("Reshape", {"shape": shape}) if plain else ("Rearrange", {"dims": view.dims})
+            outputs = [name or self.fresh(f"{view.base}.{'x'.join(map(str, shape))}")]
+            self._tensors[view] = self.emit(node, kind, [view.base], attrs, outputs=outputs)
+        return self._tensors[view]
+
+    def define(self, node: Node, view: View, name: str = "") -> None:
+        """The node's output, or another name, is this view."""
+        if self.seen_through(view) is None:
+            self.alias[name or node.outputs[0]] = view.base
+        else:
+            self.views[name or node.outputs[0]] = view
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Static shape of a graph tensor."""
@@ -168,13 +211,29 @@ class Importer:
 
     def constant_input(self, node: Node, i: int, what: str) -> Array:
         """The value of an operand that must be known now, such as a shape or a ratio."""
-        if node.inputs[i] not in self.values:
+        name = self.resolved(node.inputs[i])
+        if name not in self.values:
             raise self.refuse(node, f"its {what} ({node.inputs[i]!r}) must be a constant")
-        return self.values[node.inputs[i]]
+        return self.values[name]
+
+    def new_constant(self, stem: str, value: Array) -> str:
+        """A name under which rules find a value that they have made."""
+        name = self.fresh(stem)
+        self.values[name] = value
+        return name
+
+    def constant_shape(self, node: Node, i: int) -> tuple[int, ...]:
+        """The shape of an operand that is an initializer or a constant, or the transpose of one."""
+        name = self.resolved(node.inputs[i])
+        array = self.weight(name)
+        if array is None:
+            raise self.refuse(node, f"its operand {node.inputs[i]!r} must be an initializer, not computed")
+        return array.shape[::-1] if name in self.transposes else array.shape
 
     def weight(self, name: str) -> Array | None:
         """The value of an initializer or constant, if `name` is one."""
-        name = self._resolve(name)
+        name = self.resolved(name)
+        name = self.transposes.get(name, name)
         return self.initializers.get(name, self.values.get(name))
 
     def parameter(
@@ -186,10 +245,12 @@ class Importer:
         shape: Sequence[int] | None = None,
         transposed: bool = False,
         trainable: bool = True,
+        kind: Literal["map", "filter"] | None = None,
+        more: tuple[int, ...] = (),
     ) -> str:
-        """Operand `i` as a parameter: of this shape if it only differs by dimensions of one, transposed on demand.
-        Constants become parameters that are not trained."""
-        name = self._resolve(node.inputs[i])
+        """Operand `i` as a parameter: of this shape, if it has as many elements; its first two dimensions swapped on
+        demand; with `more` dimensions behind its own. Constants become parameters that are not trained."""
+        name = self.resolved(node.inputs[i])
         if name in self.transposes:
             name, transposed = self.transposes[name], not transposed
         array = self.weight(name)
@@ -199,16 +260,22 @@ class Importer:
             raise self.refuse(node, f"its operand {name!r} is {array.dtype}; export the model in float32")
         if rank not in (None, array.ndim):
             raise self.refuse(node, f"its operand {name!r} has shape {array.shape}; expected {rank} dimensions")
-        shape = tuple(shape if shape is not None else array.shape)
-        if [size for size in shape if size != 1] != [size for size in array.shape if size != 1]:
+        shape = tuple(shape if shape is not None else (*array.shape, *more))
+        if prod(shape) != array.size:
             raise self.refuse(node, f"its operand {name!r} has shape {array.shape}; expected {shape}")
-        value = np.ascontiguousarray(array.reshape(shape).T if transposed else array.reshape(shape))
+        value = np.ascontiguousarray(array.reshape(shape).swapaxes(0, 1) if transposed else array.reshape(shape))
         onnx_name = name if name in self.initializers else ""
         parameter = Parameter(value, trainable and bool(onnx_name), onnx_name, transposed)
         if name not in self.graph.parameters:
-            return self.graph.add_parameter(name, parameter)
+            return self.graph.add_parameter(name, parameter, kind=kind)
         was = self.graph.parameters[name]
-        if (was.value.shape, was.transposed, was.trainable) != (value.shape, transposed, parameter.trainable):
+        kind = kind or ("filter" if value.ndim >= 2 else "map")
+        if (was.value.shape, was.transposed, was.trainable, self.graph.tensors[name].kind) != (
+            value.shape,
+            transposed,
+            parameter.trainable,
+            kind,
+        ):
             raise self.refuse(node, f"its operand {name!r} is shared with a node that uses it in another way")
         return name
 
@@ -229,13 +296,37 @@ class Importer:
         except UserError as error:
             raise type(error)(f"{self.where}: {node.origin}: {error}") from None
 
-    def same(self, node: Node, name: str) -> None:
-        """The node's output is `name` under another name."""
-        self.alias[node.outputs[0]] = name
+    def step(
+        self, node: Node, label: str, kind: str, inputs: Sequence[str], attrs: Mapping[str, Any] | None = None
+    ) -> str:
+        """Add an op on the way to the node's output; returns its output."""
+        return self.emit(node, kind, inputs, attrs, outputs=[self.fresh(f"{node.outputs[0]}.{label}")])
+
+    def resampled(self, node: Node, x: str, rows: Taps, columns: Taps, *, name: str = "") -> str:
+        """Add a linear map of rows and columns; returns its output, called `name` if that is given."""
+        outputs = [name or self.fresh(f"{node.outputs[0]}.map")]
+        return resample(self.graph, x, rows, columns, outputs=outputs, origin=node.origin)
+
+    def convolved(self, node: Node, x: str, weights: Array, label: str) -> str:
+        """Add a 1x1 convolution with constant weights [K, C, 1, 1]; returns its output."""
+        name = self.fresh(f"{node.outputs[0]}.{label}.weights")
+        self.graph.add_parameter(name, Parameter(weights, trainable=False))
+        window = {"strides": (1, 1), "dilations": (1, 1), "pads": (0, 0, 0, 0)}
+        return self.step(node, label, "Conv", [x, name], window)
+
+    def made_by(self, name: str, tensor: str) -> bool:
+        """Whether the model's tensor `name` is the first that stands for a graph tensor: no alias of another."""
+        return name == tensor or (name in self.views and self.views[name].base.startswith(f"{name}."))
+
+    def reshape_weight(self, node: Node, shape: Sequence[int], weight: Array) -> None:
+        """The node's output is an initializer with dimensions of one added or gone, for `parameter` to see through."""
+        if [size for size in shape if size not in (1, -1)] != [size for size in weight.shape if size != 1]:
+            raise self.refuse(node, f"a weight of shape {weight.shape} can't be used as {tuple(shape)}")
+        self.alias[node.outputs[0]] = node.inputs[0]
 
     def transpose(self, node: Node) -> None:
         """The node's output is the transpose of an initializer, for `parameter` to see through."""
-        self.transposes[node.outputs[0]] = self._resolve(node.inputs[0])
+        self.transposes[node.outputs[0]] = self.resolved(node.inputs[0])
 
     def fresh(self, stem: str) -> str:
         """A tensor name that neither the graph nor the model has, now or later."""
@@ -311,21 +402,28 @@ class Importer:
         self.values |= folding.evaluate(proto, self.opset, values, origin=f"{self.where}: {node.origin}")
 
     def _known_shape(self, name: str) -> tuple[int, ...]:
-        name = self._resolve(name)
+        name = self.resolved(name)
+        if name in self.views:
+            return self.views[name].shape
         array = self.weight(name)
         return self.graph.tensors[name].shape if array is None else array.shape
 
-    def _resolve(self, name: str) -> str:
+    def resolved(self, name: str) -> str:
+        """The name behind aliases."""
         while name in self.alias:
             name = self.alias[name]
         return name
 
     def _output(self, name: str) -> str:
-        source = self._resolve(name)
+        """An output keeps its name."""
+        source = self.resolved(name)
+        node = Node("Identity", (name,), (name,), {}, f"output {name!r}", self.opset)
+        if source in self.views:
+            source = self.tensor(node, self.views[source], name)
         if source not in self.graph.tensors or source in self.graph.parameters:
             raise UserError(f"{self.where}: output {name!r} does not depend on the model's inputs")
-        if source != name:  # an output keeps its name
-            self.graph.add("Identity", [source], outputs=[name], origin=f"output {name!r}")
+        if source != name:
+            self.graph.add("Identity", [source], outputs=[name], origin=node.origin)
         return name
 
 

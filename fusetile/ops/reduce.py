@@ -80,12 +80,14 @@ def _max_to(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[A
 
 
 def _max_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
-    """Equal parts to all that reach the maximum, as PyTorch's amax does."""
+    """Equal parts to all that reach the maximum, as PyTorch's amax does; none if it is only a constant to subtract."""
+    if op.attrs.get("constant"):
+        return [None]
     dy, (x,), (y,) = grads[0], op.inputs, op.outputs
     assert dy is not None
     common: dict[str, Any] = {"phase": BACKWARD, "origin": op.origin}
     (reached,) = graph.add("Reaches", [x, y], stem=f"{x}.reached", **common)
-    (count,) = graph.add("SumTo", [reached], attrs=op.attrs, stem=f"{y}.count", **common)
+    (count,) = graph.add("SumTo", [reached], attrs={"shape": op.attrs["shape"]}, stem=f"{y}.count", **common)
     (share,) = graph.add("Div", [dy, count], stem=f"grad.{y}.share", **common)
     return [*graph.add("Mul", [reached, share], stem=f"grad.{x}", **common)]
 

@@ -112,10 +112,10 @@ def _reshape_shape(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
 
 
 def _reshape_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
-    """Only cuts of the batch survive; those of the channels too where there is nothing else to mix them with."""
+    """Only cuts of the batch survive; those of the channels too where they stay as they are."""
     x, y = inputs[0].shape, outputs[0].shape
     axes, kept = [Axis("n", x[0])], 1
-    if x[1] == y[1] and prod(x[2:]) == 1:
+    if x[1] == y[1]:
         axes, kept = [*axes, Axis("k", x[1])], 2
 
     def access(shape: Sequence[int]) -> Access:

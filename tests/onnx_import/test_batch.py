@@ -34,11 +34,17 @@ def test_reshape_follows_a_rebound_batch(target: list[int], tmp_path: Path) -> N
     assert import_onnx(save(proto, tmp_path), batch=2).tensors["y"].shape == (2, 12)
 
 
-def test_batch_baked_into_a_reshape_of_a_dynamic_model_is_refused(tmp_path: Path) -> None:
-    proto = model([node("Reshape", "x t", "y", "view")], {"x": ("N", 3, 2, 2)}, weights={"t": np.array([1, -1])})
-    with pytest.raises(UnsupportedOp, match=r"Reshape node 'view'.*\(2, 3, 2, 2\) into \(1, 24\).*--batch"):
-        import_onnx(save(proto, tmp_path), batch=2)
-    assert import_onnx(save(proto, tmp_path), batch=1).tensors["y"].shape == (1, 12)
+@pytest.mark.parametrize("target", [[1, -1], [1, 12], [1, 3, 4], [3, 4]])
+def test_batch_of_one_baked_into_a_reshape_of_a_dynamic_model(target: list[int], tmp_path: Path) -> None:
+    proto = model([node("Reshape", "x t", "y", "view")], {"x": ("N", 3, 2, 2)}, weights={"t": np.array(target)})
+    assert import_onnx(save(proto, tmp_path), batch=2).tensors["y"].shape[0] == 2 * target[0]
+
+
+def test_reshapes_that_mix_the_batch_are_refused(tmp_path: Path) -> None:
+    for target in ([5, -1], [-1, 8]):
+        proto = model([node("Reshape", "x t", "y", "view")], {"x": ("N", 3, 2, 2)}, weights={"t": np.array(target)})
+        with pytest.raises(UnsupportedOp, match=r"Reshape node 'view'.*\(2, 3, 2, 2\) into .*--batch"):
+            import_onnx(save(proto, tmp_path), batch=2)
 
 
 def test_batch_errors(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""Fully connected layers, and products of two feature maps."""
+
+from __future__ import annotations
+
+from math import prod
+
+from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.rules.common import finish
+from fusetile.onnx_import.views import View
+
+_POINT = {"strides": (1, 1), "dilations": (1, 1), "pads": (0, 0, 0, 0)}
+
+
+def gemm(importer: Importer, node: Node) -> None:
+    """alpha * x @ w^T + beta * b, with the factors as Scale ops in front."""
+    y, view = node.outputs[0], importer.view(node)
+    if len(view.dims) != 2:
+        raise importer.refuse(node, f"its input must be [N, C]; it has shape {view.shape}")
+    if node.attrs.get("transA", 0):
+        view = view.permuted((1, 0))
+    if importer.weight(node.inputs[1]) is None:
+        raise importer.refuse(node, f"its operand {node.inputs[1]!r} must be an initializer; export it as MatMul")
+    w = importer.parameter(node, 1, rank=2, transposed=not node.attrs.get("transB", 0))
+    operands = [importer.tensor(node, view), w]
+    if node.has(2):
+        channels = importer.shape(w)[0]
+        bias = importer.constant_shape(node, 2)
+        if prod(bias) == 1 != channels:
+            raise importer.refuse(node, f"its bias of shape {bias} is one number; export it with one per output")
+        operands.append(importer.parameter(node, 2, shape=(channels,)))
+    for i, key in ((0, "alpha"), (2, "beta")):
+        factor = float(node.attrs.get(key, 1.0))
+        if i < len(operands) and factor != 1:
+            scaled = importer.fresh(f"{y}.{key}")
+            operands[i] = importer.emit(node, "Scale", [operands[i]], {"factor": factor}, outputs=[scaled])
+    importer.emit(node, "Gemm", operands)
+
+
+def mat_mul(importer: Importer, node: Node) -> None:
+    """By a matrix of weights: a fully connected layer, or, along the channels of a stored map, a 1x1 convolution."""
+    weights = [importer.weight(name) is not None for name in node.inputs]
+    if weights == [False, True] and len(importer.constant_shape(node, 1)) == 2:
+        _linear(importer, node)
+    else:
+        _products(importer, node)
+
+
+def _linear(importer: Importer, node: Node) -> None:
+    view = importer.view(node)
+    channels, filters = importer.constant_shape(node, 1)
+    stored, lead = importer.shape(view.base), view.shape[:-1]
+    if view.shape[-1] != channels or not lead:
+        raise importer.refuse(node, f"{view.shape} and {(channels, filters)} have no matrix product")
+    if len(stored) in (2, 4) and view.dims[-1] == ((1, channels, 1),) and stored[1] == channels:
+        w = importer.parameter(node, 1, transposed=True, more=(1,) * (len(stored) - 2))
+        result = View("", (*view.dims[:-1], ((1, filters, 1),) if filters > 1 else ()))
+        shape = (stored[0], filters, *stored[2:])
+        kind, attrs = ("Gemm", {}) if len(stored) == 2 else ("Conv", _POINT)
+        finish(importer, node, kind, [view.base, w], attrs, None if result.is_whole(shape) else result.dims)
+        return
+    w = importer.parameter(node, 1, transposed=True)
+    rows = view.reshaped((prod(lead), channels))
+    assert rows is not None  # neighbours can always be put together
+    if len(lead) == 1:
+        importer.emit(node, "Gemm", [importer.tensor(node, rows), w])
+        return
+    y = importer.step(node, "rows", "Gemm", [importer.tensor(node, rows), w])
+    result_view = importer.whole(y).reshaped((*lead, filters))
+    assert result_view is not None
+    importer.define(node, result_view)
+
+
+def _products(importer: Importer, node: Node) -> None:
+    shapes = [
+        importer.view(node, i).shape if importer.weight(node.inputs[i]) is None else importer.constant_shape(node, i)
+        for i in (0, 1)
+    ]
+    rank = max(map(len, shapes))
+    if min(map(len, shapes)) < 2 or rank > 4:
+        raise importer.refuse(node, f"the product of {shapes[0]} and {shapes[1]} is not supported")
+    wide = [_four(shape, rank) for shape in shapes]
+    names, turned = [], []
+    for i in (0, 1):
+        if importer.weight(node.inputs[i]) is not None:
+            names.append(importer.parameter(node, i, shape=wide[i], kind="map"))
+            turned.append(False)
+            continue
+        view = importer.view(node, i).of_rank(rank).reshaped(wide[i])
+        assert view is not None  # dimensions of one are added
+        other = view.permuted((0, 1, 3, 2))
+        turned.append(other.is_whole(importer.shape(view.base)))
+        names.append(view.base if turned[-1] else importer.tensor(node, view))
+    attrs = {"turned": tuple(turned)}
+    if rank == 4:
+        importer.emit(node, "MatMul", names, attrs)
+        return
+    y = importer.step(node, "images", "MatMul", names, attrs)
+    n, k, h, w = importer.shape(y)
+    result = importer.whole(y).reshaped((n * k, h, w)[3 - rank :])
+    assert result is not None
+    importer.define(node, result)
+
+
+def _four(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """[images, 1, rows, columns] of a shape of up to three dimensions; four stay."""
+    wide = (1,) * (rank - len(shape)) + shape
+    if rank == 4:
+        return wide
+    return (*(wide[:1] if rank == 3 else (1,)), 1, *wide[-2:])

@@ -1,0 +1,200 @@
+"""Normalization, and dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+from fusetile.graph import UPDATE
+from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.rules.common import finish, operands
+from fusetile.onnx_import.rules.reduce import reducible
+from fusetile.onnx_import.views import View
+
+
+def batch_normalization(importer: Importer, node: Node) -> None:
+    importer.require_unused(node, node.outputs[1:])
+    if not node.attrs.get("spatial", 1):
+        raise importer.refuse(node, "spatial=0 (statistics per pixel) is not supported")
+    x, y = importer.data(node), node.outputs[0]
+    shape = importer.shape(x)
+    if len(shape) not in (2, 3, 4):
+        raise importer.refuse(node, f"its input has shape {shape}; supported are [N, C, H, W], [N, C, W] and [N, C]")
+    gamma, beta, mean, var = (importer.parameter(node, i, shape=shape[1:2], trainable=i < 3) for i in (1, 2, 3, 4))
+    epsilon = {"epsilon": float(node.attrs.get("epsilon", 1e-5))}
+    stats = [importer.fresh(f"{y}.stats")]
+    if importer.bn == "frozen":
+        importer.emit(node, "FrozenStatistics", [mean, var], epsilon, outputs=stats)
+        importer.emit(node, "Normalize", [x, *stats, gamma, beta], {"count": 0})
+        return
+    count = {"count": prod(shape) // shape[1]}
+    if count["count"] < 2:
+        raise importer.refuse(
+            node, f"one value per channel (shape {shape}) has no variance: use a larger batch or --bn frozen"
+        )
+    if mean in importer.graph.next_value or var in importer.graph.next_value:
+        raise importer.refuse(
+            node, f"its running statistics {mean!r}, {var!r} belong to another node too: use --bn frozen"
+        )
+    sums = importer.emit(node, "ChannelMoments", [x], outputs=[importer.fresh(f"{y}.sums")])
+    importer.emit(node, "BatchStatistics", [sums], count | epsilon, outputs=stats)
+    importer.emit(node, "Normalize", [x, *stats, gamma, beta], count)
+    momentum = {"momentum": float(node.attrs.get("momentum", 0.9))}
+    new = [importer.fresh(f"{name}.next") for name in (mean, var)]
+    importer.emit(node, "RunningStatistics", [sums, mean, var], count | momentum, outputs=new, phase=UPDATE)
+    importer.graph.next_value |= {mean: new[0], var: new[1]}
+
+
+def _average(importer: Importer, node: Node, label: str, x: Sequence[str], shape: Sequence[int], groups: int) -> str:
+    """The mean of x, or of the product of two, over what `shape` lacks; with groups, over groups of channels too."""
+    count = prod(importer.shape(x[0])) // prod(shape)
+    total = importer.step(node, f"{label}.sum", "SumTo", x, {"shape": tuple(shape)})
+    if groups:
+        n, c = shape[:2]
+        parts = View(total, importer.whole(total).dims).reshaped((n, groups, c // groups))
+        assert parts is not None
+        inner = importer.tensor(node, parts)
+        small = {"shape": (n, groups, 1)}
+        joined = importer.step(node, f"{label}.group", "SumTo", [inner], small)
+        spread = importer.step(node, f"{label}.spread", "Expand", [joined], {"shape": importer.shape(inner)})
+        again = importer.whole(spread).reshaped(shape)
+        assert again is not None
+        total, count = importer.tensor(node, again), count * (c // groups)
+    return importer.step(node, label, "Scale", [total], {"factor": 1 / count})
+
+
+def _normalized(
+    importer: Importer, node: Node, x: str, shape: Sequence[int], epsilon: float, *, groups: int = 0
+) -> tuple[str, str]:
+    """(x - mean, 1 / deviation): in two passes, so that a large mean does not cancel the variance."""
+    mean = _average(importer, node, "mean", [x], shape, groups)
+    centred = importer.step(node, "centred", "Sub", [x, mean])
+    variance = _average(importer, node, "variance", [centred, centred], shape, groups)
+    raised = importer.step(node, "raised", "Shift", [variance], {"offset": epsilon})
+    deviation = importer.step(node, "deviation", "Sqrt", [raised])
+    return centred, importer.step(node, "inverse", "Reciprocal", [deviation])
+
+
+def instance_normalization(importer: Importer, node: Node) -> None:
+    """Per image and channel. Exporters write normalization of groups as that of [N, groups, -1], with scales of one."""
+    view = importer.view(node)
+    epsilon = float(node.attrs.get("epsilon", 1e-5))
+    groups = 0
+    stored = importer.shape(view.base)
+    if len(view.dims) == 3 and len(stored) == 4 and view.dims[:2] != importer.whole(view.base).dims[:2]:
+        flat = View(view.base, importer.whole(view.base).dims).reshaped((stored[0], view.shape[1], view.shape[2]))
+        if flat is not None and flat.dims == view.dims and stored[1] % view.shape[1] == 0:
+            groups = view.shape[1]
+    if groups:
+        x, shape = view.base, (*stored[:2], 1, 1)
+    else:
+        view, shape = reducible(importer, node, view, range(2, len(view.dims)))
+        x = view.base
+    centred, inverse = _normalized(importer, node, x, shape, epsilon, groups=groups)
+    plain = importer.step(node, "plain", "Mul", [centred, inverse])
+    _affine(importer, node, view.over(plain), per_group=bool(groups))
+
+
+def _affine(importer: Importer, node: Node, view: View, *, per_group: bool = False) -> None:
+    """Times a scale and plus a bias per channel (dimension 1), inputs 1 and 2. Constants that do nothing are left out,
+    and so are ones and zeros per group, which exporters write where a network has no such weights."""
+    channels = view.shape[1]
+    if importer.shape(view.base)[1] != channels or view.dims[1] != importer.whole(view.base).dims[1]:
+        view = importer.whole(importer.tensor(node, view)) if not per_group else view
+    left = []
+    for i, kind, nothing in ((1, "Mul", 1), (2, "Add", 0)):
+        array = importer.weight(node.inputs[i])
+        fixed = per_group or importer.resolved(node.inputs[i]) not in importer.initializers
+        if array is None or not fixed or (array != nothing).any():
+            left.append((i, kind))
+    if left and per_group:
+        raise importer.refuse(node, "scales and biases per group are not supported")
+    for i, kind in left:
+        vector = importer.parameter(node, i, shape=(channels,))
+        if (i, kind) == left[-1]:
+            finish(importer, node, kind, [view.base, vector], dims=importer.seen_through(view))
+            return
+        view = view.over(importer.step(node, "scaled", kind, [view.base, vector]))
+    importer.define(node, view)
+
+
+def group_normalization(importer: Importer, node: Node) -> None:
+    """Scale and bias are per channel since opset 21, per group before it."""
+    x, groups = importer.data(node), int(node.attrs["num_groups"])
+    shape = importer.shape(x)
+    if len(shape) != 4 or shape[1] % groups:
+        raise importer.refuse(node, f"{groups} groups of shape {shape} are not supported; only of [N, C, H, W]")
+    epsilon = float(node.attrs.get("epsilon", 1e-5))
+    centred, inverse = _normalized(importer, node, x, (*shape[:2], 1, 1), epsilon, groups=groups)
+    plain = importer.step(node, "plain", "Mul", [centred, inverse])
+    if importer.constant_shape(node, 1) == (groups,) != (shape[1],):
+        raise importer.refuse(node, "its scale and bias are per group, as before opset 21; export with a newer opset")
+    _affine(importer, node, importer.whole(plain))
+
+
+def layer_normalization(importer: Importer, node: Node) -> None:
+    """Over all dimensions from `axis` on."""
+    importer.require_unused(node, node.outputs[1:])
+    view = importer.view(node)
+    rank = len(view.dims)
+    axis = int(node.attrs.get("axis", -1)) % rank
+    view, shape = reducible(importer, node, view, range(axis, rank))
+    centred, inverse = _normalized(importer, node, view.base, shape, float(node.attrs.get("epsilon", 1e-5)))
+    plain = importer.fresh(f"{node.outputs[0]}.normal")
+    importer.define(node, view.over(importer.step(node, "plain", "Mul", [centred, inverse])), plain)
+    for i, kind in ((1, "Mul"), (2, "Add")):
+        if not node.has(i):
+            continue
+        last = i == 2 or not node.has(2)
+        output = node.outputs[0] if last else importer.fresh(f"{node.outputs[0]}.scaled")
+        pair = Node(kind, (plain, node.inputs[i]), (output,), {}, node.origin, node.opset)
+        inputs, dims = operands(importer, pair, (0, 1))
+        finish(importer, pair, kind, inputs, dims=dims)
+        plain = output
+
+
+def local_response_normalization(importer: Importer, node: Node) -> None:
+    """x / (bias + alpha / size * sum of x^2 over the channels around)^beta: that sum is a 1x1 convolution with a band
+    of ones."""
+    x = importer.data(node)
+    shape, size = importer.shape(x), int(node.attrs["size"])
+    if len(shape) != 4:
+        raise importer.refuse(node, f"its input has shape {shape}; only [N, C, H, W] is supported")
+    alpha, beta = float(node.attrs.get("alpha", 1e-4)), float(node.attrs.get("beta", 0.75))
+    bias = float(node.attrs.get("bias", 1.0))
+    distance = np.arange(shape[1])[None] - np.arange(shape[1])[:, None]
+    band = ((distance >= -((size - 1) // 2)) & (distance <= size // 2)).astype(np.float32) * np.float32(alpha / size)
+    square = importer.step(node, "square", "Mul", [x, x])
+    around = importer.convolved(node, square, band.reshape(shape[1], shape[1], 1, 1), "around")
+    base = importer.step(node, "raised", "Shift", [around], {"offset": bias})
+    factor = importer.step(node, "factor", "Power", [base], {"exponent": -beta})
+    importer.emit(node, "Mul", [x, factor])
+
+
+def lp_normalization(importer: Importer, node: Node) -> None:
+    """x over its length along one axis."""
+    view = importer.view(node)
+    if int(node.attrs.get("p", 2)) != 2:
+        raise importer.refuse(node, "only p=2 is supported")
+    view, shape = reducible(importer, node, view, [int(node.attrs.get("axis", -1)) % len(view.dims)])
+    square = importer.step(node, "square", "SumTo", [view.base, view.base], {"shape": shape})
+    length = importer.step(node, "length", "Sqrt", [square])
+    finish(importer, node, "Div", [view.base, length], dims=importer.seen_through(view))
+
+
+def dropout(importer: Importer, node: Node) -> None:
+    importer.require_unused(node, node.outputs[1:])
+    site = importer.dropout_sites
+    importer.dropout_sites += 1
+    view = importer.view(node)
+    ratio = float(importer.constant_input(node, 1, "ratio")) if node.has(1) else float(node.attrs.get("ratio", 0.5))
+    ratio = ratio if importer.dropout is None else importer.dropout
+    if not 0 <= ratio < 1:
+        raise importer.refuse(node, f"ratio {ratio} is not in [0, 1); set it with --dropout")
+    if ratio == 0:
+        importer.define(node, view)
+        return
+    attrs = {"ratio": ratio, "seed": importer.seed, "site": site}
+    finish(importer, node, "Dropout", [view.base, importer.control("step")], attrs, importer.seen_through(view))

@@ -1,0 +1,276 @@
+"""Reshapes, transposes, slices and joins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.rules.common import axes_of, finish, listed
+from fusetile.onnx_import.rules.resize import slice_axis
+from fusetile.onnx_import.views import View
+
+
+def _reshape_to(importer: Importer, node: Node, target: Sequence[int]) -> None:
+    """A view in another shape; where its digits can't make that up, it becomes a tensor first."""
+    view, target = importer.view(node), tuple(int(size) for size in target)
+    found = None
+    if prod(target) == prod(view.shape):
+        found = view.reshaped(target)
+        if found is None:
+            flat = view.reshaped((view.shape[0], prod(view.shape[1:]))) or view.reshaped((prod(view.shape),))
+            assert flat is not None  # neighbours can always be put together
+            found = importer.whole(importer.tensor(node, flat)).reshaped(target)
+    if found is None or not _keeps_batch(importer, view, found):
+        raise importer.refuse(
+            node,
+            f"it turns shape {view.shape} into {target}, and the batch must stay first. If a batch size is built into "
+            "this node, export the model with a dynamic batch, or use that --batch",
+        )
+    importer.define(node, found)
+
+
+def _keeps_batch(importer: Importer, view: View, found: View) -> bool:
+    """Whether the batch, if it was the first dimension or the outer part of it, still is."""
+    batch = (0, importer.batch, 1)
+    return importer.batch == 1 or view.dims[0][:1] != (batch,) or found.dims[0][:1] == (batch,)
+
+
+def reshape(importer: Importer, node: Node) -> None:
+    if (weight := importer.weight(node.inputs[0])) is not None:
+        importer.reshape_weight(node, importer.constant_input(node, 1, "shape").tolist(), weight)
+        return
+    shape = importer.view(node).shape
+    target = [int(size) for size in importer.constant_input(node, 1, "shape")]
+    if not node.attrs.get("allowzero", 0):
+        target = [shape[i] if size == 0 and i < len(shape) else size for i, size in enumerate(target)]
+    baked, batch = importer.baked_batch or 1, importer.batch
+    wrong = -1 in target[1:] or (-1 not in target and prod(target) != prod(shape))
+    exported = baked != batch and wrong and target[0] > 0 and target[0] % baked == 0
+    if exported and (target[0] == baked or prod(target) * batch == prod(shape) * baked):
+        target[0] = target[0] // baked * batch  # the model was exported for another batch
+    if -1 in target:
+        known = prod(size for size in target if size != -1)
+        target[target.index(-1)] = prod(shape) // known if known > 0 else 0
+    _reshape_to(importer, node, target)
+
+
+def flatten(importer: Importer, node: Node) -> None:
+    shape = importer.view(node).shape
+    axis = node.attrs.get("axis", 1)
+    axis += len(shape) * (axis < 0)
+    _reshape_to(importer, node, (prod(shape[:axis]), prod(shape[axis:])))
+
+
+def squeeze(importer: Importer, node: Node) -> None:
+    if (weight := importer.weight(node.inputs[0])) is not None:
+        importer.reshape_weight(node, [size for size in weight.shape if size != 1], weight)
+        return
+    view = importer.view(node)
+    axes = listed(importer, node, 1, "axes")
+    if axes is None:  # every dimension of one but the batch, which happens to be one
+        axes = [i for i, size in enumerate(view.shape) if size == 1 and i > 0]
+    dropped = axes_of(importer, node, axes, len(view.dims))
+    if any(view.shape[i] != 1 for i in dropped):
+        raise importer.refuse(node, f"axes {dropped} of shape {view.shape} are not all of size 1")
+    importer.define(node, view.without(dropped))
+
+
+def unsqueeze(importer: Importer, node: Node) -> None:
+    axes = listed(importer, node, 1, "axes") or []
+    weight = importer.weight(node.inputs[0])
+    view = None if weight is not None else importer.view(node)
+    rank = len(axes) + (weight.ndim if weight is not None else len(view.dims) if view else 0)
+    new = axes_of(importer, node, axes, rank)
+    if weight is not None:
+        rest_sizes = iter(weight.shape)
+        importer.reshape_weight(node, [1 if i in new else next(rest_sizes) for i in range(rank)], weight)
+    elif view is not None:
+        rest = iter(view.dims)
+        importer.define(node, View(view.base, tuple(() if i in new else next(rest) for i in range(rank))))
+
+
+def transpose(importer: Importer, node: Node) -> None:
+    """Of weights: exporters write a fully connected layer without bias as MatMul(x, Transpose(w))."""
+    w = importer.weight(node.inputs[0])
+    rank = w.ndim if w is not None else len(importer.view(node).dims)
+    order = [int(axis) for axis in node.attrs.get("perm", range(rank)[::-1])]
+    if w is None:
+        importer.define(node, importer.view(node).permuted(order))
+    elif w.ndim == 2 and order == [1, 0]:
+        importer.transpose(node)
+    elif order == list(range(rank)):
+        importer.alias[node.outputs[0]] = node.inputs[0]
+    else:
+        raise importer.refuse(node, "of weights, only the transpose of a matrix is supported")
+
+
+def depth_to_space(importer: Importer, node: Node) -> None:
+    view, block = importer.view(node), int(node.attrs["blocksize"])
+    n, c, h, w = view.shape
+    depth_first = node.attrs.get("mode", "DCR") == "DCR"
+    split = (n, block, block, c // block**2, h, w) if depth_first else (n, c // block**2, block, block, h, w)
+    order = (0, 3, 4, 1, 5, 2) if depth_first else (0, 1, 4, 2, 5, 3)
+    _rearranged(importer, node, view, split, order, (n, c // block**2, h * block, w * block))
+
+
+def space_to_depth(importer: Importer, node: Node) -> None:
+    view, block = importer.view(node), int(node.attrs["blocksize"])
+    n, c, h, w = view.shape
+    split = (n, c, h // block, block, w // block, block)
+    _rearranged(importer, node, view, split, (0, 3, 5, 1, 2, 4), (n, c * block**2, h // block, w // block))
+
+
+def _rearranged(
+    importer: Importer, node: Node, view: View, split: Sequence[int], order: Sequence[int], result: Sequence[int]
+) -> None:
+    if prod(split) != prod(view.shape):
+        raise importer.refuse(node, f"blocks of {node.attrs['blocksize']} do not fit the shape {view.shape}")
+    parts = view.reshaped(split) or importer.whole(importer.tensor(node, view)).reshaped(split)
+    assert parts is not None  # sizes that divide
+    found = parts.permuted(order).reshaped(result)
+    assert found is not None
+    importer.define(node, found)
+
+
+def expand(importer: Importer, node: Node) -> None:
+    view = importer.view(node)
+    target = [int(size) for size in importer.constant_input(node, 1, "shape")]
+    rank = max(len(target), len(view.dims))
+    view, target = view.of_rank(rank), [1] * (rank - len(target)) + target
+    if target[0] == importer.baked_batch and view.shape[0] == importer.batch:
+        target[0] = importer.batch
+    shape = tuple(max(pair) for pair in zip(view.shape, target, strict=True))
+    if shape == view.shape:
+        importer.define(node, view)
+    elif rank > 4:
+        raise importer.refuse(node, f"it expands {view.shape} to {shape}; supported are at most 4 dimensions")
+    else:
+        importer.emit(node, "Expand", [importer.tensor(node, view)], {"shape": shape})
+
+
+def tile(importer: Importer, node: Node) -> None:
+    """Copies, joined."""
+    repeats = [int(times) for times in importer.constant_input(node, 1, "repeats")]
+    x = importer.data(node)
+    for axis, times in enumerate(repeats):
+        if times > 1 and importer.shape(x)[axis] == 1:
+            shape = list(importer.shape(x))
+            shape[axis] = times
+            x = importer.step(node, "tiled", "Expand", [x], {"shape": tuple(shape)})
+        elif times > 1:
+            x = importer.step(node, "tiled", "Concat", [x] * times, {"axis": axis})
+    importer.define(node, importer.whole(x))
+
+
+def concat(importer: Importer, node: Node) -> None:
+    """Of views that are alike along one whole axis: of the tensors as they are stored."""
+    views = [importer.view(node, i) for i in range(len(node.inputs))]
+    rank = len(views[0].dims)
+    (axis,) = axes_of(importer, node, [node.attrs["axis"]], rank)
+    if any(len(view.dims) != rank for view in views):
+        raise importer.refuse(node, f"shapes {[view.shape for view in views]} can't be joined along axis {axis}")
+    if len(views) == 1:
+        importer.define(node, views[0])
+        return
+    along = {view.dims[axis][0][0] if len(view.dims[axis]) == 1 else -1 for view in views}
+    stored = along.pop() if len(along) == 1 else -1
+    alike = all(
+        stored >= 0
+        and view.dims[axis] == ((stored, importer.shape(view.base)[stored], 1),)
+        and [d for i, d in enumerate(view.dims) if i != axis] == [d for i, d in enumerate(views[0].dims) if i != axis]
+        and len(importer.shape(view.base)) == len(importer.shape(views[0].base))
+        for view in views
+    )
+    if alike:
+        total = sum(view.shape[axis] for view in views)
+        joined = View("", tuple(((stored, total, 1),) if i == axis else d for i, d in enumerate(views[0].dims)))
+        shape = [total if i == stored else size for i, size in enumerate(importer.shape(views[0].base))]
+        dims = None if joined.is_whole(shape) else joined.dims
+        finish(importer, node, "Concat", [view.base for view in views], {"axis": stored}, dims)
+        return
+    small, place = _around(views[0].shape, axis)
+    flat = [view.reshaped([s if i != place else view.shape[axis] for i, s in enumerate(small)]) for view in views]
+    names = [importer.tensor(node, view) for view in flat if view is not None]
+    shape = [*views[0].shape[:axis], sum(view.shape[axis] for view in views), *views[0].shape[axis + 1 :]]
+    if rank <= 4:
+        importer.emit(node, "Concat", names, {"axis": place})
+        return
+    y = importer.step(node, "joined", "Concat", names, {"axis": place})
+    result = importer.whole(y).reshaped(shape)
+    assert result is not None  # neighbours are taken apart again
+    importer.define(node, result)
+
+
+def _around(shape: Sequence[int], axis: int) -> tuple[list[int], int]:
+    """At most four sizes that a shape becomes when neighbours are put together, but not with `axis`; where it is then.
+    The batch stays alone."""
+    if len(shape) <= 4:
+        return list(shape), axis
+    before, after = list(shape[:axis]), list(shape[axis + 1 :])
+    before = [*before[:1], prod(before[1:])] if len(before) > 1 else before
+    return [*before, shape[axis], *([prod(after)] if after else [])], len(before)
+
+
+def _cut(importer: Importer, node: Node, view: View, axis: int, indices: Sequence[int]) -> View:
+    """A view of what is left of one dimension: cut in the tensor as it is stored, if it is a whole axis there."""
+    digits = view.dims[axis]
+    if list(indices) == list(range(view.shape[axis])):
+        return view
+    if len(digits) == 1 and digits[0][1] == importer.shape(view.base)[digits[0][0]]:
+        stored = digits[0][0]
+        base = slice_axis(importer, node, view.base, stored, indices)
+        dims = ((stored, len(indices), 1),) if len(indices) > 1 else ()
+        return View(base, (*view.dims[:axis], dims, *view.dims[axis + 1 :]))
+    small, place = _around(view.shape, axis)
+    flat = view.reshaped(small)
+    assert flat is not None  # neighbours can always be put together
+    x = slice_axis(importer, node, importer.tensor(node, flat), place, indices)
+    result = importer.whole(x).reshaped([*view.shape[:axis], len(indices), *view.shape[axis + 1 :]])
+    assert result is not None
+    return result
+
+
+def slice_(importer: Importer, node: Node) -> None:
+    view = importer.view(node)
+    rank = len(view.dims)
+    starts, ends = listed(importer, node, 1, "starts"), listed(importer, node, 2, "ends")
+    if starts is None or ends is None:
+        raise importer.refuse(node, "it has no starts and ends")
+    axes = listed(importer, node, 3, "axes") or list(range(len(starts)))
+    steps = listed(importer, node, 4, "steps") or [1] * len(starts)
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        axis = axis % rank
+        indices = list(range(view.shape[axis]))[slice(start, end if end > -(2**31) else None, step)]
+        if not indices:
+            raise importer.refuse(node, f"nothing is left of axis {axis} of shape {view.shape}")
+        view = _cut(importer, node, view, axis, indices)
+    importer.define(node, view)
+
+
+def split(importer: Importer, node: Node) -> None:
+    view = importer.view(node)
+    (axis,) = axes_of(importer, node, [node.attrs.get("axis", 0)], len(view.dims))
+    sizes, size = listed(importer, node, 1, "split"), view.shape[axis]
+    if sizes is None:
+        each = -(-size // len(node.outputs))
+        sizes = [min(each, size - i * each) for i in range(len(node.outputs))]
+    start = 0
+    for output, part in zip(node.outputs, sizes, strict=True):
+        if output and importer.uses[output]:
+            importer.define(node, _cut(importer, node, view, axis, range(start, start + part)), output)
+        start += part
+
+
+def gather(importer: Importer, node: Node) -> None:
+    view = importer.view(node)
+    (axis,) = axes_of(importer, node, [node.attrs.get("axis", 0)], len(view.dims))
+    indices = importer.constant_input(node, 1, "indices")
+    size = view.shape[axis]
+    picked = [int(index) % size for index in indices.reshape(-1)]
+    found = _cut(importer, node, view, axis, picked)
+    if indices.ndim == 0:
+        found = found.without([axis])
+    elif indices.ndim > 1:
+        raise importer.refuse(node, f"indices of shape {indices.shape} are not supported; only a number or a list is")
+    importer.define(node, found)

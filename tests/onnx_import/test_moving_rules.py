@@ -1,0 +1,332 @@
+"""Rules of ops that move, reduce, resample or normalize, against ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from tests.onnx_import.test_rules import check, kinds
+from tests.onnx_tools import model, node, normal
+
+X = {"x": (2, 6, 4, 5)}
+Nodes = list[onnx.NodeProto]
+Weights = dict[str, np.ndarray]
+
+
+def ints(**values: list[int]) -> Weights:
+    return {name: np.array(value, np.int64) for name, value in values.items()}
+
+
+def number(value: float) -> np.ndarray:
+    return np.array(value, np.float32)
+
+
+def chain(*steps: tuple[str, dict[str, Any]], **weights: list[int]) -> tuple[Nodes, Weights]:
+    """Ops one after the other: `Kind` or `Kind operands`, each with its attributes."""
+    nodes, x = [], "x"
+    for i, (what, attrs) in enumerate(steps):
+        kind, *more = what.split()
+        y = "y" if i == len(steps) - 1 else f"t{i}"
+        nodes.append(node(kind, " ".join([x, *more]), y, **attrs))
+        x = y
+    return nodes, ints(**weights)
+
+
+CASES: dict[str, tuple[Nodes, Weights]] = {
+    "channel shuffle": chain(
+        ("Reshape five", {}),
+        ("Transpose", {"perm": [0, 2, 1, 3, 4]}),
+        ("Reshape four", {}),
+        five=[0, 2, 3, 4, 5],
+        four=[0, 6, 4, 5],
+    ),
+    "baked batch": chain(
+        ("Reshape a", {}), ("Transpose", {"perm": [0, 2, 1]}), ("Reshape b", {}), a=[2, 6, 20], b=[2, -1]
+    ),
+    "a reshape across digits": chain(
+        ("Transpose", {"perm": [0, 2, 3, 1]}), ("Reshape a", {}), ("Reshape b", {}), a=[2, 8, 15], b=[2, 10, 12]
+    ),
+    "depth to space": chain(
+        ("Concat x x x x x", {"axis": 1}), ("Reshape a", {}), ("DepthToSpace", {"blocksize": 3}), a=[2, 36, 4, 5]
+    ),
+    "depth to space CRD": chain(("Concat x x x x x", {"axis": 1}), ("DepthToSpace", {"blocksize": 3, "mode": "CRD"})),
+    "space to depth": chain(("Slice s e a", {}), ("SpaceToDepth", {"blocksize": 2}), s=[0], e=[4], a=[3]),
+    "flatten behind": chain(
+        ("Flatten", {"axis": 2}),
+    ),
+    "unsqueeze and squeeze": chain(("Unsqueeze a", {}), ("Relu", {}), ("Squeeze a", {}), a=[1, -1]),
+    "slices with steps": chain(("Slice s e a st", {}), s=[1, 4, -1], e=[6, 0, -6], a=[1, 2, 3], st=[2, -2, -2]),
+    "slice of a view": chain(
+        ("Reshape five", {}),
+        ("Slice s e a", {}),
+        ("Transpose", {"perm": [0, 2, 3, 4, 1]}),
+        ("Squeeze b", {}),
+        five=[0, 2, 3, 4, 5],
+        s=[1],
+        e=[2],
+        a=[1],
+        b=[4],
+    ),
+    "gather": chain(("Gather i", {"axis": 1}), ("Gather j", {"axis": 3}), i=[2, 0, 1], j=[1, 1, 4]),
+    "tile": chain(("Tile r", {}), r=[1, 2, 1, 3]),
+    "concat of views": (
+        [
+            node("Transpose", "x", "a", perm=[0, 2, 3, 1]),
+            node("Reshape", "a r", "b"),
+            node("Concat", "b b", "c", axis=2),
+            node("Concat", "c c", "y", axis=1),
+        ],
+        ints(r=[0, -1, 6]),
+    ),
+    "instance norm": (
+        [node("InstanceNormalization", "x g b", "y", epsilon=1e-3)],
+        {"g": normal(6), "b": normal(6, seed=1)},
+    ),
+    "group norm of older exports": (
+        [
+            node("Reshape", "x three", "a"),
+            node("InstanceNormalization", "a g b", "n"),
+            node("Shape", "x", "shape"),
+            node("Reshape", "n shape", "m"),
+            node("Mul", "m w", "s"),
+            node("Add", "s v", "y"),
+        ],
+        {"g": np.ones(2, np.float32), "b": np.zeros(2, np.float32), "w": normal(6, 1, 1), "v": normal(6, 1, 1, seed=1)}
+        | ints(three=[0, 2, -1]),
+    ),
+    "layer norm of channels last": (
+        [
+            node("Transpose", "x", "a", perm=[0, 2, 3, 1]),
+            node("LayerNormalization", "a g b", "n", axis=-1),
+            node("MatMul", "n w", "m"),
+            node("Add", "m c", "p"),
+            node("Mul", "p s", "q"),
+            node("Transpose", "q", "y", perm=[0, 3, 1, 2]),
+        ],
+        {"g": normal(6), "b": normal(6, seed=1), "w": normal(6, 7), "c": normal(7), "s": normal(7, seed=1)},
+    ),
+    "layer norm of all": (
+        [node("LayerNormalization", "x g b", "y", axis=1)],
+        {"g": normal(6, 4, 5), "b": normal(6, 4, 5, seed=1)},
+    ),
+    "local response": ([node("LRN", "x", "y", size=3, alpha=0.3, beta=0.6, bias=1.5)], {}),
+    "unit length": chain(
+        ("LpNormalization", {"axis": 1}),
+    ),
+    "maxima and minima": (
+        [
+            node("Min", "x two", "a"),
+            node("Max", "a b", "c"),
+            node("Sum", "c x b", "d"),
+            node("Mean", "d x", "y"),
+        ],
+        {"two": number(0.5), "b": normal(1, 6, 1, 1)},
+    ),
+    "prelu": ([node("PRelu", "x s", "y")], {"s": normal(6, 1, 1)}),
+    "prelu with one slope": ([node("PRelu", "x s", "y")], {"s": normal(1)}),
+    "a constant mask": (
+        [node("Where", "m x c", "a"), node("Where", "m a x", "y")],
+        {"m": normal(1, 1, 4, 5) > 0, "c": number(-3)},
+    ),
+    "powers": (
+        [
+            node("Abs", "x", "a"),
+            *(node("Pow", f"a p{i}", f"b{i}") for i in range(4)),
+            node("Concat", "b0 b1 b2 b3", "y", axis=1),
+        ],
+        {f"p{i}": number(p) for i, p in enumerate((3.0, 4.0, 0.7, 1.0))},
+    ),
+    "attention": (
+        [
+            node("Reshape", "x three", "q"),
+            node("Transpose", "q", "k", perm=[0, 2, 1]),
+            node("MatMul", "k q", "s"),
+            node("Softmax", "s", "p", axis=-1),
+            node("MatMul", "q p", "o"),
+            node("Shape", "x", "shape"),
+            node("Reshape", "o shape", "y"),
+        ],
+        ints(three=[0, 6, -1]),
+    ),
+    "attention with heads": (
+        [
+            node("Reshape", "x four", "q"),
+            node("Transpose", "q", "k", perm=[0, 1, 3, 2]),
+            node("MatMul", "k q", "s"),
+            node("Softmax", "s", "p", axis=3),
+            node("Transpose", "p", "pt", perm=[0, 1, 3, 2]),
+            node("MatMul", "q pt", "o"),
+            node("Reshape", "o three", "y"),
+        ],
+        ints(four=[0, 2, 3, 20], three=[0, 6, -1]),
+    ),
+    "tokens": (
+        [
+            node("Reshape", "x three", "t"),
+            node("Transpose", "t", "k", perm=[0, 2, 1]),
+            node("Add", "k e", "p"),
+            node("MatMul", "p w", "m"),
+            node("ReduceMean", "m", "y", axes=[1], keepdims=0),
+        ],
+        {"e": normal(1, 20, 6), "w": normal(6, 5)} | ints(three=[0, 6, -1]),
+    ),
+    "one dimension of pixels": (
+        [
+            node("ReduceMean", "x", "r", axes=[2], keepdims=0),
+            node("Conv", "r w b", "c", pads=[1, 1]),
+            node("MaxPool", "c", "m", kernel_shape=[2]),
+            node("AveragePool", "m", "y", kernel_shape=[2]),
+        ],
+        {"w": normal(3, 6, 3), "b": normal(3)},
+    ),
+    "split attention": (
+        [
+            node("Reshape", "x five", "r"),
+            node("ReduceSum", "r a", "s", keepdims=0),
+            node("GlobalAveragePool", "s", "g"),
+            node("Conv", "g w", "c"),
+            node("Reshape", "c gates", "l"),
+            node("Softmax", "l", "p", axis=1),
+            node("Mul", "r p", "m"),
+            node("ReduceSum", "m a", "y", keepdims=0),
+        ],
+        {"w": normal(6, 3, 1, 1)} | ints(five=[0, 2, 3, 4, 5], a=[1], gates=[0, 2, 3, 1, 1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_onnx_runtime(name: str, tmp_path: Path) -> None:
+    nodes, weights = CASES[name]
+    check(model(nodes, X, weights=weights), tmp_path)
+
+
+REDUCTIONS = [(axes, keep) for axes in ([1], [2, 3], [-1], [1, 2, 3], [0, 2, 3]) for keep in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", ["Sum", "Mean", "L1", "L2", "SumSquare", "Max", "Min"])
+def test_reductions(kind: str, tmp_path: Path) -> None:
+    """Joined by their sums over everything that is left, so that one session runs all."""
+    nodes, weights, opset = [], ints(), 13 if kind == "Sum" else 17
+    for i, (axes, keep) in enumerate(REDUCTIONS):
+        attrs: dict[str, Any] = {"keepdims": keep} if opset == 13 else {"keepdims": keep, "axes": axes}
+        weights |= ints(**{f"a{i}": axes})
+        nodes.append(node(f"Reduce{kind}", f"x a{i}" if opset == 13 else "x", f"y{i}", **attrs))
+    check(model(nodes, X, [f"y{i}" for i in range(len(REDUCTIONS))], weights, opset=opset), tmp_path)
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+@pytest.mark.parametrize("kind", ["Softmax", "LogSoftmax"])
+def test_softmax(kind: str, opset: int, tmp_path: Path) -> None:
+    nodes = [node("Mul", "x big", "z"), *(node(kind, "z", f"y{axis}", axis=axis) for axis in (1, 2, 3))]
+    check(model(nodes, X, ["y1", "y2", "y3"], {"big": number(40)}, opset=opset), tmp_path)
+
+
+def test_products_and_layers_with_the_channels_last_stay_where_they_are(tmp_path: Path) -> None:
+    nodes, weights = CASES["layer norm of channels last"]
+    graph = check(model(nodes, X, weights=weights), tmp_path)
+    assert "Rearrange" not in kinds(graph) and kinds(graph).count("Conv") == 1
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
+def test_pad(mode: str, tmp_path: Path) -> None:
+    nodes, weights = [], {"v": number(0.5)}
+    for i, pads in enumerate(([0, 0, 1, 2, 0, 0, 3, 1], [0, 0, 0, -1, 0, 0, 2, 1])):
+        weights |= ints(**{f"p{i}": pads})
+        nodes.append(node("Pad", f"x p{i} v" if mode == "constant" else f"x p{i}", f"y{i}", mode=mode))
+    if mode == "constant":
+        weights |= ints(p2=[0, 1, 0, 1, 0, 2, 0, 1])
+        nodes.append(node("Pad", "x p2", "y2"))
+        weights["low"] = number(-np.inf)
+        nodes += [node("Pad", "x p0 low", "padded"), node("MaxPool", "padded", "y3", kernel_shape=[2, 2])]
+    outputs = [f"y{i}" for i in range(4 if mode == "constant" else 2)]
+    check(model(nodes, X, outputs, weights), tmp_path)
+
+
+def test_a_pad_of_zeros_becomes_the_convolutions(tmp_path: Path) -> None:
+    nodes = [
+        node("Pad", "x p", "a"),
+        node("Conv", "a w", "y", pads=[1, 0, 0, 1]),
+        node("MaxPool", "a", "z", kernel_shape=[3, 3]),
+    ]
+    graph = check(model(nodes, X, ["y", "z"], {"w": normal(2, 6, 3, 3)} | ints(p=[0, 0, 1, 2, 0, 0, 0, 1])), tmp_path)
+    assert graph.ops["y"].attrs["pads"] == (2, 2, 0, 2)
+
+
+RESIZES: list[dict[str, Any]] = [
+    *(
+        {"mode": "nearest", "coordinate_transformation_mode": form, "nearest_mode": rounding}
+        for form in ("asymmetric", "half_pixel", "align_corners")
+        for rounding in ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")
+    ),
+    *(
+        {"mode": mode, "coordinate_transformation_mode": form}
+        for mode in ("linear", "cubic")
+        for form in ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric")
+    ),
+    {"mode": "cubic", "exclude_outside": 1, "cubic_coeff_a": -0.5},
+]
+
+
+def test_resize(tmp_path: Path) -> None:
+    """By scales and by sizes, whole and not, larger and smaller."""
+    scales = {f"s{i}": np.array([1, 1, *s], np.float32) for i, s in enumerate(((2, 2), (1.5, 2.4), (0.5, 0.6)))}
+    sizes = ints(z0=[2, 6, 7, 9], z1=[2, 6, 3, 1])
+    nodes = []
+    for attrs in RESIZES:
+        nodes += [node("Resize", f"x _ {name}", f"y{len(nodes) + i}", **attrs) for i, name in enumerate(scales)]
+        nodes += [node("Resize", f"x _ _ {name}", f"y{len(nodes) + i}", **attrs) for i, name in enumerate(sizes)]
+    check(model(nodes, X, [f"y{i}" for i in range(len(nodes))], scales | sizes), tmp_path)
+
+
+@pytest.mark.parametrize("opset", [9, 10])
+def test_resize_of_old_opsets(opset: int, tmp_path: Path) -> None:
+    scales = {"s": np.array([1, 1, 2, 3], np.float32)}
+    kind = "Upsample" if opset == 9 else "Resize"
+    nodes = [node(kind, "x s", f"y{i}", mode=mode) for i, mode in enumerate(("nearest", "linear"))]
+    check(model(nodes, X, ["y0", "y1"], scales, opset=opset), tmp_path)
+
+
+def test_average_pool_with_dilations(tmp_path: Path) -> None:
+    common = {"kernel_shape": [2, 2], "dilations": [2, 3], "pads": [1, 1, 0, 1]}
+    nodes = [node("AveragePool", "x", f"y{i}", count_include_pad=i, **common) for i in (0, 1)]
+    check(model(nodes, X, ["y0", "y1"], opset=19), tmp_path)
+
+
+def test_transposed_convolutions_that_say_the_size_of_the_output(tmp_path: Path) -> None:
+    nodes = [
+        node("ConvTranspose", "x w", "y0", strides=[2, 2], output_shape=[9, 10]),
+        *(
+            node("ConvTranspose", "x w", f"y{i}", strides=[2, 2], auto_pad=f"SAME_{end}")
+            for i, end in ((1, "UPPER"), (2, "LOWER"))
+        ),
+    ]
+    check(model(nodes, X, ["y0", "y1", "y2"], {"w": normal(6, 3, 3, 4)}), tmp_path)
+
+
+def test_gemm_of_a_transposed_map(tmp_path: Path) -> None:
+    nodes = [node("Reshape", "x r", "m"), node("Gemm", "m w b", "y", transA=1)]
+    check(model(nodes, X, weights={"w": normal(12, 3), "b": normal(3)} | ints(r=[12, 20])), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Split", "Slice"])
+def test_both_halves(kind: str, tmp_path: Path) -> None:
+    if kind == "Split":
+        nodes, weights = (
+            [node("Split", "x", "a b", axis=1), node("Split", "x p", "c unused d", axis=2)],
+            ints(p=[1, 2, 1]),
+        )
+    else:
+        nodes = [
+            node("Slice", "x s e a", "a"),
+            node("Slice", "x e f a", "b"),
+            node("Slice", "x s t r", "c"),
+            node("Slice", "x m f r", "d"),
+        ]
+        weights = ints(s=[0], e=[3], f=[99], k=[1], t=[1], r=[2], m=[-1])
+    nodes += [node("Sub", "a b", "y"), node("Mul", "c d", "z")]
+    check(model(nodes, X, ["y", "z"], weights, opset=13), tmp_path)
