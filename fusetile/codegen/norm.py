@@ -99,11 +99,14 @@ def lower_frozen_statistics(
 def lower_running_statistics(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
-    """The running statistics, in place."""
-    operands = {"SUMS": (inputs[0], domain.need(box, 0))}
-    operands |= {key: (outputs[o], domain.output(box, o)) for o, key in enumerate(("MEAN", "VARIANCE"))}
-    count, keep = {"count": op.attrs["count"]}, {"keep": op.attrs["momentum"]}
-    return _per_channel("running_statistics", _MOMENTS + _RUNNING, operands, ints=count, floats=keep)
+    """The running statistics, in place; of several batches, one call each."""
+    calls: list[KernelCall] = []
+    for i in (0, *range(3, len(inputs))):
+        operands = {"SUMS": (inputs[i], domain.need(box, i))}
+        operands |= {key: (outputs[o], domain.output(box, o)) for o, key in enumerate(("MEAN", "VARIANCE"))}
+        count, keep = {"count": op.attrs["count"]}, {"keep": op.attrs["momentum"]}
+        calls += _per_channel("running_statistics", _MOMENTS + _RUNNING, operands, ints=count, floats=keep).calls
+    return Lowered(tuple(calls))
 
 
 def lower_normalize_parameter_grad(

@@ -88,6 +88,7 @@ class Importer:
         self.values = {name: array for name, array in self.initializers.items() if name in self.constant}
         self.alias: dict[str, str] = {}
         self.transposes: dict[str, str] = {}
+        self.reshapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.views: dict[str, View] = {}
         self.zero_padded: dict[str, tuple[str, tuple[int, ...]]] = {}  # what a convolution may pad itself: (x, pads)
         self._tensors: dict[View, str] = {}
@@ -109,7 +110,7 @@ class Importer:
         for node in self.nodes:
             standard = node.domain in ("", "ai.onnx")
             if not all(name in self.constant for name in node.output if name) and not (
-                standard and node.op_type in RULES
+                standard and (node.op_type in RULES or (node.op_type == "If" and node.input[0] in self.constant))
             ):
                 label = node.op_type if standard else f"{node.domain}::{node.op_type}"
                 refused.setdefault(label, []).append(repr(node.name or node.output[0]))
@@ -144,16 +145,35 @@ class Importer:
 
     def run(self) -> None:
         """Translate the nodes, in their (topological) order, and name the outputs."""
+        self._walk(self.nodes)
+        for value in self.proto.output:
+            self.graph.outputs.append(self._output(value.name))
+
+    def _walk(self, nodes: Sequence[onnx.NodeProto]) -> None:
         from fusetile.onnx_import.rules import RULES
 
-        for proto in self.nodes:
+        for proto in nodes:
             node = self._node(proto)
             if all(name in self.constant for name in proto.output if name):
                 self._fold(proto, node)
+            elif node.kind == "If":
+                self._choose(node)
+            elif node.kind not in RULES:
+                raise self.refuse(node, "the op is not supported")
             elif any(node.outputs):
                 RULES[node.kind](self, node)
-        for value in self.proto.output:
-            self.graph.outputs.append(self._output(value.name))
+
+    def _choose(self, node: Node) -> None:
+        """The branch of an If whose condition is known, in its place."""
+        chosen = bool(self.constant_input(node, 0, "condition").reshape(()))
+        branch: onnx.GraphProto = node.attrs["then_branch" if chosen else "else_branch"]
+        self.initializers |= {tensor.name: numpy_helper.to_array(tensor) for tensor in branch.initializer}
+        known = {name: self.initializers.get(name, np.zeros(0)) for name in self.constant} | self.initializers
+        self.constant |= folding.constant_outputs(branch.node, known) - set(self.initializers)
+        self.uses.update(name for inner in branch.node for name in inner.input)
+        self._walk(branch.node)
+        for output, inner in zip(node.outputs, branch.output, strict=True):
+            self.alias[output] = inner.name
 
     # -- what rules use ---------------------------------------------------------------------------------------------
 
@@ -231,10 +251,18 @@ class Importer:
         return array.shape[::-1] if name in self.transposes else array.shape
 
     def weight(self, name: str) -> Array | None:
-        """The value of an initializer or constant, if `name` is one."""
+        """The value of an initializer or constant, if `name` is one, in the shape in which it is used."""
         name = self.resolved(name)
+        if name in self.reshapes:
+            base, shape = self.reshapes[name]
+            return np.asarray(self.initializers.get(base, self.values.get(base))).reshape(shape)
         name = self.transposes.get(name, name)
         return self.initializers.get(name, self.values.get(name))
+
+    def is_initializer(self, name: str) -> bool:
+        """Whether a weight is one of the model's own, not a constant."""
+        name = self.resolved(name)
+        return self.reshapes.get(name, (name, ()))[0] in self.initializers
 
     def parameter(
         self,
@@ -252,8 +280,13 @@ class Importer:
         demand; with `more` dimensions behind its own. Constants become parameters that are not trained."""
         name = self.resolved(node.inputs[i])
         if name in self.transposes:
+            if shape is not None:
+                raise self.refuse(
+                    node, f"its operand {node.inputs[i]!r} is a transposed weight, which only a layer uses"
+                )
             name, transposed = self.transposes[name], not transposed
         array = self.weight(name)
+        name = self.reshapes.get(name, (name, ()))[0]
         if array is None:
             raise self.refuse(node, f"its operand {node.inputs[i]!r} must be an initializer, not computed")
         if array.dtype != np.float32:
@@ -319,10 +352,12 @@ class Importer:
         return name == tensor or (name in self.views and self.views[name].base.startswith(f"{name}."))
 
     def reshape_weight(self, node: Node, shape: Sequence[int], weight: Array) -> None:
-        """The node's output is an initializer with dimensions of one added or gone, for `parameter` to see through."""
-        if [size for size in shape if size not in (1, -1)] != [size for size in weight.shape if size != 1]:
-            raise self.refuse(node, f"a weight of shape {weight.shape} can't be used as {tuple(shape)}")
-        self.alias[node.outputs[0]] = node.inputs[0]
+        """The node's output is an initializer in another shape, for `parameter` to see through."""
+        source = self.resolved(node.inputs[0])
+        if source in self.transposes:
+            raise self.refuse(node, f"it reshapes {node.inputs[0]!r}, a transposed weight")
+        base = self.reshapes.get(source, (source, ()))[0]
+        self.reshapes[node.outputs[0]] = (base, weight.reshape(tuple(shape)).shape)
 
     def transpose(self, node: Node) -> None:
         """The node's output is the transpose of an initializer, for `parameter` to see through."""
@@ -434,5 +469,7 @@ def live_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     for node in reversed(graph.node):
         if wanted.intersection(name for name in node.output if name):
             wanted.update(node.input)
+            for branch in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+                wanted.update(name for inner in branch.node for name in inner.input)
             live.append(node)
     return live[::-1]

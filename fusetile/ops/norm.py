@@ -158,10 +158,13 @@ def _normalize_input_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Arr
 
 
 def _running(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    sums, *old = inputs
+    """Of several batches, one after the other."""
+    first, *old = inputs[:3]
     keep = op.attrs["momentum"]
-    new = _batch_moments(sums, op.attrs["count"])
-    return [was * was.dtype.type(keep) + now * (1 - keep) for was, now in zip(old, new, strict=True)]
+    for sums in (first, *inputs[3:]):
+        new = _batch_moments(sums, op.attrs["count"])
+        old = [was * was.dtype.type(keep) + now * (1 - keep) for was, now in zip(old, new, strict=True)]
+    return old
 
 
 register(
@@ -245,7 +248,7 @@ register(
 register(
     Row(
         "RunningStatistics",
-        lambda attrs, inputs: [Spec(t.shape) for t in inputs[1:]],
+        lambda attrs, inputs: [Spec(t.shape) for t in inputs[1:3]],
         _channel_domain,
         _running,
         kernel="running_statistics",

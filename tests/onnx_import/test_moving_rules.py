@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 import pytest
 
+from fusetile.onnx_import import import_onnx
+from fusetile.reference import evaluate
 from tests.onnx_import.test_rules import check, kinds
-from tests.onnx_tools import model, node, normal
+from tests.onnx_tools import model, node, normal, save
 
 X = {"x": (2, 6, 4, 5)}
 Nodes = list[onnx.NodeProto]
@@ -97,6 +99,17 @@ CASES: dict[str, tuple[Nodes, Weights]] = {
         ],
         {"g": np.ones(2, np.float32), "b": np.zeros(2, np.float32), "w": normal(6, 1, 1), "v": normal(6, 1, 1, seed=1)}
         | ints(three=[0, 2, -1]),
+    ),
+    "weights in another shape": (
+        [
+            node("Reshape", "w wide", "w4"),
+            node("Mul", "x w4", "a"),
+            node("Unsqueeze", "v one", "v3"),
+            node("Sub", "v3 a", "b"),
+            node("Squeeze", "u", "u1"),
+            node("Add", "b u1", "y"),
+        ],
+        {"w": normal(6), "v": normal(4), "u": normal(1, 5, 1)} | ints(wide=[1, -1, 1, 1], one=[1]),
     ),
     "layer norm of channels last": (
         [
@@ -322,11 +335,50 @@ def test_both_halves(kind: str, tmp_path: Path) -> None:
         )
     else:
         nodes = [
-            node("Slice", "x s e a", "a"),
-            node("Slice", "x e f a", "b"),
+            node("Slice", "x s e k", "a"),
+            node("Slice", "x e f k", "b"),
             node("Slice", "x s t r", "c"),
             node("Slice", "x m f r", "d"),
         ]
         weights = ints(s=[0], e=[3], f=[99], k=[1], t=[1], r=[2], m=[-1])
     nodes += [node("Sub", "a b", "y"), node("Mul", "c d", "z")]
     check(model(nodes, X, ["y", "z"], weights, opset=13), tmp_path)
+
+
+def test_a_choice_that_is_known_when_compiling(tmp_path: Path) -> None:
+    """Exporters write Squeeze of an unknown size as If."""
+    branches = [
+        onnx.helper.make_graph(
+            [node(kind, f"x {operand}", f"{kind}.out")],
+            kind,
+            [],
+            [onnx.helper.make_tensor_value_info(f"{kind}.out", 1, None)],
+        )
+        for kind, operand in (("Squeeze", "axis"), ("Identity", ""))
+    ]
+    nodes = [
+        node("Reshape", "x five", "x5"),
+        node("Shape", "x5", "shape"),
+        node("Gather", "shape one", "size"),
+        node("Equal", "size one", "same"),
+        node("If", "same", "squeezed", then_branch=branches[0], else_branch=branches[1]),
+        node("Relu", "squeezed", "y"),
+    ]
+    for branch in branches:
+        branch.node[0].input[0] = "x5"
+        branch.node[0].input[:] = [name for name in branch.node[0].input if name]
+    check(model(nodes, X, weights=ints(five=[0, 1, 6, 4, 5], axis=[1]) | {"one": np.array(1)}), tmp_path)
+
+
+def test_batch_normalization_of_two_inputs(tmp_path: Path) -> None:
+    """Of two branches with shared weights: the running statistics see one batch after the other."""
+    vectors = {"g": normal(3), "b": normal(3, seed=1), "m": normal(3, seed=2), "v": np.ones(3, np.float32)}
+    nodes = [node("BatchNormalization", f"{x} g b m v", y, momentum=0.8) for x, y in (("x0", "y0"), ("x1", "y1"))]
+    proto = model([*nodes, node("Add", "y0 y1", "y")], {"x0": (2, 3, 4, 5), "x1": (2, 3, 4, 5)}, weights=vectors)
+    graph = import_onnx(save(proto, tmp_path))
+    feeds = {name: normal(2, 3, 4, 5, seed=i) for i, name in enumerate(graph.inputs)}
+    values = evaluate(graph, feeds)
+    mean = vectors["m"]
+    for x in feeds.values():
+        mean = 0.8 * mean + 0.2 * x.mean((0, 2, 3))
+    np.testing.assert_allclose(values[graph.next_value["m"]], mean, rtol=1e-5)

@@ -249,6 +249,13 @@ def _others() -> list[Case]:
             {**COUNT, "momentum": 0.9},
             {0: BIG},
         ),
+        Case(
+            "RunningStatistics of two batches",
+            "RunningStatistics",
+            ((PAIR, "float64"), (C, V), (C, V), (PAIR, "float64")),
+            {**COUNT, "momentum": 0.9},
+            {0: BIG, 3: BIG},
+        ),
         Case("Concat channels", "Concat", (((2, 3, 4, 3), V), ((2, 5, 4, 3), V), ((2, 1, 4, 3), V)), {"axis": 1}),
         Case("Concat rows", "Concat", (((2, 3, 2, 3), V), ((2, 3, 5, 3), V)), {"axis": 2}),
         Case("Concat samples", "Concat", (((2, 3), V), ((1, 3), V)), {"axis": 0}),

@@ -33,7 +33,7 @@ def listed(importer: Importer, node: Node, i: int, key: str) -> list[int] | None
 def number_of(importer: Importer, name: str) -> float | None:
     """The value of an operand that is a constant of one element; what has dimensions may be a weight to train."""
     array = importer.weight(name)
-    if array is None or array.size != 1 or (array.ndim and name in importer.initializers):
+    if array is None or array.size != 1 or (array.ndim and importer.is_initializer(name)):
         return None
     return float(array.reshape(()))
 

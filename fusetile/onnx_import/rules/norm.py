@@ -34,17 +34,28 @@ def batch_normalization(importer: Importer, node: Node) -> None:
         raise importer.refuse(
             node, f"one value per channel (shape {shape}) has no variance: use a larger batch or --bn frozen"
         )
-    if mean in importer.graph.next_value or var in importer.graph.next_value:
-        raise importer.refuse(
-            node, f"its running statistics {mean!r}, {var!r} belong to another node too: use --bn frozen"
-        )
     sums = importer.emit(node, "ChannelMoments", [x], outputs=[importer.fresh(f"{y}.sums")])
     importer.emit(node, "BatchStatistics", [sums], count | epsilon, outputs=stats)
     importer.emit(node, "Normalize", [x, *stats, gamma, beta], count)
-    momentum = {"momentum": float(node.attrs.get("momentum", 0.9))}
-    new = [importer.fresh(f"{name}.next") for name in (mean, var)]
-    importer.emit(node, "RunningStatistics", [sums, mean, var], count | momentum, outputs=new, phase=UPDATE)
-    importer.graph.next_value |= {mean: new[0], var: new[1]}
+    _update_statistics(importer, node, sums, (mean, var), count | {"momentum": float(node.attrs.get("momentum", 0.9))})
+
+
+def _update_statistics(
+    importer: Importer, node: Node, sums: str, running: tuple[str, str], attrs: dict[str, float]
+) -> None:
+    """Running statistics that several nodes share see one batch after the other."""
+    graph = importer.graph
+    if running[0] not in graph.next_value and running[1] not in graph.next_value:
+        new = [importer.fresh(f"{name}.next") for name in running]
+        importer.emit(node, "RunningStatistics", [sums, *running], attrs, outputs=new, phase=UPDATE)
+        graph.next_value |= dict(zip(running, new, strict=True))
+        return
+    update = graph.producers()[graph.next_value[running[0]]]
+    if update.inputs[1:3] != running or dict(update.attrs) != attrs:
+        raise importer.refuse(
+            node, f"its running statistics {running[0]!r}, {running[1]!r} belong to another node too: use --bn frozen"
+        )
+    graph.replace_op(update, inputs=(*update.inputs, sums))
 
 
 def _average(importer: Importer, node: Node, label: str, x: Sequence[str], shape: Sequence[int], groups: int) -> str:
@@ -106,7 +117,7 @@ def _affine(importer: Importer, node: Node, view: View, *, per_group: bool = Fal
     left = []
     for i, kind, nothing in ((1, "Mul", 1), (2, "Add", 0)):
         array = importer.weight(node.inputs[i])
-        fixed = per_group or importer.resolved(node.inputs[i]) not in importer.initializers
+        fixed = per_group or not importer.is_initializer(node.inputs[i])
         if array is None or not fixed or (array != nothing).any():
             left.append((i, kind))
     if left and per_group:
