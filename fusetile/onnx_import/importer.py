@@ -90,6 +90,7 @@ class Importer:
         self.transposes: dict[str, str] = {}
         self.reshapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.views: dict[str, View] = {}
+        self.sequences: dict[str, list[View]] = {}
         self.zero_padded: dict[str, tuple[str, tuple[int, ...]]] = {}  # what a convolution may pad itself: (x, pads)
         self._tensors: dict[View, str] = {}
         self.uses = Counter(name for node in self.nodes for name in node.input)

@@ -326,6 +326,21 @@ def test_gemm_of_a_transposed_map(tmp_path: Path) -> None:
     check(model(nodes, X, weights={"w": normal(12, 3), "b": normal(3)} | ints(r=[12, 20])), tmp_path)
 
 
+def test_sequences(tmp_path: Path) -> None:
+    """Newer exporters write chunk and split so."""
+    nodes = [
+        node("SplitToSequence", "x sizes", "s", axis=1),
+        node("SequenceAt", "s one", "b"),
+        node("SequenceAt", "s last", "c"),
+        node("SplitToSequence", "c each", "t", axis=2),
+        node("SequenceAt", "t zero", "d"),
+        node("Relu", "b", "y"),
+        node("Relu", "d", "z"),
+    ]
+    weights = ints(sizes=[1, 3, 2]) | {k: np.array(v) for k, v in (("one", 1), ("last", -1), ("zero", 0), ("each", 3))}
+    check(model(nodes, X, ["y", "z"], weights), tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["Split", "Slice"])
 def test_both_halves(kind: str, tmp_path: Path) -> None:
     if kind == "Split":
@@ -347,26 +362,19 @@ def test_both_halves(kind: str, tmp_path: Path) -> None:
 
 def test_a_choice_that_is_known_when_compiling(tmp_path: Path) -> None:
     """Exporters write Squeeze of an unknown size as If."""
-    branches = [
-        onnx.helper.make_graph(
-            [node(kind, f"x {operand}", f"{kind}.out")],
-            kind,
-            [],
-            [onnx.helper.make_tensor_value_info(f"{kind}.out", 1, None)],
-        )
-        for kind, operand in (("Squeeze", "axis"), ("Identity", ""))
-    ]
+    ends = [onnx.helper.make_tensor_value_info("end", 1, None)]
+    chosen, other = (
+        onnx.helper.make_graph([node(kind, operands, "end")], kind, [], ends)
+        for kind, operands in (("Squeeze", "x5 axis"), ("Identity", "x5"))
+    )
     nodes = [
         node("Reshape", "x five", "x5"),
         node("Shape", "x5", "shape"),
         node("Gather", "shape one", "size"),
         node("Equal", "size one", "same"),
-        node("If", "same", "squeezed", then_branch=branches[0], else_branch=branches[1]),
+        node("If", "same", "squeezed", then_branch=chosen, else_branch=other),
         node("Relu", "squeezed", "y"),
     ]
-    for branch in branches:
-        branch.node[0].input[0] = "x5"
-        branch.node[0].input[:] = [name for name in branch.node[0].input if name]
     check(model(nodes, X, weights=ints(five=[0, 1, 6, 4, 5], axis=[1]) | {"one": np.array(1)}), tmp_path)
 
 

@@ -330,6 +330,7 @@ def test_batch_normalization_needs_two_values_and_its_own_statistics(tmp_path: P
         node("BatchNormalization", "x gamma beta mean var", "z"),
         node("BatchNormalization", "z gamma beta mean var", "y"),
     ]
+    twice[1].attribute.append(onnx.helper.make_attribute("momentum", 0.5))
     path = save(model(twice, {"x": ("N", 3)}, ["y"], vectors), tmp_path)
     with pytest.raises(UnsupportedOp, match="running statistics 'mean', 'var' belong to another node"):
         import_onnx(path, batch=4)

@@ -262,6 +262,29 @@ def split(importer: Importer, node: Node) -> None:
         start += part
 
 
+def split_to_sequence(importer: Importer, node: Node) -> None:
+    """The parts are there for SequenceAt."""
+    view = importer.view(node)
+    (axis,) = axes_of(importer, node, [node.attrs.get("axis", 0)], len(view.dims))
+    size, each, sizes = view.shape[axis], 1, None
+    if node.has(1):
+        given = importer.constant_input(node, 1, "split")
+        each, sizes = (int(given), None) if given.ndim == 0 else (1, [int(part) for part in given])
+    sizes = sizes or [min(each, size - start) for start in range(0, size, each)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    ranges = [range(start, start + part) for start, part in zip(starts, sizes, strict=True)]
+    parts = [_cut(importer, node, view, axis, chosen) for chosen in ranges]
+    drop = not node.has(1) and not node.attrs.get("keepdims", 1)
+    importer.sequences[node.outputs[0]] = [part.without([axis]) if drop else part for part in parts]
+
+
+def sequence_at(importer: Importer, node: Node) -> None:
+    parts = importer.sequences.get(importer.resolved(node.inputs[0]))
+    if parts is None:
+        raise importer.refuse(node, f"{node.inputs[0]!r} is not a sequence of parts of one tensor")
+    importer.define(node, parts[int(importer.constant_input(node, 1, "position"))])
+
+
 def gather(importer: Importer, node: Node) -> None:
     view = importer.view(node)
     (axis,) = axes_of(importer, node, [node.attrs.get("axis", 0)], len(view.dims))
