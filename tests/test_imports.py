@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +124,10 @@ def test_ops_and_passes_know_no_tvm() -> None:
     for module, path in MODULES.items():
         if any(name.split(".")[0] in ("tvm", "tvm_ffi") for name in imports(path, module)):
             assert part(module) == "codegen", module
+
+
+def test_numpy_starts_no_threads_of_its_own_in_a_node() -> None:
+    code = "import os, fusetile.runtime.node; print(len(os.listdir('/proc/self/task')))"
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

@@ -35,14 +35,14 @@ class Segment:
 
     def __init__(self, run: ctypes._NamedFuncPointer, calls: ctypes.Array[_Call]) -> None:
         self._run = run
-        self._calls = calls
+        self.calls = calls  # as the C side sees them
         self.size = len(calls)
 
     def __call__(self, start: int = 0, stop: int | None = None) -> None:
         """Run calls [start, stop), without the GIL."""
         stop = self.size if stop is None else stop
         if start < stop:
-            self._run(ctypes.byref(self._calls, start * ctypes.sizeof(_Call)), stop - start)
+            self._run(ctypes.byref(self.calls, start * ctypes.sizeof(_Call)), stop - start)
 
 
 class Library:
