@@ -57,7 +57,7 @@ def build_library(
         if by_symbol.setdefault(kernel.symbol, kernel) != kernel:
             raise PlanError(f"two different kernels are called {kernel.symbol}")
     distinct = [by_symbol[symbol] for symbol in sorted(by_symbol)]
-    objects = _compile(distinct, target, progress or (lambda done, total: None))
+    objects = compile_kernels(distinct, target, progress or (lambda done, total: None))
     library = _link(distinct, objects, target)
     content = hashlib.sha256(library.read_bytes()).hexdigest()[:16]
     path = directory / f"kernels-{content}.so"
@@ -99,7 +99,7 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _compile(kernels: Sequence[Kernel], target: Target, progress: Progress) -> list[Path]:
+def compile_kernels(kernels: Sequence[Kernel], target: Target, progress: Progress) -> list[Path]:
     """The object file of every kernel, compiled if it is not in the cache."""
     pipeline = (HERE / "tvm_pipeline.py").read_text()
     tools = [importlib.metadata.version("apache-tvm"), json.dumps(target.tvm), pipeline]

@@ -53,7 +53,7 @@ for c in T.serial(lo, hi):
         t0: T.int32 = ((c * k_blocks + k) * window + tap) * {block * block}
         {indent(ahead, 8)}
         for q in T.serial(T.truncdiv(lines, 4)):
-            for g in T.serial({block // 4}):
+            for g in T.unroll({block // 4}):
                 {indent(load, 16)}
                 {indent(chr(10).join(shuffles), 16)}
                 {indent(store, 16)}

@@ -149,7 +149,7 @@ for p in T.unroll({length}):
     w_at = f"u[{u_at} + ((c - c_first) * {v.block} + {{}}) * {wide * v.block} + r * {v.width} + e]"
     if v.lanes:
         inner = f"""
-for q in T.serial({v.block // v.lanes}):
+for q in T.unroll({v.block // v.lanes}):
     for p in T.unroll({length}):
         for e in T.vectorized({v.lanes}):
             xv[p, e] = {x_at.format(f"q * {v.lanes} + e")}

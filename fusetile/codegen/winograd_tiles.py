@@ -12,7 +12,7 @@ from fusetile.codegen.winograd_parts import PAD
 
 # Scratch per work unit is why there are few: as many as keep 2, 3 and 4 threads evenly busy, or the cores of a Pi.
 UNITS, UNITS_ARM = 12, 4
-LONGEST_ARM = {32: 9, 16: 3}  # by the number of vector registers
+LONGEST_ARM = {32: 7, 16: 3}  # by the number of vector registers
 MIN_CHANNEL_TILES = 4  # fewer tiles of output channels than this would leave threads without work
 MAX_TURNS = 32
 SET = 512  # floats after which addresses may fall into the same sets of the nearest cache

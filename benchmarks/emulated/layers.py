@@ -1,0 +1,96 @@
+"""Convolutions to count: a layer, a phase and an algorithm become work for an emulated CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.emulated.work import Work, work
+from fusetile.codegen import conv, conv_choice, winograd
+from fusetile.codegen.lower import lower
+from fusetile.codegen.targets import Target
+
+PHASES = ("forward", "input gradient", "weight gradient")
+DIRECT = conv_choice.DIRECT
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A convolution of one image: channels in and out, size of the map and of the window, stride, groups."""
+
+    c: int
+    k: int
+    size: int
+    window: int
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def pad(self) -> int:
+        return self.window // 2
+
+    @property
+    def out(self) -> int:
+        return (self.size + 2 * self.pad - self.window) // self.stride + 1
+
+    @property
+    def ideal(self) -> float:
+        """Vector multiply-adds (of 4 floats) of any phase, if none is wasted."""
+        return self.k * self.c // self.groups * self.window**2 * self.out**2 / 4
+
+    def __str__(self) -> str:
+        more = f" s{self.stride}" * (self.stride > 1) + f" g{self.groups}" * (self.groups > 1)
+        return f"{self.window}x{self.window} {self.c}->{self.k} @{self.size}{more}"
+
+    def phases(self) -> tuple[str, ...]:
+        """The phases that training needs: nobody wants the gradient of the images."""
+        return PHASES if self.c > 3 else (PHASES[0], PHASES[2])
+
+    def algorithms(self) -> tuple[int, ...]:
+        """Direct, and the sides of Winograd's tiles."""
+        return (DIRECT, 2, 4) if (self.window, self.stride, self.groups) == (3, 1, 1) and self.c > 3 else (DIRECT,)
+
+    def chosen(self, phase: str, target: Target) -> int:
+        """What the compiler chooses."""
+        if len(self.algorithms()) == 1:
+            return DIRECT
+        c, k = (self.k, self.c) if phase == PHASES[1] else (self.c, self.k)
+        return conv_choice.tile(1, self.out, self.out, c, k, target=target, numerics="fast")
+
+    def work(self, phase: str, algorithm: int, target: Target) -> Work:
+        """The phase on random data."""
+        random = np.random.default_rng(0)
+        x = random.standard_normal((1, self.c, self.size, self.size), np.float32)
+        w = random.standard_normal((self.k, self.c // self.groups, self.window, self.window), np.float32)
+        dy = random.standard_normal((1, self.k, self.out, self.out), np.float32)
+        attrs: dict[str, Any] = {"strides": (self.stride,) * 2, "dilations": (1, 1), "pads": (self.pad,) * 4}
+        attrs |= {"groups": self.groups} if self.groups > 1 else {}
+        if phase == PHASES[0]:
+            return _work("Conv", [x, w], attrs, target, algorithm, filters=[1], raw=[0])
+        if phase == PHASES[1]:
+            return _work("ConvInputGrad", [dy, w], {**attrs, "input_shape": x.shape}, target, algorithm, filters=[1])
+        return _work("ConvWeightGrad", [x, dy], {**attrs, "kernel_shape": w.shape[2:]}, target, algorithm, raw=[0])
+
+
+def _work(
+    kind: str,
+    values: Sequence[np.ndarray],
+    attrs: dict[str, Any],
+    target: Target,
+    algorithm: int,
+    *,
+    filters: Sequence[int] = (),
+    raw: Sequence[int] = (),
+) -> Work:
+    family = {"Conv": "conv", "ConvInputGrad": "conv_input_grad", "ConvWeightGrad": "conv_weight_grad"}[kind]
+    with_lower: Callable[..., Any] = getattr(conv, f"lower_{family}")
+    if algorithm:
+        with_lower = partial(getattr(winograd, f"lower_{family}"), m=algorithm)
+    if "groups" in attrs:
+        with_lower = lower
+    few = [i for i in raw if values[i].shape[1] < target.block]
+    return work(kind, values, attrs, target, filters=filters, raw=few, with_lower=with_lower)

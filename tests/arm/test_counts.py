@@ -1,0 +1,71 @@
+"""What kernels cost on a 64-bit Raspberry Pi, as far as an emulator can tell: executed instructions per vector
+multiply-add of the direct convolution. They are the same on every computer, so they have limits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.emulated.emulator import Program, available, compile_plugin
+from benchmarks.emulated.layers import DIRECT, PHASES, Layer
+from benchmarks.emulated.loops import hot_loops, typical_distance
+from benchmarks.emulated.work import run_here
+from fusetile.codegen.targets import TARGETS, host
+
+FORWARD, INPUT, WEIGHT = PHASES
+# small maps, with the register tiles of large ones
+CASES = (
+    (Layer(32, 32, 26, 3), FORWARD, DIRECT, 1.25),
+    (Layer(32, 32, 26, 3), INPUT, DIRECT, 1.25),
+    (Layer(32, 32, 26, 3), WEIGHT, DIRECT, 1.3),
+    (Layer(128, 128, 28, 1), FORWARD, DIRECT, 1.25),
+    (Layer(128, 128, 28, 1), INPUT, DIRECT, 1.25),
+    (Layer(128, 128, 28, 1), WEIGHT, DIRECT, 1.3),
+    (Layer(3, 32, 52, 3), FORWARD, DIRECT, 1.4),
+    (Layer(3, 32, 52, 3), WEIGHT, DIRECT, 1.4),
+    (Layer(64, 64, 36, 3), FORWARD, 4, 0.5),
+    (Layer(64, 64, 36, 3), INPUT, 4, 0.5),
+    (Layer(64, 64, 36, 3), WEIGHT, 4, 0.5),
+)
+# compiling is what takes time: all cases for the in-order CPU, half of them for each of the others
+OF_CPU = {"pi3": CASES, "pi4": CASES[::2], "pi5": CASES[1::2]}
+LOAD_DISTANCE = 5  # median, on an in-order CPU
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plugin that counts. Skips where there is no emulator for it, unless all tests must run."""
+    if not available() and not os.environ.get("FUSETILE_TEST_ALL"):
+        pytest.skip("qemu-aarch64 is not installed (Debian: apt install qemu-user)")
+    return compile_plugin(tmp_path_factory.mktemp("plugin"))
+
+
+@pytest.fixture(scope="module")
+def expected() -> Callable[[int], list[np.ndarray]]:
+    """What this computer's kernels give for a case."""
+    found = run_here([layer.work(phase, algorithm, host()) for layer, phase, algorithm, _ in CASES])
+    return found.__getitem__
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_CPU)
+def test_executed_instructions(
+    name: str, plugin: Path, expected: Callable[[int], list[np.ndarray]], tmp_path: Path
+) -> None:
+    target = TARGETS[name]
+    works = [layer.work(phase, algorithm, target) for layer, phase, algorithm, _ in OF_CPU[name]]
+    program = Program(works, target, tmp_path, plugin)
+    for i, (layer, phase, algorithm, limit) in enumerate(OF_CPU[name]):
+        (result,), profile = program.run(i)
+        case = f"{layer}, {phase}, F({algorithm})"
+        reference = expected(CASES.index((layer, phase, algorithm, limit)))[0]
+        np.testing.assert_allclose(result, reference, rtol=0, atol=1e-4 * abs(result).max(), err_msg=case)
+        assert profile.executed / layer.ideal <= limit, case
+        loops = hot_loops(profile, share=0.1)
+        assert loops and not [text for loop in loops for text in loop.stack], case
+        if name == "pi3" and algorithm == DIRECT:
+            assert typical_distance(loops)[1] >= LOAD_DISTANCE, case
