@@ -58,7 +58,7 @@ def kernels_of(kind: str, inputs: list[np.ndarray], attrs: dict[str, Any]) -> li
     sources = [buffer_for(name, tensors[name], case.domain.need(box, i)) for i, name in enumerate(case.op.inputs)]
     results = [buffer_for(name, tensors[name], case.domain.output(box, o)) for o, name in enumerate(case.op.outputs)]
     if kind in ("SGD", "Adam", "RunningStatistics"):
-        results = {"SGD": [sources[0], sources[3]], "Adam": [sources[0], *sources[3:5]]}.get(kind, sources[1:])
+        results = {"SGD": [sources[0], *sources[3:4]], "Adam": [sources[0], *sources[3:5]]}.get(kind, sources[1:])
     return [call.kernel for call in lower(case.op, case.domain, box, sources, results, target=host()).calls]
 
 
