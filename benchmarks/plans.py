@@ -1,6 +1,10 @@
 """Predicted speedups of plans: what the planner finds, beside data parallel training and uniform grids.
 
-python -m benchmarks.plans            prints a table: model, batch, nodes; seconds and speedup over one device
+python -m benchmarks.plans            the table: model, batch, nodes; seconds, speedups, memory, gap, planning time
+python -m benchmarks.plans --mixed    2 Pi 4 and 2 Pi 3: parts in proportion to speed against equal parts
+python -m benchmarks.plans --curve    speedup against the speed of kernels, at 100 Mbit/s and 1 Gbit/s
+
+All times are the simulation's, for profiles of devices that are estimates (fusetile/cluster.py).
 """
 
 from __future__ import annotations
@@ -9,71 +13,172 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 from rich.console import Console
 from rich.table import Table
 
-from fusetile.cluster import local_cluster
+from fusetile.cluster import PROFILES, Cluster, Link, Node, local_cluster
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.passes.add_optimizer import Optimizer, add_optimizer
+from fusetile.passes.communicate import communicate
 from fusetile.passes.differentiate import differentiate
+from fusetile.passes.fit import INTERPRETER_bytes
 from fusetile.passes.fuse import fuse
+from fusetile.passes.group import group
+from fusetile.passes.place import place
 from fusetile.passes.prune import prune
 from fusetile.passes.rematerialize import rematerialize
+from fusetile.passes.rules import rule_splits
+from fusetile.passes.schedule import schedule
+from fusetile.plan import Estimate, Plan
 from fusetile.planner.choose import best_plan
-from models import resnet18, vgg_small, yolov2
+from fusetile.planner.memory import MARGIN, needed_bytes
+from fusetile.planner.simulate import simulate
+from models import densenet121, resnet18, resnet50, unet, vgg16, yolov2
 
+BLOCK = 8
 MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
-    "yolov2-16 at 416": (yolov2.build, "mse"),
-    "resnet18 at 224": (resnet18.build, "cross-entropy"),
-    "vgg_small": (vgg_small.build, "cross-entropy"),
+    "yolov2-16": (yolov2.build, "mse"),
+    "yolov2-25": (lambda: yolov2.build(layers=len(yolov2.LAYERS), classes=425), "mse"),
+    "vgg16": (vgg16.build, "cross-entropy"),
+    "unet": (unet.build, "cross-entropy"),
+    "resnet18": (resnet18.build, "cross-entropy"),
+    "resnet50": (resnet50.build, "cross-entropy"),
+    "densenet121": (densenet121.build, "cross-entropy"),
 }
 
 
-def training_graph(build: Callable[[], onnx.ModelProto], loss: str, batch: int) -> Graph:
-    """The graph that is planned."""
+def training_graph(build: Callable[[], onnx.ModelProto], loss: str, batch: int, *, keep_all: bool = False) -> Graph:
+    """The graph that is planned; with `keep_all` nothing is computed twice."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         onnx.save(build(), path)
         graph = import_onnx(path, batch=batch)
-    graph = prune(add_optimizer(differentiate(graph, loss=loss), Optimizer(momentum=0.9, weight_decay=0.0)))
-    return rematerialize(fuse(graph))
+    graph = fuse(prune(add_optimizer(differentiate(graph, loss=loss), Optimizer(momentum=0.9, weight_decay=0.0))))
+    return graph.sorted() if keep_all else rematerialize(graph)
+
+
+def single(graph: Graph, cluster: Cluster) -> tuple[float, int]:
+    """Seconds and arena bytes of a step on the first device of a cluster."""
+    alone = Cluster(cluster.nodes[:1], cluster.link)
+    plan = place(graph, rule_splits(graph, "single", alone), speeds=alone.speeds, block=BLOCK)
+    plan = group(graph, plan, cluster=alone)
+    communication = communicate(graph, plan, block=BLOCK)
+    order = schedule(graph, plan, communication, cluster=alone)
+    return simulate(communication, order, alone).seconds, arena_bytes(graph, plan, alone)
+
+
+def arena_bytes(graph: Graph, plan: Plan, cluster: Cluster) -> int:
+    """The largest arena of a plan's devices."""
+    communication = communicate(graph, plan, block=BLOCK)
+    order = schedule(graph, plan, communication, cluster=cluster)
+    needed = max(needed_bytes(graph, plan, communication, order, block=BLOCK))
+    return int((needed - INTERPRETER_bytes) / MARGIN)
+
+
+def planned(graph: Graph, cluster: Cluster) -> tuple[Plan, Estimate, float]:
+    """The planner's plan, what it expects, and the processor seconds that it took."""
+    start = time.process_time()
+    plan = best_plan(graph, cluster=cluster, block=BLOCK)
+    assert plan.estimate is not None
+    return plan, plan.estimate, time.process_time() - start
+
+
+def of_devices(
+    nodes: int, *, cores: int = 4, core_flops: float = 0.0, rate: float = 94e6, kind: str = "pi3"
+) -> Cluster:
+    """Equal devices on a link of so many bits per second."""
+    cluster = local_cluster(nodes, target="pi3")
+    device = replace(PROFILES["pi3"], cores=cores, core_flops=core_flops or PROFILES["pi3"].core_flops)
+    return Cluster(tuple(replace(node, device=device) for node in cluster.nodes), Link(rate / 8, 0.3e-3))
+
+
+def speedups(names: list[str], batches: list[int], counts: list[int], console: Console) -> None:
+    """The table of all models."""
+    table = Table(
+        *("model", "batch", "nodes", "one core", "one device", "auto", "batch", "grid", "x core", "x device"),
+        *("x best rule", "MB", "x memory", "gap", "planning"),
+    )
+    for name in names:
+        build, loss = MODELS[name]
+        for batch in batches:
+            graph = training_graph(build, loss, batch)
+            core, _ = single(graph, of_devices(1, cores=1))
+            one, _ = single(graph, of_devices(1))
+            _, keeps = single(training_graph(build, loss, batch, keep_all=True), of_devices(1))
+            for nodes in counts:
+                cluster = of_devices(nodes)
+                plan, estimate, planning = planned(graph, cluster)
+                arena, auto = arena_bytes(graph, plan, cluster), estimate.step_seconds
+                rules = [estimate.others[rule] for rule in ("batch", "grid")]
+                table.add_row(
+                    *(name, str(batch), str(nodes)),
+                    *(f"{seconds:.2f}" for seconds in (core, one, auto, *rules)),
+                    *(f"{core / auto:.1f}", f"{one / auto:.2f}", f"{min(rules) / auto:.2f}"),
+                    *(f"{arena / 1e6:.0f}", f"{keeps / arena:.1f}"),
+                    *(f"{100 * estimate.gap:.1f} %", f"{planning:.0f} s"),
+                )
+                console.print(table.columns[0].header, name, batch, nodes, f"{one / auto:.2f}", style="dim")
+    console.print(table)
+
+
+def mixed(batch: int, console: Console) -> None:
+    """Unequal boxes against the best plan with equal ones, on the same unequal devices."""
+    kinds = ("pi4", "pi4", "pi3", "pi3")
+    nodes = tuple(Node(f"node{i}", f"127.0.0.1:{7300 + i}", PROFILES[kind]) for i, kind in enumerate(kinds))
+    cluster = Cluster(nodes, Link(94e6 / 8, 0.3e-3))
+    equal = Cluster(tuple(replace(node, device=PROFILES["pi3"]) for node in nodes), cluster.link)
+    table = Table("model", "batch", "in proportion", "equal", "gain")
+    for name in ("yolov2-16", "vgg16", "unet"):
+        build, loss = MODELS[name]
+        graph = training_graph(build, loss, batch)
+        _, estimate, _ = planned(graph, cluster)
+        plan, _, _ = planned(graph, equal)
+        communication = communicate(graph, plan, block=BLOCK)
+        order = schedule(graph, plan, communication, cluster=cluster)
+        others = simulate(communication, order, cluster).seconds
+        gain = others / estimate.step_seconds
+        table.add_row(name, str(batch), f"{estimate.step_seconds:.2f}", f"{others:.2f}", f"{gain:.2f}")
+    console.print(table)
+
+
+def curve(name: str, nodes: int, console: Console) -> None:
+    """Faster kernels make communication weigh more: step times and speedups."""
+    build, loss = MODELS[name]
+    table = Table("GFLOP/s per core", "link", "batch", "one device", f"{nodes} devices", "speedup")
+    for batch in (1, 16):
+        graph = training_graph(build, loss, batch)
+        for core_flops in (1e9, 1.5e9, 2e9, 3e9, 5e9, 7e9, 10e9):
+            for rate, text in ((94e6, "100 Mbit/s"), (940e6, "1 Gbit/s")):
+                cluster = of_devices(nodes, core_flops=core_flops, rate=rate)
+                one, _ = single(graph, cluster)
+                _, estimate, _ = planned(graph, cluster)
+                auto = estimate.step_seconds
+                table.add_row(
+                    f"{core_flops / 1e9:.1f}", text, str(batch), f"{one:.2f} s", f"{auto:.2f} s", f"{one / auto:.2f}"
+                )
+    console.print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted speedups of plans.")
-    parser.add_argument("--device", default="pi3")
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4, 6])
+    parser.add_argument("--models", nargs="+", default=["yolov2-16", "yolov2-25", "vgg16", "unet"], choices=MODELS)
+    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 6])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--mixed", action="store_true")
+    parser.add_argument("--curve", action="store_true")
     options = parser.parse_args()
-    table = Table(
-        "model", "batch", "nodes", "one", "auto", "batch", "grid", "over one", "over a core", "gap", "planning"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, (build, loss) in MODELS.items():
-        for batch in options.batch:
-            graph = training_graph(build, loss, batch)
-            for nodes in options.nodes:
-                cluster = local_cluster(nodes, target=options.device)
-                start = time.perf_counter()
-                estimate = best_plan(graph, cluster=cluster, block=8).estimate
-                planning = time.perf_counter() - start
-                assert estimate is not None
-                one, auto = estimate.others["single"], estimate.step_seconds
-                rules = [estimate.others.get(rule, one) for rule in ("batch", "grid")]
-                table.add_row(
-                    *(name, str(batch), str(nodes)),
-                    *(f"{seconds:.2f}" for seconds in (one, auto, *rules)),
-                    f"{one / auto:.2f}",
-                    f"{cluster.nodes[0].device.cores * one / auto:.1f}",
-                    f"{100 * estimate.gap:.1f} %",
-                    f"{planning:.1f} s",
-                )
-    Console(width=120).print(table)
+    console = Console(width=150)
+    if options.mixed:
+        mixed(options.batch[0] if len(options.batch) == 1 else 4, console)
+    elif options.curve:
+        curve(options.models[0], options.nodes[-1], console)
+    else:
+        speedups(options.models, options.batch, options.nodes, console)
 
 
 if __name__ == "__main__":

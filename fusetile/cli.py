@@ -71,7 +71,7 @@ def compile_command(
         str,
         typer.Option(
             "--target",
-            help="With --nodes: what they are: host, pi3, pi4, pi5, or pi3-32 etc. for 32-bit systems.",
+            help="With --nodes: what they are: host, pi3, pi3b+, pi4, pi5, zero2w, or pi3-32 etc. for 32-bit systems.",
             metavar="CPU",
         ),
     ] = "host",

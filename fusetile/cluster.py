@@ -46,12 +46,23 @@ class Device:
     memory_bytes: int
 
 
-# Estimates: a core's rate is what direct float32 kernels are expected to reach, the bandwidth that of a copy.
+PARALLEL_efficiency = 0.9
+"""Of the rate of all cores of a device together, the part that is left for use: an estimate."""
+
+# Where the numbers come from. Cores and memory: the boards' data sheets (raspberrypi.com). `core_flops`, what direct
+# float32 kernels reach on one core: an estimate of 15 to 20 % of the peak (8 operations per cycle on a Cortex-A53, 16
+# on an A72, 32 on an A76, at the board's clock: 1.2, 1.4, 1.0, 1.5 and 2.4 GHz); boards with an A53 are scaled by
+# their clocks, 32-bit kernels get 80 %. `bandwidth`, of a copy: an estimate of a quarter to a half of what the memory
+# chips can do. Host: an estimate for one core with AVX2 or AVX-512. None of them is measured on a board.
 PROFILES: dict[str, Device] = {
     "pi3": Device("pi3", "pi3", 4, 1.5e9, 2.0e9, 1 << 30),
+    "pi3b+": Device("pi3b+", "pi3", 4, 1.75e9, 2.0e9, 1 << 30),
+    "zero2w": Device("zero2w", "pi3", 4, 1.25e9, 1.8e9, 1 << 29),
     "pi4": Device("pi4", "pi4", 4, 5.0e9, 4.0e9, 2 << 30),
     "pi5": Device("pi5", "pi5", 4, 15.0e9, 9.0e9, 4 << 30),
     "pi3-32": Device("pi3-32", "armv7", 4, 1.2e9, 2.0e9, 1 << 30),
+    "pi3b+-32": Device("pi3b+-32", "armv7", 4, 1.4e9, 2.0e9, 1 << 30),
+    "zero2w-32": Device("zero2w-32", "armv7", 4, 1.0e9, 1.8e9, 1 << 29),
     "pi4-32": Device("pi4-32", "armv7", 4, 4.0e9, 4.0e9, ADDRESSABLE_32_bytes),
     "pi5-32": Device("pi5-32", "armv7", 4, 12.0e9, 9.0e9, ADDRESSABLE_32_bytes),
     "host": Device("host", "host", os.cpu_count() or 1, 40.0e9, 10.0e9, 8 << 30),
@@ -68,8 +79,9 @@ class Node:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations per second of all its cores."""
-        return self.device.core_flops * self.device.cores
+        """Floating-point operations per second of all its cores together."""
+        cores = self.device.cores
+        return self.device.core_flops * cores * (PARALLEL_efficiency if cores > 1 else 1.0)
 
 
 @dataclass(frozen=True, slots=True)

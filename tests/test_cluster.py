@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fusetile.cluster import PROFILES, Link, local_cluster, read_cluster
+from fusetile.cluster import PROFILES, Link, PARALLEL_efficiency, local_cluster, read_cluster
 from fusetile.errors import UserError
 
 GOOD = """
@@ -48,7 +48,9 @@ def test_reading(tmp_path: Path) -> None:
     assert (kitchen.device.memory_bytes, kitchen.device.cores, kitchen.device.kind) == (10**9, 3, "pi4")
     assert attic.device == PROFILES["pi3"] and attic.address == "[fe80::1]:65535"
     assert cluster.link == Link(125e6, 250e-6)
-    assert cluster.speeds == (3 * PROFILES["pi4"].core_flops, 4 * PROFILES["pi3"].core_flops)
+    together = PARALLEL_efficiency
+    expected = (3 * together * PROFILES["pi4"].core_flops, 4 * together * PROFILES["pi3"].core_flops)
+    assert cluster.speeds == pytest.approx(expected)
 
 
 def test_the_link_has_defaults(tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ BAD = {
     "port too large": (node(address='"h:65536"'), ["(a)", "'h:65536'"]),
     "port is no number": (node(address='"h:http"'), ["(a)", "'h:http'"]),
     "port is another script's digit": (node(address='"h:²"'), ["(a)", "'h:²'"]),
-    "unknown device": (node(device='"pi9"'), ["(a)", "'pi9'", "host, pi3, pi3-32, pi4"]),
+    "unknown device": (node(device='"pi9"'), ["(a)", "'pi9'", "host, pi3, pi3-32, pi3b+, pi3b+-32, pi4"]),
     "memory without a number": (node(memory='"much"'), ["(a)", "memory", "'much'", "GB"]),
     "memory in an unknown unit": (node(memory='"1 Mbit/s"'), ["(a)", "memory", "'1 Mbit/s'"]),
     "no memory at all": (node(memory="0"), ["(a)", "memory", "0"]),
