@@ -26,6 +26,7 @@ from fusetile.options import Training
 from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan
+from fusetile.picture import report_html
 from fusetile.plan import Plan
 from fusetile.program import Program, to_json
 from fusetile.report import Description, hash_of
@@ -86,6 +87,7 @@ def write_bundle(
             (folder / "model.onnx").write_bytes(content)
         shutil.rmtree(aside / "libraries")
         (aside / "plan.json").write_text(json.dumps({"plan_hash": identity.plan_hash, **description}, indent=1) + "\n")
+        (aside / "report.html").write_text(report_html(description))
         aside.chmod(0o755)
         if build.exists():
             shutil.rmtree(build)

@@ -60,6 +60,20 @@ def _print_prediction(plan: dict[str, Any], console: Console) -> None:
     others_text = ", ".join(f"{name} {_milliseconds(seconds)}" for name, seconds in others if name != search["chosen"])
     if others_text:
         console.print(f"The best plan of every rule would take: {others_text}", highlight=False)
+    if search["chosen"] != "batch" and "batch" in search["simulated_seconds"]:
+        console.print(_why_not_data_parallel(plan), highlight=False)
+
+
+def _why_not_data_parallel(plan: dict[str, Any]) -> str:
+    batch, nodes = plan["training"]["batch"], len(plan["nodes"])
+    seconds = plan["search"]["simulated_seconds"]["batch"]
+    weights_bytes = plan["parameter_bytes"]
+    exchange = 2 * (nodes - 1) / nodes * weights_bytes / plan["link"]["bytes_per_second"]
+    idle = f"only {batch} of {nodes} devices would have a sample; " if batch < nodes else ""
+    return (
+        f"Data parallel would take {_milliseconds(seconds)}: {idle}gradients and weights of {megabytes(weights_bytes)} "
+        f"keep every link busy for {_milliseconds(exchange)} per step"
+    )
 
 
 def _milliseconds(seconds: float) -> str:
@@ -95,6 +109,12 @@ def _print_group(plan: dict[str, Any], number: int, group: dict[str, Any], conso
         f"{number:3}  {group['phase']}, {len(group['ops'])} ops, {_received(group)}{_again(group)}", highlight=False
     )
     console.print(f"     {_short(layers)}", style="dim", highlight=False)
+    hidden = max(0.0, group["transfer_seconds"] - group["waited_seconds"])
+    console.print(
+        f"     computes {_milliseconds(group['compute_seconds'])}, waits {_milliseconds(group['waited_seconds'])}, "
+        f"maps travel {_milliseconds(group['transfer_seconds'])} ({_milliseconds(hidden)} of it hidden)",
+        highlight=False,
+    )
     for node, box in zip(plan["nodes"], group["boxes"], strict=True):
         part = "x".join(f"[{start},{stop})" for start, stop in box) if box else "nothing"
         console.print(f"     {node['name']:12} {part}", markup=False, highlight=False)

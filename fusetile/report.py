@@ -16,10 +16,11 @@ from fusetile.cost import cost_of, seconds_on
 from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import domain_of
 from fusetile.options import Training
-from fusetile.passes.communicate import Communication
+from fusetile.passes.communicate import Communication, busiest
 from fusetile.passes.plan_memory import MemoryPlan
-from fusetile.passes.schedule import Part, Schedule, Transfer
+from fusetile.passes.schedule import Action, Compute, Part, Schedule, Transfer
 from fusetile.plan import Plan
+from fusetile.planner.clock import Timeline
 from fusetile.planner.simulate import simulate
 from fusetile.program import SCHEMA_VERSION
 
@@ -39,14 +40,16 @@ def describe(
 ) -> Description:
     """The document; everything in it is plain JSON."""
     seconds = predicted_seconds(graph, plan, cluster)
+    timeline = simulate(communication, schedule, cluster)
     return {
         "schema": SCHEMA_VERSION,
         "model": graph.name,
         "training": asdict(training) | {"batch": graph.tensors[graph.inputs[0]].shape[0]},
         "channel_block": block,
         "link": asdict(cluster.link),
-        "step_seconds": simulate(communication, schedule, cluster).seconds,
+        "step_seconds": timeline.seconds,
         "search": _search(plan),
+        "parameter_bytes": sum(graph.parameters[name].value.nbytes for name in graph.gradients),
         "nodes": [
             {
                 "name": node.name,
@@ -60,7 +63,7 @@ def describe(
             }
             for rank, (node, memory) in enumerate(zip(cluster.nodes, memories, strict=True))
         ],
-        "groups": _groups(graph, plan, communication, schedule),
+        "groups": _groups(graph, plan, communication, schedule, timeline, cluster),
         "ops": [
             {
                 "name": name,
@@ -73,7 +76,22 @@ def describe(
             for name in schedule.order
         ],
         "transfers": [_transfer(communication, transfer) for transfer in schedule.transfers],
+        "timeline": {
+            "works": [
+                [(_rounded(start), _rounded(stop), _op_of(actions[index])) for start, stop, index in works]
+                for works, actions in zip(timeline.works, schedule.actions, strict=True)
+            ],
+            "messages": [(_rounded(start), _rounded(stop)) for start, stop in timeline.messages],
+        },
     }
+
+
+def _rounded(seconds: float) -> float:
+    return round(seconds, 6)
+
+
+def _op_of(action: Action) -> str:
+    return action.op if isinstance(action, Compute) else ""
 
 
 def _search(plan: Plan) -> Description | None:
@@ -136,8 +154,17 @@ def _transfer(communication: Communication, transfer: Transfer) -> Description:
 # -- groups ------------------------------------------------------------------------------------------------------------
 
 
-def _groups(graph: Graph, plan: Plan, communication: Communication, schedule: Schedule) -> list[Description]:
-    """Maximal runs of ops that no feature map is moved for, forward and backward; updates are left out."""
+def _groups(
+    graph: Graph,
+    plan: Plan,
+    communication: Communication,
+    schedule: Schedule,
+    timeline: Timeline,
+    cluster: Cluster,
+) -> list[Description]:
+    """Maximal runs of ops that no feature map is moved for, forward and backward; updates are left out. Seconds are
+    those of the device that computes most, of the one that waits most, and of the busiest link for the maps."""
+    waits = _waits(schedule, timeline)
     arriving: dict[int, int] = {}  # bytes by delivery
     for transfer in schedule.transfers:
         for part, dtype in zip(transfer.parts, transfer.dtypes, strict=True):
@@ -155,9 +182,14 @@ def _groups(graph: Graph, plan: Plan, communication: Communication, schedule: Sc
         if received or not groups or groups[-1]["phase"] != op.phase:
             groups.append(
                 {"phase": op.phase, "ops": [], "received_bytes": 0, "needed_flops": 0.0, "computed_flops": 0.0}
+                | {"compute_seconds": 0.0, "waited_seconds": 0.0, "transfer_seconds": 0.0}
             )
         groups[-1]["ops"].append(name)
         groups[-1]["received_bytes"] += received
+        groups[-1]["compute_seconds"] += max(schedule.seconds[name])
+        groups[-1]["waited_seconds"] += waits.get(name, 0.0)
+        moved = sum(busiest(graph, communication.deliveries[i])[0] for i in maps)
+        groups[-1]["transfer_seconds"] += moved / cluster.link.bytes_per_second
         groups[-1]["needed_flops"] += _flops(graph, op, plan.placements[name].own)
         groups[-1]["computed_flops"] += _flops(graph, op, plan.placements[name].compute)
     for found in groups:
@@ -165,6 +197,20 @@ def _groups(graph: Graph, plan: Plan, communication: Communication, schedule: Sc
         last = (maps_written or found["ops"])[-1]
         found["boxes"] = [_output(graph, plan, last, device) for device in range(plan.nodes)]
     return groups
+
+
+def _waits(schedule: Schedule, timeline: Timeline) -> dict[str, float]:
+    """Per op, how long the device that waits most is idle before it."""
+    longest: dict[str, float] = {}
+    for works, actions in zip(timeline.works, schedule.actions, strict=True):
+        free, waited = 0.0, 0.0
+        for start, stop, index in works:
+            waited += start - free
+            free = stop
+            if name := _op_of(actions[index]):
+                longest[name] = max(longest.get(name, 0.0), waited)
+                waited = 0.0
+    return longest
 
 
 def _flops(graph: Graph, op: Op, boxes: Sequence[Box]) -> float:

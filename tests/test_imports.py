@@ -36,11 +36,24 @@ ALLOWED: dict[str, set[str]] = {
     "onnx_import": BASE | {"graph", "ops"},
     "passes": BASE | {"graph", "ops", "cluster", "cost", "planner"},
     "planner": BASE | {"graph", "ops", "cluster", "cost", "passes"},
+    "picture": set(),
     "plan_executor": BASE | {"graph", "ops", "passes", "reference"},
     "codegen": BASE | {"graph", "ops", "cluster", "passes"},
     "report": BASE | {"options", "graph", "ops", "cluster", "cost", "passes", "planner"},
     "bundle": BASE
-    | {"options", "graph", "ops", "cluster", "cost", "onnx_import", "passes", "codegen", "report", "runtime"},
+    | {
+        "options",
+        "graph",
+        "ops",
+        "cluster",
+        "cost",
+        "onnx_import",
+        "passes",
+        "codegen",
+        "report",
+        "picture",
+        "runtime",
+    },
     "compile": BASE
     | {
         "graph",
