@@ -11,7 +11,7 @@ from fusetile.codegen.targets import Target
 
 LONGEST_ROW = 256  # pixels; longer rows leave nothing to choose for caches and threads
 ROWS_GAIN = 0.02  # what merging rows must gain
-WRITTEN_LINES, WEIGHT_REGISTERS = 36, 3
+WRITTEN_LINES, WRITTEN_LINES_16, WEIGHT_REGISTERS = 36, 21, 3  # with 16 registers: a row of 7 taps of 3 channels
 MIN_UNITS = 16  # work units per call that keep four threads evenly busy
 
 
@@ -91,7 +91,8 @@ def machine(target: Target, block: int) -> Machine:
     if target.width == 4:
         vectors = Vectors(block, 4, lanes=4)
         if target.registers == 16:
-            return Machine(vectors, 16, {1: 4}, {1: 6}, (2, 4), fma=1, loads=1, latency=4, **caches)
+            few = WRITTEN_LINES_16
+            return Machine(vectors, 16, {1: 4}, {1: 6}, (2, 4), fma=1, loads=1, latency=4, **caches, written=few)
         return Machine(vectors, 32, {1: 7}, {1: 12}, (4, 4), fma=1, loads=1, latency=4, **caches, written=WRITTEN_LINES)
     vectors = Vectors(block, min(target.width, block), lanes=0)
     if target.registers == 32:
