@@ -1,4 +1,4 @@
-"""The kernels of 64-bit Raspberry Pis, counted under an emulator: `python -m benchmarks.arm [--target pi3] [PATTERN]`.
+"""The kernels of Raspberry Pis, counted under an emulator: `python -m benchmarks.arm [--target pi3] [PATTERN]`.
 
 Nothing here is a time, and nothing depends on this computer. Per layer, phase and algorithm (direct, Winograd F(2x2),
 F(4x4); * is what the compiler chooses), and per ideal vector multiply-add of the direct convolution:
@@ -62,7 +62,7 @@ def check(name: str, found: list[np.ndarray], expected: list[np.ndarray]) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=sorted(CPUS), help="one CPU (default: pi3, pi4 and pi5)")
+    parser.add_argument("--target", choices=sorted(CPUS), help="one CPU (default: pi3, pi4, pi5 and armv7)")
     parser.add_argument("--openblas", action="store_true", help="count OpenBLAS's matrix product, too")
     parser.add_argument("pattern", nargs="?", default="", help="only layers whose name contains this")
     options = parser.parse_args()
@@ -79,11 +79,11 @@ def main() -> None:
     here = run_here(works(rows, more, target_named("host")))
     with tempfile.TemporaryDirectory() as folder:
         plugin = compile_plugin(Path(folder))
-        for name in [options.target] if options.target else ["pi3", "pi4", "pi5"]:
+        for name in [options.target] if options.target else ["pi3", "pi4", "pi5", "armv7"]:
             program = Program(works(rows, more, target_named(name)), target_named(name), Path(folder), plugin)
             table(program, rows, here[: len(rows)])
             table_of_others(program, more, here[len(rows) :])
-            if options.openblas:
+            if options.openblas and name != "armv7":  # Debian's numpy there has no OpenBLAS
                 openblas(name, plugin, Path(folder))
 
 

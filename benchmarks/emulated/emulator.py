@@ -21,9 +21,15 @@ from fusetile.codegen.calls import BODY, Kernel
 from fusetile.codegen.targets import Target
 
 HERE = Path(__file__).parent
-QEMU = "qemu-aarch64"
-CPUS = {"pi3": "cortex-a53", "pi4": "cortex-a72", "pi5": "cortex-a76", "arm64": "max"}
-FIRST_LEVEL = {"pi3": "4x128", "pi4": "2x256", "pi5": "4x256", "arm64": "4x128"}  # ways x sets of 64-byte lines
+QEMU, QEMU_32 = "qemu-aarch64", "qemu-arm"
+CPUS = {"pi3": "cortex-a53", "pi4": "cortex-a72", "pi5": "cortex-a76", "arm64": "max", "armv7": "cortex-a7"}
+FIRST_LEVEL = {  # ways x sets of 64-byte lines
+    "pi3": "4x128",
+    "pi4": "2x256",
+    "pi5": "4x256",
+    "arm64": "4x128",
+    "armv7": "4x128",
+}
 PLUGIN_VERSION = 1  # of QEMU 7 and 8
 
 
@@ -57,8 +63,8 @@ class Profile:
 
 
 def available() -> bool:
-    """Whether this computer has the emulator."""
-    return shutil.which(QEMU) is not None
+    """Whether this computer has the emulators."""
+    return shutil.which(QEMU) is not None and shutil.which(QEMU_32) is not None
 
 
 def compile_plugin(folder: Path) -> Path:
@@ -78,7 +84,8 @@ class Program:
         objects = compile_kernels(list(kernels.values()), target, lambda done, total: None)
         source, self.path = folder / f"{target.name}.c", folder / target.name
         source.write_text(_program(works, list(kernels.values())))
-        flags = ["-target", target.zig[1].split(".")[0], "-O2", "-static", "-nostdlib", "-ffreestanding", f"-I{HERE}"]
+        flags = ["-target", target.zig[1].split(".")[0], *target.zig[2:], "-O2", "-static", "-nostdlib"]
+        flags += ["-ffreestanding", f"-I{HERE}"]
         _run([sys.executable, "-m", "ziglang", "cc", *flags, "-o", str(self.path), str(source), *map(str, objects)])
 
     def run(self, index: int, *, caches: bool = False) -> tuple[list[np.ndarray], Profile]:
@@ -87,7 +94,8 @@ class Program:
         arena = work.arena()
         options = [f"{self.plugin},out={out},symbol=_body"]
         options += [f"caches={FIRST_LEVEL[self.target.name]}"] if caches else []
-        command = [QEMU, "-cpu", CPUS[self.target.name], "-plugin", ",".join(options), str(self.path)]
+        qemu = QEMU_32 if self.target.name == "armv7" else QEMU
+        command = [qemu, "-cpu", CPUS[self.target.name], "-plugin", ",".join(options), str(self.path)]
         given = np.array([index, arena.size], np.int32).tobytes() + arena.tobytes()
         arena[:] = np.frombuffer(_run(command, given), np.uint8)
         return work.results(arena), read_profile(out)

@@ -1,4 +1,4 @@
-"""What kernels cost on a 64-bit Raspberry Pi, as far as an emulator can tell: executed instructions per vector
+"""What kernels cost on a Raspberry Pi, as far as an emulator can tell: executed instructions per vector
 multiply-add of the direct convolution. They are the same on every computer, so they have limits."""
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ CASES = (
     (Layer(64, 64, 36, 3), WEIGHT, 4, 0.5),
 )
 # compiling is what takes time: all cases for the in-order CPU, half of them for each of the others
-OF_CPU = {"pi3": CASES, "pi4": CASES[::2], "pi5": CASES[1::2]}
+OF_CPU = {"pi3": CASES, "pi4": CASES[::2], "pi5": CASES[1::2], "armv7": CASES[::2]}
+ARMV7 = 1.6  # times the limits: 16 registers instead of 32
 LOAD_DISTANCE = 5  # median, on an in-order CPU
 
 
@@ -64,7 +65,7 @@ def test_executed_instructions(
         case = f"{layer}, {phase}, F({algorithm})"
         reference = expected(CASES.index((layer, phase, algorithm, limit)))[0]
         np.testing.assert_allclose(result, reference, rtol=0, atol=1e-4 * abs(result).max(), err_msg=case)
-        assert profile.executed / layer.ideal <= limit, case
+        assert profile.executed / layer.ideal <= limit * (ARMV7 if name == "armv7" else 1), case
         loops = hot_loops(profile, share=0.1)
         assert loops and not [text for loop in loops for text in loop.stack], case
         if name == "pi3" and algorithm == DIRECT:
