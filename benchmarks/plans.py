@@ -31,7 +31,7 @@ from fusetile.passes.fuse import fuse
 from fusetile.passes.group import group
 from fusetile.passes.place import place
 from fusetile.passes.prune import prune
-from fusetile.passes.rematerialize import rematerialize
+from fusetile.passes.rematerialize import cheap, rematerialize
 from fusetile.passes.rules import rule_splits
 from fusetile.passes.schedule import schedule
 from fusetile.plan import Estimate, Plan
@@ -59,7 +59,7 @@ def training_graph(build: Callable[[], onnx.ModelProto], loss: str, batch: int, 
         onnx.save(build(), path)
         graph = import_onnx(path, batch=batch)
     graph = fuse(prune(add_optimizer(differentiate(graph, loss=loss), Optimizer(momentum=0.9, weight_decay=0.0))))
-    return graph.sorted() if keep_all else rematerialize(graph)
+    return graph.sorted() if keep_all else rematerialize(graph, cheap(graph))
 
 
 def single(graph: Graph, cluster: Cluster) -> tuple[float, int]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from fusetile.cluster import Cluster, local_cluster, read_cluster
 from fusetile.compile import PASSES, compile_model
 from fusetile.errors import FusetileError, UserError
-from fusetile.explain import devices_table, explain_build, read_plan
+from fusetile.explain import devices_table, explain_build, read_plan, recomputed_text
 from fusetile.local import export_run, free_ports, train_locally
 from fusetile.options import RunOptions, Training, spread
 from fusetile.progress import CompileProgress
@@ -87,7 +87,9 @@ def compile_command(
         raise UserError("give either --cluster FILE (your devices) or --nodes N (that many at 127.0.0.1)")
     devices = read_cluster(cluster) if cluster else local_cluster(nodes or 1, target=target)
     _compile(model, devices, training, out, dump=dump, stop_after=stop_after, verbose=verbose)
-    console.print(devices_table(read_plan(out)))
+    plan = read_plan(out)
+    console.print(devices_table(plan))
+    _say(recomputed_text(plan))
     _say(f"Wrote {out}: plan.json and a folder per device, nodes/{{{','.join(node.name for node in devices.nodes)}}}")
     _say(f"Next: fusetile explain {out} shows the plan. Copy each folder to its device and start there:")
     _say("  fusetile-runtime NAME --data DATA")

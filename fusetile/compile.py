@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from fusetile.bundle import write_bundle
 from fusetile.cluster import Cluster
 from fusetile.codegen.assemble import memory_of
-from fusetile.codegen.emit import emit
+from fusetile.codegen.emit import Draft, emit, layers_of
 from fusetile.codegen.targets import target_named
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.options import Training
 from fusetile.passes.add_optimizer import add_optimizer
 from fusetile.passes.assign import assign
-from fusetile.passes.buffers import buffers
-from fusetile.passes.communicate import communicate
+from fusetile.passes.buffers import DeviceBuffers, buffers
+from fusetile.passes.communicate import Communication, communicate
 from fusetile.passes.differentiate import differentiate
-from fusetile.passes.fit import fit
+from fusetile.passes.economize import Books, Saving, economize
+from fusetile.passes.fit import fit, room_bytes
 from fusetile.passes.freeze import freeze
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import group
+from fusetile.passes.plan_memory import MemoryPlan
 from fusetile.passes.prune import prune
-from fusetile.passes.rematerialize import rematerialize
-from fusetile.passes.schedule import schedule
-from fusetile.report import describe
+from fusetile.passes.rematerialize import cheap, place_copies, rematerialize
+from fusetile.passes.schedule import Schedule, schedule
+from fusetile.plan import Plan
+from fusetile.report import describe, predicted_seconds
 from fusetile.trace import Trace
 
 PASSES = (
@@ -42,8 +49,12 @@ PASSES = (
     "buffers",
     "emit",
     "plan_memory",
+    "economize",
     "bundle",
 )
+FREE_share = 0.01
+"""Of a step's predicted computation: for less memory so much more is computed even where there is enough."""
+TRIES = 3
 
 
 def compile_model(
@@ -77,8 +88,9 @@ def compile_graph(
         graph = seen(prune(graph))
     with trace.stage("fuse") as seen:
         graph = seen(fuse(graph))
+    whole = graph
     with trace.stage("rematerialize") as seen:
-        graph = seen(rematerialize(graph))
+        graph = seen(rematerialize(whole, cheap(whole)))
     with trace.stage("assign"):
         plan = assign(
             graph,
@@ -88,6 +100,60 @@ def compile_graph(
             halo=training.halo,
             on_progress=trace.on_progress,
         )
+    laid = _lay_out(graph, plan, cluster=cluster, training=training, trace=trace)
+    laid, saving = _economize(whole, plan, laid, cluster=cluster, training=training, trace=trace)
+    memories = fit(laid.memories, cluster=cluster, layers=[layers_of(laid.graph, draft) for draft in laid.drafts])
+    with trace.stage("bundle"):
+        description = describe(
+            laid.graph,
+            laid.plan,
+            laid.communication,
+            laid.order,
+            memories,
+            saving,
+            cluster=cluster,
+            training=training,
+            block=block,
+        )
+        write_bundle(
+            build,
+            model=model,
+            graph=laid.graph,
+            plan=laid.plan,
+            communication=laid.communication,
+            storage=laid.storage,
+            drafts=laid.drafts,
+            memories=memories,
+            description=description,
+            cluster=cluster,
+            targets=targets,
+            training=training,
+            on_progress=trace.on_progress,
+        )
+    return build
+
+
+@dataclass(frozen=True, slots=True)
+class _LaidOut:
+    """A plan with all that follows from it, down to the arenas."""
+
+    graph: Graph
+    plan: Plan
+    communication: Communication
+    order: Schedule
+    storage: Sequence[DeviceBuffers]
+    drafts: Sequence[Draft]
+    memories: Sequence[MemoryPlan]
+
+    @property
+    def arena_bytes(self) -> np.ndarray:
+        """Per device."""
+        return np.array([memory.arena_bytes for memory in self.memories], float)
+
+
+def _lay_out(graph: Graph, plan: Plan, *, cluster: Cluster, training: Training, trace: Trace) -> _LaidOut:
+    targets = [target_named(node.device.target) for node in cluster.nodes]
+    block = min(target.block for target in targets)
     with trace.stage("group"):
         plan = group(graph, plan, cluster=cluster, halo=training.halo)
     with trace.stage("communicate"):
@@ -101,24 +167,31 @@ def compile_graph(
             graph, plan, communication, order, storage, targets=targets, block=block, numerics=training.numerics
         )
     with trace.stage("plan_memory"):
-        memories = fit([memory_of(draft, guard=training.guard) for draft in drafts], cluster=cluster)
-    with trace.stage("bundle"):
-        description = describe(
-            graph, plan, communication, order, memories, cluster=cluster, training=training, block=block
-        )
-        write_bundle(
-            build,
-            model=model,
-            graph=graph,
-            plan=plan,
-            communication=communication,
-            storage=storage,
-            drafts=drafts,
-            memories=memories,
-            description=description,
-            cluster=cluster,
-            targets=targets,
-            training=training,
-            on_progress=trace.on_progress,
-        )
-    return build
+        memories = [memory_of(draft, guard=training.guard) for draft in drafts]
+    return _LaidOut(graph, plan, communication, order, storage, drafts, memories)
+
+
+def _economize(
+    whole: Graph, plan: Plan, laid: _LaidOut, *, cluster: Cluster, training: Training, trace: Trace
+) -> tuple[_LaidOut, Saving]:
+    """Lay the plan out again, with more computed again, until its arenas fit into the devices' memory (three times at
+    most), or once if they fit: for the memory that costs next to no time. `whole` is the graph without copies."""
+    room = room_bytes(cluster)
+    start = again = cheap(whole)
+    scratch = [draft.scratch_bytes for draft in laid.drafts]
+    books = Books(whole, laid.plan, laid.communication, laid.order.order, laid.storage, scratch, cluster=cluster)
+    free_seconds = FREE_share * max(predicted_seconds(laid.graph, laid.plan, cluster))
+    scale = laid.arena_bytes / books.play(again, room).peak_bytes  # what gaps and messages add
+    for _ in range(TRIES):
+        with trace.stage("economize"):
+            choice = economize(books, start, room / scale, free_seconds=free_seconds)
+        if choice.again == again:
+            break
+        more = rematerialize(whole, choice.again)
+        tried = _lay_out(more, place_copies(more, plan), cluster=cluster, training=training, trace=trace)
+        scale = np.maximum(scale, tried.arena_bytes / choice.peak_bytes)
+        if (tried.arena_bytes / room).max() < (laid.arena_bytes / room).max():
+            laid, again = tried, choice.again
+        if (laid.arena_bytes <= room).all():
+            break
+    return laid, books.saving(again, scale)

@@ -39,6 +39,7 @@ def explain_build(build: Path, console: Console, *, as_json: bool) -> None:
         f"{len(plan['nodes'])} node(s), {len(plan['ops'])} ops, {len(plan['transfers'])} messages per step"
     )
     console.print(devices_table(plan))
+    console.print(recomputed_text(plan), highlight=False)
     _print_prediction(plan, console)
     console.print("Groups: runs of layers for which no feature map moves between devices", style="bold")
     for number, group in enumerate(plan["groups"], 1):
@@ -99,6 +100,17 @@ def devices_table(plan: dict[str, Any]) -> Table:
         )
     table.caption = "compute and sent are predictions; the arena is what the node will hold"
     return table
+
+
+def recomputed_text(plan: dict[str, Any]) -> str:
+    """What is computed twice, what that costs and saves."""
+    maps, seconds = plan["recomputed"]["maps"], plan["recomputed"]["seconds"]
+    if not maps:
+        return "All maps that the backward pass reads are kept"
+    rest = max(node["compute_seconds"] for node in plan["nodes"]) - seconds
+    share = f" (+{100 * seconds / rest:.1f} %)" if rest > 0 else ""
+    saved = ", ".join(f"{megabytes(node['saved_bytes'])} on {node['name']}" for node in plan["nodes"])
+    return f"Recomputes {maps} maps in the backward pass: {_milliseconds(seconds)} of a step{share}, saves {saved}"
 
 
 def _print_group(plan: dict[str, Any], number: int, group: dict[str, Any], console: Console) -> None:

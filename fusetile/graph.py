@@ -68,7 +68,8 @@ class Graph:
     """Ops over named tensors. Fed each step: `inputs`; `targets` (tensor -> its key in the data: y, or y0, y1, ...);
     `controls` (tensor -> what it holds: "step", or a role in `rates`, shape (1,)). `outputs` are the model's,
     `parameters` persist, `next_value` maps a parameter to the tensor that becomes its value for the next step,
-    `gradients` maps a trained parameter to its gradient tensor, `loss` names the loss (shape (1,))."""
+    `gradients` maps a trained parameter to its gradient tensor, `loss` names the loss (shape (1,)). `repeats`: ops
+    of the backward pass that only compute a forward op again -> that op."""
 
     def __init__(self, name: str = "model") -> None:
         self.name = name
@@ -83,6 +84,7 @@ class Graph:
         self.gradients: dict[str, str] = {}
         self.loss: str = ""
         self.domains: dict[str, tuple[Op, Domain]] = {}  # iteration domains that were asked for, by op
+        self.repeats: dict[str, str] = {}
         self._fresh = 0
 
     # -- building ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import domain_of
 from fusetile.options import Training
 from fusetile.passes.communicate import Communication, busiest
+from fusetile.passes.economize import Saving
 from fusetile.passes.plan_memory import MemoryPlan
 from fusetile.passes.schedule import Action, Compute, Part, Schedule, Transfer
 from fusetile.plan import Plan
@@ -33,6 +34,7 @@ def describe(
     communication: Communication,
     schedule: Schedule,
     memories: Sequence[MemoryPlan],
+    saving: Saving,
     *,
     cluster: Cluster,
     training: Training,
@@ -50,6 +52,7 @@ def describe(
         "step_seconds": timeline.seconds,
         "search": _search(plan),
         "parameter_bytes": sum(graph.parameters[name].value.nbytes for name in graph.gradients),
+        "recomputed": {"maps": saving.maps, "seconds": saving.seconds},
         "nodes": [
             {
                 "name": node.name,
@@ -58,6 +61,7 @@ def describe(
                 "cores": node.device.cores,
                 "memory_bytes": node.device.memory_bytes,
                 "arena_bytes": memory.arena_bytes,
+                "saved_bytes": saving.saved_bytes[rank],
                 "compute_seconds": seconds[rank],
                 "sent_bytes": _sent(schedule, rank),
             }

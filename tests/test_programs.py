@@ -37,6 +37,7 @@ TOLERANCE = 1e-4  # relative to the largest element of a tensor
 
 def build(graph: Graph, folder: Path, plan: str, cluster: Cluster | int, **options: Any) -> Path:
     """Compile with the options that `training_graph` has, and others."""
+    folder.mkdir(exist_ok=True)
     model = folder / "model.onnx"
     model.write_bytes(b"")  # an empty ONNX file stands in: nothing is imported, and only its hash is used
     training = Training(

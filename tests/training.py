@@ -15,7 +15,7 @@ from fusetile.passes.differentiate import ClassOptions, differentiate
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import Halo, group
 from fusetile.passes.prune import prune
-from fusetile.passes.rematerialize import rematerialize
+from fusetile.passes.rematerialize import cheap, rematerialize
 from fusetile.plan import Plan
 from fusetile.plan_executor import execute
 
@@ -38,7 +38,8 @@ def training_graph(
 ) -> Graph:
     """The graph that is planned: forward, loss, backward, update; pruned, fused, cheap maps recomputed."""
     graph = differentiate(graph, loss=loss or loss_of(graph), classes=classes)
-    return rematerialize(fuse(prune(add_optimizer(graph, optimizer))))
+    graph = fuse(prune(add_optimizer(graph, optimizer)))
+    return rematerialize(graph, cheap(graph))
 
 
 def mixed_cluster(*kinds: str) -> Cluster:

@@ -69,6 +69,7 @@ class Draft:
     fed: set[str] = field(default_factory=set)
     logged: set[str] = field(default_factory=set)
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    scratch_bytes: dict[str, int] = field(default_factory=dict)  # by op
 
 
 def emit(
@@ -178,6 +179,8 @@ class _Emitter:
             self.draft.pieces.setdefault(name, []).append(Piece(domain.output(box), place, len(self.draft.steps)))
         lowered = lower(op, domain, box, inputs, outputs, target=self.target, numerics=self.numerics)
         names = {buffer.name: Ref(f"{buffer.name} of {name}") for buffer in lowered.scratch}
+        scratch_bytes = sum(buffer.size_bytes for buffer in lowered.scratch)
+        self.draft.scratch_bytes[name] = max(scratch_bytes, self.draft.scratch_bytes.get(name, 0))
         for buffer in lowered.scratch:
             label = names[buffer.name].buffer
             known = self.draft.buffers.get(label, buffer)
@@ -286,6 +289,16 @@ class _Emitter:
             transfer, stage, at = came[move]
             if not self._direct_target(transfer):
                 self._call(add(stage, target, move.box), {stage.name: at})
+
+
+def layers_of(graph: Graph, draft: Draft) -> list[str]:
+    """For every step of a draft, what it works for: the layer that its op came from, and the phase."""
+    layers, name = [], ""
+    for step in draft.steps:
+        name = getattr(step, "op", "") or name
+        op = graph.ops.get(name)
+        layers.append(f"{op.origin or op.name} ({op.phase})" if op else "the start of the step")
+    return layers
 
 
 def is_padded(buffer: Buffer) -> bool:

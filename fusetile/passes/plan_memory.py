@@ -9,20 +9,25 @@ offset where it fits (greedy by size: Pisarchyk and Lee, arXiv 2001.03288).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from fusetile.program import ALIGNMENT_bytes, Buffer
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Offsets in bytes by buffer, and the size of the arena. `live` holds (first, last) step by buffer."""
+    """Offsets and sizes in bytes by buffer, and the size of the arena. `live` holds (first, last) step by buffer."""
 
     offsets: dict[str, int]
+    sizes_bytes: dict[str, int]
     arena_bytes: int
     live: dict[str, tuple[int, int]]
     redzone_bytes: int = 0  # that lie before and behind every buffer
+    peak_step: int = 0  # at which most is live
+    peak_bytes: int = 0  # no arena can be smaller
 
 
 def plan_memory(buffers: Iterable[Buffer], live: dict[str, tuple[int, int]], *, redzone_bytes: int = 0) -> MemoryPlan:
@@ -44,7 +49,18 @@ def plan_memory(buffers: Iterable[Buffer], live: dict[str, tuple[int, int]], *, 
         offsets[name] = offset
     arena_bytes = max((offsets[name] + sizes[name] for name in offsets), default=0)
     offsets = {name: offset + redzone_bytes for name, offset in offsets.items()}
-    return MemoryPlan(offsets, arena_bytes, live, redzone_bytes)
+    return MemoryPlan(offsets, sizes, arena_bytes, live, redzone_bytes, *_peak(sizes, live))
+
+
+def _peak(sizes: dict[str, int], live: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """The step at which most is live, and how much."""
+    change: Counter[int] = Counter()
+    for name, size in sizes.items():
+        change[live[name][0]] += size
+        change[live[name][1] + 1] -= size
+    steps = sorted(change)
+    most, step = max(zip(accumulate(change[step] for step in steps), steps, strict=True), default=(0, 0))
+    return step, most
 
 
 def _round_up(size_bytes: int) -> int:

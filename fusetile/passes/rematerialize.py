@@ -1,52 +1,71 @@
-"""Compute cheap activations again in the backward pass instead of keeping them.
+"""Compute forward maps again in the backward pass instead of keeping them.
 
     z -> Normalize -> y -> Conv2            z -> Normalize -> y -> Conv2
     ConvWeightGrad2(y, dy2)                 Normalize -> y.again;  ConvWeightGrad2(y.again, dy2)
     NormalizeMoments(dy, z)                 NormalizeMoments(dy, z)
 
-Normalization's own gradient needs its input z anyway: with that, y costs one pass over memory, and of two maps per
-layer only one is kept. Source: Chen, Xu, Zhang, Guestrin, Training Deep Nets with Sublinear Memory Cost
-(arXiv 1604.06174).
+Which maps is a choice; a map that is computed again from one that is computed again makes a run of layers. `cheap` is
+where the choice begins: a normalization's own gradient needs its input z anyway, and with that y costs one pass over
+memory. What more to choose where memory lacks, `economize` knows. Copies stand directly before their first reader.
+Parameters change only after all that reads them, dropout's masks are a function of the step, and running statistics
+are updated from the forward pass alone: the values are the same bits.
+
+Source: Chen, Xu, Zhang, Guestrin, Training Deep Nets with Sublinear Memory Cost (arXiv 1604.06174).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
-from fusetile.graph import BACKWARD, FORWARD, Graph, Op
+from fusetile.graph import BACKWARD, Graph, Op
+from fusetile.plan import Plan
 
-_CHEAP = ("Normalize",)
 
-
-def rematerialize(graph: Graph) -> Graph:
-    """The same values from a graph whose forward maps live shorter; ops stay in topological order."""
+def rematerialize(graph: Graph, again: Collection[str]) -> Graph:
+    """The same values from a graph in which backward ops read copies of the forward tensors `again`. Ops stay in
+    topological order."""
     graph = graph.sorted()
-    readers = graph.consumers()
-    again: dict[str, Op] = {}  # name of the first backward reader -> the op to be repeated before it
-    for op in list(graph.ops.values()):
-        later = [reader for reader in readers[op.outputs[0]] if reader.phase == BACKWARD]
-        if op.kind not in _CHEAP or op.phase != FORWARD or not later:
-            continue
-        kept = [reader for reader in readers[op.inputs[0]] if reader.phase == BACKWARD]
-        if not kept:
-            continue
-        copy = _repeated(graph, op)
-        again[later[0].name] = copy
-        for reader in later:
-            current = graph.ops[reader.name]
-            inputs = tuple(copy.outputs[0] if name == op.outputs[0] else name for name in current.inputs)
-            graph.replace_op(current, inputs=inputs)
+    producers = graph.producers()
     ordered: dict[str, Op] = {}
-    for name, op in graph.ops.items():
-        if name in again:
-            ordered[again[name].name] = again[name]
-        ordered[name] = op
+    copies: dict[str, Op] = {}  # by name of the op that is repeated
+
+    def read(name: str) -> str:
+        op = producers.get(name)
+        if op is None or name not in again:
+            return name
+        if op.name not in copies:
+            copies[op.name] = copy = _copy(graph, op, tuple(map(read, op.inputs)))
+            ordered[copy.name] = copy
+            graph.repeats[copy.name] = op.name
+        return copies[op.name].outputs[op.outputs.index(name)]
+
+    for op in graph.ops.values():
+        inputs = tuple(map(read, op.inputs)) if op.phase == BACKWARD else op.inputs
+        ordered[op.name] = replace(op, inputs=inputs)
     graph.ops = ordered
     return graph
 
 
-def _repeated(graph: Graph, op: Op) -> Op:
-    """A copy of an op with an output of its own, as a part of the backward pass."""
-    known = graph.tensors[op.outputs[0]]
-    name = graph.add_tensor(graph.fresh(f"{known.name}.again"), known.shape, known.dtype, known.kind)
-    return replace(op, name=name, outputs=(name,), phase=BACKWARD)
+def _copy(graph: Graph, op: Op, inputs: tuple[str, ...]) -> Op:
+    outputs = []
+    for name in op.outputs:
+        known = graph.tensors[name]
+        outputs.append(graph.add_tensor(graph.fresh(f"{name}.again"), known.shape, known.dtype, known.kind))
+    return replace(op, name=outputs[0], inputs=inputs, outputs=tuple(outputs), phase=BACKWARD)
+
+
+def cheap(graph: Graph) -> frozenset[str]:
+    """Outputs of normalizations whose inputs the backward pass keeps anyway."""
+    readers = graph.consumers()
+    return frozenset(
+        op.outputs[0]
+        for op in graph.ops.values()
+        if op.kind == "Normalize" and any(reader.phase == BACKWARD for reader in readers[op.inputs[0]])
+    )
+
+
+def place_copies(graph: Graph, plan: Plan) -> Plan:
+    """A plan for a graph with more copies than it was made for: each is where its original is."""
+    more = {copy: plan.placements[op] for copy, op in graph.repeats.items() if copy not in plan.placements}
+    return replace(plan, placements={**plan.placements, **more})

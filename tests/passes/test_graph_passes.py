@@ -12,7 +12,7 @@ from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.differentiate import differentiate
 from fusetile.passes.fuse import fuse
 from fusetile.passes.prune import prune
-from fusetile.passes.rematerialize import rematerialize
+from fusetile.passes.rematerialize import cheap, rematerialize
 from fusetile.reference import evaluate
 from fusetile.trace import as_text
 from tests.graphs import Net, feeds
@@ -260,17 +260,31 @@ def test_rematerialize_golden() -> None:
     net = Net((2, 3, 6, 6))
     x = net.relu(net.batch_norm(net.conv(net.x, 4)))
     graph = fuse(prune(differentiated(net.done(net.conv(x, 2)))))
-    assert_golden("rematerialize", as_text(rematerialize(graph)))
+    assert_golden("rematerialize", as_text(rematerialize(graph, cheap(graph))))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rematerialize_changes_no_result(seed: int) -> None:
     graph = fuse(prune(differentiated(random_graph(seed))))
     before = snapshot(graph)
-    after = rematerialize(graph)
+    after = rematerialize(graph, cheap(graph))
     assert snapshot(graph) == before
     assert_same(graph, after)
     assert_in_order(after)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_any_forward_tensors_can_be_computed_again(seed: int) -> None:
+    graph = fuse(prune(differentiated(random_graph(seed))))
+    forward = [name for op in graph.ops.values() if op.phase == FORWARD for name in op.outputs]
+    rng = np.random.default_rng(seed)
+    again = {name for name in forward if rng.random() < 0.6}
+    after = rematerialize(graph, again)
+    assert_same(graph, after)
+    assert_in_order(after)
+    for op in after.ops.values():
+        assert op.phase != BACKWARD or not again & set(op.inputs), op.name
+    assert all(after.ops[copy].kind == graph.ops[op].kind for copy, op in after.repeats.items())
 
 
 def test_no_normalized_map_is_kept_for_the_backward_pass() -> None:

@@ -157,6 +157,7 @@ def test_random_lifetimes(seed: int) -> None:
     memory = plan_memory([Buffer(name, ((0, size),), "uint8") for name, size in sizes.items()], live)
     assert_disjoint(memory, sizes)
     least = lower_bound(memory, sizes)
+    assert memory.peak_bytes == lower_bound(memory, memory.sizes_bytes)
     assert least <= memory.arena_bytes <= 1.7 * least + ALIGNMENT_bytes * count
 
 
@@ -216,6 +217,8 @@ def test_plan_memory_golden() -> None:
 
 # -- fit -------------------------------------------------------------------------------------------------------------
 
+LAYERS = [f"layer {i}" for i in range(10)]
+
 
 def test_what_does_not_fit_is_said() -> None:
     cluster = local_cluster(2, target="pi3")
@@ -223,11 +226,21 @@ def test_what_does_not_fit_is_said() -> None:
     large_one = plan_memory(
         [Buffer("conv1", ((0, 300_000_000),)), Buffer("y", ((0, 1000),))], {"conv1": (3, 9), "y": (0, 4)}
     )
-    assert fit([small_one, small_one], cluster=cluster) == [small_one, small_one]
+    layers = [LAYERS, LAYERS]
+    assert fit([small_one, small_one], cluster=cluster, layers=layers) == [small_one, small_one]
     with pytest.raises(DoesNotFit) as caught:
-        fit([small_one, large_one], cluster=cluster)
+        fit([small_one, large_one], cluster=cluster, layers=layers)
     message = str(caught.value)
-    for part in ("'node1'", "1074 MB", "1248 MB", "174 MB too much", "--batch"):
+    for part in (
+        "'node1'",
+        "1074 MB",
+        "1248 MB",
+        "174 MB too much",
+        "at layer layer 3,",
+        "'conv1' (1200 MB)",
+        "1249MB",
+        "--batch",
+    ):
         assert part in message, message
     assert caught.value.exit_status == 2
 
@@ -239,7 +252,7 @@ def test_fit_is_exact_to_the_byte() -> None:
         device = replace(cluster.nodes[0].device, memory_bytes=memory.arena_bytes + INTERPRETER_bytes + spare)
         exact = replace(cluster, nodes=(replace(cluster.nodes[0], device=device),))
         if fits:
-            fit([memory], cluster=exact)
+            fit([memory], cluster=exact, layers=[LAYERS])
         else:
             with pytest.raises(DoesNotFit):
-                fit([memory], cluster=exact)
+                fit([memory], cluster=exact, layers=[LAYERS])

@@ -1,0 +1,280 @@
+"""Choose what to compute again in the backward pass so that every device's memory suffices.
+
+    live MB   forward  ... backward                 again {}           peak 412, no seconds
+    400 |          _____                            again {pool1}      peak 371, 0.8 s
+    200 |     ____/     \\____                       again {pool1, y2}  peak 290, 1.1 s
+        | ___/               \\___
+
+A choice is played: the order of ops is known from the schedule, so is the size of every tensor on every device, so
+are the kernels' scratch buffers, and hence what is live at every op. Greedy by excess over the memory (summed over
+ops and devices) saved per second of computing again; beside it, the evenly spaced checkpoints of Chen et al.
+(arXiv 1604.06174). That one forward value is kept, and another computed again, follows Checkmate (Jain et al.,
+arXiv 1910.02653), whose integer program is too slow for hundreds of ops.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusetile.box import volume
+from fusetile.cluster import Cluster
+from fusetile.cost import cost_of, seconds_on
+from fusetile.graph import BACKWARD, FORWARD, Graph, Op
+from fusetile.ops import overwritten
+from fusetile.passes.buffers import DeviceBuffers
+from fusetile.passes.communicate import Communication, moved_bytes
+from fusetile.plan import Plan
+
+Again = frozenset[str]
+SMALLEST_part = 1 / 500  # of the peak: smaller tensors are kept
+MOST = 64  # tensors are considered
+SHRINK = 0.94  # by which the goal is lowered again and again when the smallest peak is looked for
+MISSES = 4  # goals without a new smallest peak after which the search ends
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What is computed again: how many maps, seconds per step that it takes, memory that it saves on every device."""
+
+    maps: int
+    seconds: float
+    saved_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A choice: the most that is live on every device (bytes), the excess over the goals, and seconds per step that
+    computing again takes."""
+
+    again: Again
+    peak_bytes: np.ndarray
+    excess: float
+    seconds: float
+
+
+class Books:
+    """What the choice is made by: order, sizes and times of a plan that was laid out already, whatever it repeats."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        communication: Communication,
+        order: Sequence[str],
+        storage: Sequence[DeviceBuffers],
+        scratch_bytes: Sequence[dict[str, int]],
+        *,
+        cluster: Cluster,
+    ) -> None:
+        """`graph` is the one without copies; `scratch_bytes` of every op, per device."""
+        self._graph, self._nodes = graph, plan.nodes
+        self._producers, self._readers = graph.producers(), graph.consumers()
+        self._order = [graph.ops[name] for name in order if name in graph.ops]
+        self._places = {op.name: overwritten(graph, op) for op in self._order}
+        self._lasting = {*graph.gradients.values(), graph.loss}
+        always = {*graph.parameters, *graph.next_value.values(), *graph.fed()}
+        sizes = _sizes(communication, storage)
+        self._always = sum((sizes[name] for name in {*graph.parameters, *graph.fed()} if name in sizes), self._nothing)
+        self._sizes = {name: size for name, size in sizes.items() if name not in always}
+        self._scratch = {
+            op.name: np.array([found.get(op.name, 0) for found in scratch_bytes], float) for op in self._order
+        }
+        self._seconds = {op.name: _seconds(graph, op, plan, communication, cluster) for op in self._order}
+        self._partial = {name for name, layout in communication.layouts.items() if layout.combine == "sum"}
+
+    @property
+    def _nothing(self) -> np.ndarray:
+        return np.zeros(self._nodes)
+
+    def play(self, again: Again, goal_bytes: np.ndarray) -> Played:
+        """What a choice leads to."""
+        live = self._live(steps := list(self._steps(again)))
+        peak = live.max(axis=0)
+        excess = float((np.maximum(live - goal_bytes, 0) / goal_bytes).sum())
+        return Played(again, peak, excess, sum(self._seconds[op.name] for op, copied, *_ in steps if copied))
+
+    def saving(self, again: Again, scale: np.ndarray) -> Saving:
+        """Against keeping all; an arena is so many times (`scale`) what is live at most."""
+        free = np.full(self._nodes, np.inf)
+        none, chosen = self.play(frozenset(), free), self.play(again, free)
+        saved = (none.peak_bytes - chosen.peak_bytes) * scale
+        return Saving(len(again), chosen.seconds, tuple(int(max(0, each)) for each in saved))
+
+    def candidates(self, peak_bytes: np.ndarray) -> list[str]:
+        """Forward tensors that are worth keeping or not, in order; of many, the largest."""
+        worth = {
+            name: float((self._sizes[name] / peak_bytes).max())
+            for op in self._order
+            if op.phase == FORWARD
+            for name in op.outputs
+            if name in self._sizes and name not in self._partial
+        }
+        largest = sorted((name for name in worth if worth[name] > SMALLEST_part), key=lambda name: -worth[name])
+        return [name for name in worth if name in set(largest[:MOST])]
+
+    def _steps(self, again: Again) -> Iterator[tuple[Op, bool, list[str], list[str]]]:
+        """(op, whether it is a copy, what it reads, what it writes) in order. Copies write other names."""
+        copied: set[str] = set()
+
+        def read(name: str, above: list[tuple[Op, bool, list[str], list[str]]]) -> str:
+            op = self._producers.get(name)
+            if op is None or name not in again:
+                return name
+            if op.name not in copied:
+                copied.add(op.name)
+                inputs = [read(part, above) for part in op.inputs]
+                above.append((op, True, inputs, [_again(output) for output in op.outputs]))
+            return _again(name)
+
+        for op in self._order:
+            inputs = list(op.inputs)
+            if op.phase == BACKWARD:
+                above: list[tuple[Op, bool, list[str], list[str]]] = []
+                inputs = [read(name, above) for name in op.inputs]
+                yield from above
+            yield op, False, inputs, list(op.outputs)
+
+    def _live(self, steps: Sequence[tuple[Op, bool, list[str], list[str]]]) -> np.ndarray:
+        """Bytes that are live at every step, on every device."""
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for at, (_, _, reads, writes) in enumerate(steps):
+            for name in writes:
+                first[name] = last[name] = at
+            for name in reads:
+                last[name] = at
+        for at, (op, copied, _, writes) in enumerate(steps):
+            for name in self._places[op.name]:
+                place = _again(name) if copied and _again(name) in first else name
+                if last.get(place) == at and place not in self._lasting and writes[0] in first:
+                    last[place] = at - 1  # from here on it is what is written in its place
+                    break
+        change = np.zeros((len(steps) + 1, self._nodes))
+        names = [name for name in first if _original(name) in self._sizes]
+        size = np.array([self._sizes[_original(name)] for name in names]).reshape(len(names), self._nodes)
+        np.add.at(change, [first[name] for name in names], size)
+        np.subtract.at(change, [last[name] + 1 for name in names], size)
+        scratch = np.array([self._scratch[op.name] for op, *_ in steps])
+        return self._always + np.cumsum(change, axis=0)[:-1] + scratch
+
+
+def _again(name: str) -> str:
+    return f"{name}\0"
+
+
+def _original(name: str) -> str:
+    return name.removesuffix("\0")
+
+
+def _sizes(communication: Communication, storage: Sequence[DeviceBuffers]) -> dict[str, np.ndarray]:
+    """Per tensor and device: its home, and what is delivered elsewhere."""
+    sizes: dict[str, np.ndarray] = {}
+    for device, held in enumerate(storage):
+        buffers = [(name, buffer) for name, buffer in held.home.items()]
+        for index, buffer in held.delivered.items():
+            name = communication.deliveries[index].tensor
+            if held.home.get(name) is not buffer:
+                buffers.append((name, buffer))
+        for name, buffer in buffers:
+            sizes.setdefault(name, np.zeros(len(storage)))[device] += buffer.size_bytes
+    return sizes
+
+
+def _seconds(graph: Graph, op: Op, plan: Plan, communication: Communication, cluster: Cluster) -> float:
+    """Doing an op once more: on the slowest device, and what it has to send."""
+    boxes = plan.placements[op.name].compute
+    computing = max(
+        seconds_on(cost_of(graph, op, box), node) if volume(box) else 0.0
+        for box, node in zip(boxes, cluster.nodes, strict=True)
+    )
+    moved = sum(moved_bytes(graph, d) for d in communication.deliveries if d.tensor in op.outputs)
+    return computing + moved / (len(cluster.nodes) * cluster.link.bytes_per_second)
+
+
+# -- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def economize(books: Books, start: Again, goal_bytes: np.ndarray, *, free_seconds: float) -> Played:
+    """A choice that holds `start`. If that is within the goals (the most that may be live, per device), the one with
+    the smallest peak of those that take at most `free_seconds` more; else the fastest that is found within the goals;
+    else the one with the smallest peak of all."""
+
+    def need(found: Played) -> float:
+        return float((found.peak_bytes / goal_bytes).max())
+
+    plain = books.play(start, goal_bytes)
+    if plain.excess == 0:
+        found = [f for f in _shrinking(books, plain, goal_bytes, need) if f.seconds <= plain.seconds + free_seconds]
+        best = min([plain, *found], key=lambda found: (round(need(found) / need(plain), 2), found.seconds))
+        return _pruned(books, best, start, best.peak_bytes)
+    found = [found for found in _alternatives(books, plain, goal_bytes) if found.excess == 0]
+    if found:
+        return min((_pruned(books, each, start, goal_bytes) for each in found), key=lambda found: found.seconds)
+    return min(_shrinking(books, plain, goal_bytes, need), key=need)
+
+
+def _shrinking(
+    books: Books, plain: Played, goal_bytes: np.ndarray, need: Callable[[Played], float]
+) -> Iterator[Played]:
+    """Choices for smaller and smaller goals, until that leads nowhere."""
+    smallest, misses, part = need(plain), 0, need(plain)
+    yield plain
+    while misses < MISSES:
+        part *= SHRINK
+        goal = goal_bytes * part
+        found = _alternatives(books, books.play(plain.again, goal), goal)
+        yield from found
+        least = min(map(need, found))
+        misses = 0 if least < smallest else misses + 1
+        smallest = min(smallest, least)
+
+
+def _alternatives(books: Books, plain: Played, goal_bytes: np.ndarray) -> list[Played]:
+    candidates = books.candidates(plain.peak_bytes)
+    found = [_greedy(books, plain, candidates, goal_bytes)]
+    for segments in (2, 3, 4, 6, 8, 11, 16, 23, 32):
+        if segments < len(candidates):
+            kept = {candidates[i * len(candidates) // segments] for i in range(segments)}
+            found.append(books.play(plain.again | (set(candidates) - kept), goal_bytes))
+    return found
+
+
+def _greedy(books: Books, plain: Played, candidates: Sequence[str], goal_bytes: np.ndarray) -> Played:
+    """Add the tensor that saves most excess per second, until there is no excess or nothing helps. Savings are looked
+    up anew only for the tensor that seems best (lazy greedy: Minoux, 1978)."""
+    now = plain
+
+    def value(name: str) -> tuple[float, Played]:
+        tried = books.play(now.again | {name}, goal_bytes)
+        return (now.excess - tried.excess) / max(tried.seconds - now.seconds, 1e-9), tried
+
+    queue = [(-value(name)[0], name) for name in candidates if name not in now.again]
+    heapq.heapify(queue)
+    skipped: list[str] = []
+    while queue and now.excess > 0:
+        _, name = heapq.heappop(queue)
+        worth, tried = value(name)
+        if queue and worth < -queue[0][0]:
+            if worth > 0:
+                heapq.heappush(queue, (-worth, name))
+            else:
+                skipped.append(name)  # another choice may make it useful
+        elif worth > 0:
+            now = tried
+            for other in skipped:
+                heapq.heappush(queue, (-value(other)[0], other))
+            skipped.clear()
+    return now
+
+
+def _pruned(books: Books, found: Played, start: Again, goal_bytes: np.ndarray) -> Played:
+    """Without what is not needed."""
+    for name in sorted(found.again - start, key=lambda name: (-books.play(start | {name}, goal_bytes).seconds, name)):
+        without = books.play(found.again - {name}, goal_bytes)
+        if without.excess == 0 and without.seconds <= found.seconds:
+            found = without
+    return found
