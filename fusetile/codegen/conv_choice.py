@@ -12,7 +12,7 @@ Errors against float64, relative to the direct kernels' (whose L2 error is some 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +29,7 @@ Numerics = Literal["fast", "strict"]
 
 DIRECT = 0
 TILES: dict[Numerics, tuple[int, ...]] = {"fast": (2, 4), "strict": (2,)}  # sides of output tiles
-MIN_CHANNELS = 32
+NEAR_bytes = 1 << 20
 
 _DIRECT = {
     "conv": conv.lower_conv,
@@ -44,18 +44,37 @@ _WINOGRAD = {
 
 
 @dataclass(frozen=True, slots=True)
-class Overhead:
-    """What transforms cost on a CPU, per product that they make or take, in multiply-adds: of a weight, an input and an
-    output. `gain`: the part of the direct kernel's time that must be undercut. Measured on x86; estimated on ARM, where
-    transforms meet small caches and one load per cycle."""
+class Cost:
+    """What convolutions of one family cost on a CPU, in multiply-adds of the direct kernels.
 
+    `multiply[m]`: a multiply-add of transformed operands. `filter`, `input`, `output`: a transform, per product that it
+    makes or takes. `weight`: what else the direct kernels spend per weight (those of the input gradient turn it).
+    `near`: how much less both are if the weights stay in the caches of a core. `gain`: the part of the direct kernels'
+    time that must be undercut. `channels`: the fewest for which Winograd is considered.
+    """
+
+    multiply: Mapping[int, float]
     filter: float
     input: float
     output: float
-    gain: float
+    weight: float = 0.0
+    near: float = 1.0
+    gain: float = 0.9
+    channels: int = 32
 
 
-_OVERHEAD = {16: Overhead(16, 10, 20, 0.9), 8: Overhead(20, 14, 26, 0.9), 4: Overhead(20, 14, 26, 0.75)}
+_EVEN = {2: 1.0, 4: 1.0}
+# Per floats in a register. 8: fitted to the times of 40 sizes of layers, 2x2 to 208x208, on AMD Zen 3; 16: measured on
+# an Intel Xeon; 4 (ARM): estimated, transforms meet small caches and one load per cycle.
+_COSTS: dict[int, dict[str, Cost]] = {
+    16: dict.fromkeys(_DIRECT, Cost(_EVEN, filter=16, input=10, output=20)),
+    8: {
+        "conv": Cost({2: 1.08, 4: 1.24}, filter=13, input=11, output=3, weight=45, near=0.5, channels=16),
+        "conv_input_grad": Cost({2: 1.11, 4: 1.28}, filter=9, input=3, output=9, weight=270, near=0.8, channels=16),
+        "conv_weight_grad": Cost({2: 1.32, 4: 1.67}, filter=8, input=10, output=0, weight=65, near=0.4, channels=16),
+    },
+    4: dict.fromkeys(_DIRECT, Cost(_EVEN, filter=20, input=14, output=26, gain=0.75)),
+}
 
 
 def lower_convolution(
@@ -72,24 +91,28 @@ def lower_convolution(
     family = row(op.kind).kernel
     m = DIRECT
     if _is_winograd(op, domain, box, inputs, outputs[0] if family == "conv_weight_grad" else inputs[1]):
-        m = tile(*_sizes(family, domain, box), target=target, numerics=numerics)
+        m = tile(family, *_sizes(family, domain, box), target=target, numerics=numerics)
     if m == DIRECT:
         return _DIRECT[family](op, domain, box, inputs, outputs, target=target)
     return _WINOGRAD[family](op, domain, box, inputs, outputs, target=target, m=m)
 
 
-def tile(images: int, rows: int, columns: int, c: int, k: int, *, target: Target, numerics: Numerics) -> int:
-    """The side of the output tiles for a 3x3 convolution of so many pixels and channels, or DIRECT. For the input
-    gradient, `c` counts the channels of dy."""
-    if min(c, k) < MIN_CHANNELS:
+def tile(
+    family: str, images: int, rows: int, columns: int, c: int, k: int, *, target: Target, numerics: Numerics
+) -> int:
+    """The side of the output tiles for a 3x3 convolution, or gradient, of so many pixels and channels, or DIRECT. For
+    the input gradient, `c` counts the channels of dy."""
+    cost = _COSTS[target.width][family]
+    if min(c, k) < cost.channels:
         return DIRECT
-    cost = _OVERHEAD[target.width]
-    best, best_cost = DIRECT, cost.gain * 9 * images * rows * columns * c * k
+    scale = cost.near if 4 * 9 * c * k <= NEAR_bytes else 1.0
+    best, best_cost = DIRECT, cost.gain * (9 * images * rows * columns + scale * cost.weight) * c * k
     for m in TILES[numerics]:
         tiles = images * -(-rows // m) * -(-columns // m)
-        per_product = tiles * (c * k + cost.input * c + cost.output * k) + cost.filter * c * k
-        if (m + 2) ** 2 * per_product < best_cost:
-            best, best_cost = m, (m + 2) ** 2 * per_product
+        products = cost.multiply[m] * c * k + cost.input * c + cost.output * k
+        total = (m + 2) ** 2 * (tiles * products + scale * cost.filter * c * k)
+        if total < best_cost:
+            best, best_cost = m, total
     return best
 
 

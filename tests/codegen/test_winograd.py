@@ -164,16 +164,40 @@ def test_statements_multiply_from_both_sides(m, gradient, which):
     np.testing.assert_allclose(target, values @ source @ values.T, rtol=1e-12, atol=1e-12)
 
 
-def test_choice():
-    host, pi = TARGETS["avx512"], TARGETS["pi3"]
+FAMILIES = ("conv", "conv_input_grad", "conv_weight_grad")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_choice(family):
     for target in TARGETS.values():
-        assert tile(1, 208, 208, 3, 32, target=target, numerics="fast") == DIRECT
-        assert tile(1, 208, 208, 32, 16, target=target, numerics="fast") == DIRECT
-        assert tile(1, 104, 104, 64, 128, target=target, numerics="fast") == 4
-        assert tile(1, 104, 104, 64, 128, target=target, numerics="strict") == 2
-        assert tile(1, 2, 2, 512, 512, target=target, numerics="fast") == DIRECT
-    assert tile(1, 13, 13, 512, 1024, target=host, numerics="fast") != DIRECT
-    assert tile(1, 13, 13, 512, 1024, target=pi, numerics="fast") == DIRECT
+        assert tile(family, 1, 208, 208, 3, 32, target=target, numerics="fast") == DIRECT
+        assert tile(family, 1, 208, 208, 32, 8, target=target, numerics="fast") == DIRECT
+        assert tile(family, 1, 104, 104, 64, 128, target=target, numerics="fast") == 4
+        assert tile(family, 1, 104, 104, 64, 128, target=target, numerics="strict") == 2
+    assert tile("conv", 1, 2, 2, 512, 512, target=target, numerics="fast") == DIRECT
+    assert tile(family, 1, 13, 13, 512, 1024, target=TARGETS["avx512"], numerics="fast") != DIRECT
+    assert tile(family, 1, 13, 13, 512, 1024, target=TARGETS["pi3"], numerics="fast") == DIRECT
+
+
+def test_choice_on_avx2_is_what_was_fastest():
+    """Images, size, channels in and out: the fastest algorithm, or those within 5 % of it."""
+    for images, size, c, k, *fastest in (
+        (1, 2, 512, 512, {DIRECT}, {2, DIRECT}, {DIRECT}),
+        (1, 104, 16, 16, {4}, {4}, {4}),
+        (1, 14, 32, 64, {4}, {4}, {4}),
+        (1, 7, 128, 128, {2}, {2}, {4}),
+        (1, 28, 128, 128, {4}, {4}, {4}),
+        (1, 14, 512, 512, {2}, {2, 4}, {2}),
+        (4, 14, 512, 512, {4}, {4}, {4}),
+        (1, 13, 512, 1024, {2}, {2, 4}, {2}),
+        (4, 13, 512, 1024, {4}, {4}, {4}),
+        (1, 7, 256, 512, {DIRECT}, {2, 4}, {DIRECT}),
+        (4, 7, 512, 512, {4}, {4}, {4}),
+    ):
+        for family, wanted in zip(FAMILIES, fastest, strict=True):
+            channels = (k, c) if family == "conv_input_grad" else (c, k)
+            found = tile(family, images, size, size, *channels, target=TARGETS["avx2"], numerics="fast")
+            assert found in wanted, (family, images, size, c, k)
 
 
 def test_strict_numerics_use_no_large_tiles():
