@@ -17,6 +17,7 @@ from fusetile.box import Box, extents, view4, volume
 from fusetile.codegen.calls import KernelCall, Lowered, Ref, ref
 from fusetile.codegen.conv_source import GRADIENT_INTS, TAP_INTS, tap_convolution, weight_gradient
 from fusetile.codegen.conv_tiles import (
+    LONGEST_ROW,
     Machine,
     best_rows,
     block_convolution,
@@ -24,10 +25,14 @@ from fusetile.codegen.conv_tiles import (
     cover_lines,
     cover_pixels,
     machine,
+    row_counts,
 )
 from fusetile.codegen.conv_views import (
+    ALONE,
     NO_TAPS,
     Filter,
+    FLOAT_bytes,
+    Phases,
     Taps,
     View,
     blocks,
@@ -114,8 +119,10 @@ def lower_conv_input_grad(
         return _dot(domain, box, inputs, outputs, target=target)
     lowered, weights = _transposed(op, m, filter_view(w, filter_box), k_blocks, c_blocks)
     dx, (images, _, rows, columns) = view(outputs[0], written), view4(written)
+    across = list(phases(op.attrs, 1, columns, weights.window[1]))
+    parts = []
     for h in phases(op.attrs, 0, rows, weights.window[0]):
-        for v in phases(op.attrs, 1, columns, weights.window[1]):
+        for v in across:
             source, taps = _nothing(dy), NO_TAPS
             if h.taps and v.taps and volume(need):
                 source = view(dy, (*need[:2], h.touched, v.touched))
@@ -129,10 +136,37 @@ def lower_conv_input_grad(
             result = dx.moved(h.first * dx.row + v.first * dx.pixel)
             result = replace(result, row=h.stride * dx.row, pixel=v.stride * dx.pixel)
             sizes = Sizes(images[1] - images[0], h.count, v.count, c_blocks, k_blocks)
-            label = f".{h.first}.{v.first}"
-            phase = _convolve_maps(op, m, source, phase_weights, result, taps, sizes, Epilogue(), label)
-            lowered = _join(lowered, phase)
+            parts.append(_Phase(source, phase_weights, result, taps, sizes))
+    together = _together(parts, len(across), dx)
+    for i, part in enumerate(parts[:1] if together.count > 1 else parts):
+        convolved = _convolve_maps(
+            op, m, part.x, part.w, part.y, part.taps, part.sizes, Epilogue(), label=f".{i}", phases=together
+        )
+        lowered = _join(lowered, convolved)
     return lowered
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """The convolution of one phase of an input gradient."""
+
+    x: View
+    w: Filter
+    y: View
+    taps: Taps
+    sizes: Sizes
+
+
+def _together(parts: Sequence[_Phase], across: int, dx: View) -> Phases:
+    """All phases at once if they read the same pixels: a window as large as its stride, as in U-Nets. dy is then read
+    once, and neighbouring pixels of dx are written one after another."""
+    first = parts[0]
+    step = parts[1].w.start.offset_bytes - first.w.start.offset_bytes if len(parts) > 1 else 0
+    for i, part in enumerate(parts):
+        w = replace(part.w, start=Ref(part.w.start.buffer, part.w.start.offset_bytes - i * step))
+        if replace(part, w=w, y=first.y) != first:
+            return ALONE
+    return Phases(len(parts), across, step // FLOAT_bytes, dx.row, dx.pixel)
 
 
 def lower_conv_weight_grad(
@@ -154,6 +188,10 @@ def lower_conv_weight_grad(
     left = replace(left, row=taps.stride[0] * left.row, pixel=taps.stride[1] * left.pixel)
     if (rows, columns) == (1, 1):  # the images are the pixels
         left, right, images, columns = replace(left, pixel=left.image), replace(right, pixel=right.image), 1, images
+    elif taps.count == (1, 1) and (left.row, right.row) == (columns * left.pixel, columns * right.pixel):
+        merged = max(n for n in row_counts(rows) if n == 1 or n * columns <= LONGEST_ROW)
+        left, right = replace(left, row=merged * left.row), replace(right, row=merged * right.row)
+        rows, columns = rows // merged, columns * merged
     k_blocks, c_blocks = blocks(written[0], outputs[0].block[0]), blocks(written[1], outputs[0].block[1])
     return _gradient(op, m, left, right, dw, step, Sizes(images, rows, columns, k_blocks, c_blocks))
 
@@ -162,7 +200,7 @@ def lower_conv_weight_grad(
 
 
 def _convolve(
-    m: Machine, x: View, w: Filter, y: View, taps: Taps, sizes: Sizes, epilogue: Epilogue
+    m: Machine, x: View, w: Filter, y: View, taps: Taps, sizes: Sizes, epilogue: Epilogue, phases: Phases
 ) -> tuple[KernelCall, ...]:
     """The calls of a tap convolution: one, and more if the output channels do not divide into equal tiles."""
     step = (taps.step[0] * x.row, taps.step[1] * x.pixel)
@@ -173,9 +211,10 @@ def _convolve(
     calls = []
     rows = sizes.images * sizes.rows
     for cover in cover_pixels(m, sizes.columns, sizes.k_blocks, pixel=pixel, lines=lines):
+        k_tiles = phases.count * cover.tiles
         blocking = block_convolution(
             m,
-            cover,
+            replace(cover, tiles=k_tiles),
             rows=rows,
             columns=sizes.columns,
             blocks=sizes.c_blocks,
@@ -184,16 +223,14 @@ def _convolve(
         )
         row_blocks = -(-rows // blocking.block_rows)
         ints = {
-            "k_div": row_blocks if blocking.channels_outer else 1,
-            "k_tiles": cover.tiles,
-            "row_div": 1 if blocking.channels_outer else cover.tiles,
+            "channels_outer": int(blocking.channels_outer),
+            "k_tiles": k_tiles,
             "row_blocks": row_blocks,
             "block_rows": blocking.block_rows,
             "rows": rows,
             "height": sizes.rows,
             "long_tiles": cover.long_tiles,
             "short_tiles": cover.short_tiles,
-            "chunks": -(-sizes.c_blocks // blocking.chunk),
             "chunk": blocking.chunk,
             "blocks": sizes.c_blocks,
             "taps_h": taps_h,
@@ -213,6 +250,11 @@ def _convolve(
             "y_block": y.block,
             "y_row": y.row,
             "y_pixel": y.pixel,
+            "phases": phases.count,
+            "across": phases.across,
+            "w_phase": phases.w,
+            "y_down": phases.y_down,
+            "y_across": phases.y_across,
         }
         kernel = tap_convolution(
             vectors=m.vectors,
@@ -225,7 +267,7 @@ def _convolve(
         )
         bias = w.start if epilogue.bias is None else moved(epilogue.bias, cover.first * m.vectors.block)
         pointers = (x.start, moved(w.start, cover.first * w.k), bias, moved(y.start, cover.first * y.block))
-        calls.append(KernelCall(kernel, cover.tiles * row_blocks, pointers, _order(TAP_INTS, ints), (epilogue.alpha,)))
+        calls.append(KernelCall(kernel, k_tiles * row_blocks, pointers, _order(TAP_INTS, ints), (epilogue.alpha,)))
     return tuple(calls)
 
 
@@ -301,31 +343,44 @@ def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int
 
 
 def _transposed(op: Op, m: Machine, w: Filter, k_blocks: int, c_blocks: int) -> tuple[Lowered, Filter]:
-    """The weights with channels swapped and the window flipped, in scratch: the call that makes them, and a view."""
+    """The weights with channels swapped and the window flipped, in scratch: the call that makes them, and a view. Taps
+    of a window as large as its stride are far apart: no pixel meets two of them."""
     size = m.vectors.block**2
     scratch = _scratch(f"{op.name}.transposed", c_blocks * k_blocks * w.taps * size)
+    tap, block = size, w.taps * size
+    if op.attrs.get("strides") == w.window:
+        tap, block = c_blocks * k_blocks * size, size
     ints = {"k_blocks": k_blocks, "window": w.taps, "lines": w.lines, "w_k": w.k, "w_block": w.block}
+    ints |= {"t_c": k_blocks * block, "t_k": block, "t_tap": tap}
     call = KernelCall(
         transpose_filter(block=m.vectors.block), c_blocks, (w.start, ref(scratch)), _order(TRANSPOSE_INTS, ints)
     )
-    result = Filter(
-        ref(scratch), k_blocks * w.taps * size, w.taps * size, w.window[1] * size, size, m.vectors.block, w.window
-    )
+    result = Filter(ref(scratch), k_blocks * block, block, w.window[1] * tap, tap, m.vectors.block, w.window)
     return Lowered((call,), (scratch,)), result
 
 
 def _convolve_maps(
-    op: Op, m: Machine, x: View, w: Filter, y: View, taps: Taps, sizes: Sizes, epilogue: Epilogue, label: str = ""
+    op: Op,
+    m: Machine,
+    x: View,
+    w: Filter,
+    y: View,
+    taps: Taps,
+    sizes: Sizes,
+    epilogue: Epilogue,
+    *,
+    label: str = "",
+    phases: Phases = ALONE,
 ) -> Lowered:
     """A tap convolution; of one-pixel maps, the images become a row of pixels, for which x is gathered into scratch."""
     images, size = sizes.images, x.pixel
     if images == 1 or (sizes.rows, sizes.columns) != (1, 1) or taps.count != (1, 1):
-        return Lowered(_convolve(m, *_rows_in_line(m, x, w, y, taps, sizes), epilogue))
+        return Lowered(_convolve(m, *_rows_in_line(m, x, w, y, taps, sizes), epilogue, phases))
     scratch = _scratch(f"{op.name}.rows{label}", sizes.c_blocks * images * size)
     ints = {"images": images, "x_image": x.image, "x_block": x.block, "block": size}
     gather = KernelCall(gather_rows(), sizes.c_blocks, (x.start, ref(scratch)), _order(GATHER_INTS, ints))
     x, y = View(ref(scratch), 0, images * size, 0, size), replace(y, image=0, pixel=y.image)
-    calls = _convolve(m, x, w, y, Taps((1, 1)), replace(sizes, images=1, columns=images), epilogue)
+    calls = _convolve(m, x, w, y, Taps((1, 1)), replace(sizes, images=1, columns=images), epilogue, phases)
     return Lowered((gather, *calls), (scratch,))
 
 
@@ -336,8 +391,7 @@ def _rows_in_line(
     down, across = taps.stride[0] * x.row, taps.stride[1] * x.pixel
     if taps.count != (1, 1) or (down, y.row) != (sizes.columns * across, sizes.columns * y.pixel):
         return x, w, y, taps, sizes
-    counts = [n for n in range(1, sizes.rows + 1) if sizes.rows % n == 0]
-    merged = best_rows(m, counts, sizes.columns, sizes.k_blocks)
+    merged = best_rows(m, row_counts(sizes.rows), sizes.columns, sizes.k_blocks)
     x, y = replace(x, row=merged * x.row), replace(y, row=merged * y.row)
     return x, w, y, taps, replace(sizes, rows=sizes.rows // merged, columns=sizes.columns * merged)
 

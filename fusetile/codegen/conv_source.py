@@ -56,10 +56,11 @@ class Tile:
 LINE = 16  # floats in a cache line
 
 TAP_INTS = (
-    *("k_div", "k_tiles", "row_div", "row_blocks", "block_rows", "rows", "height", "long_tiles", "short_tiles"),
-    *("chunks", "chunk", "blocks", "taps_h", "taps_w", "lines", "with_bias"),
+    *("channels_outer", "k_tiles", "row_blocks", "block_rows", "rows", "height", "long_tiles", "short_tiles"),
+    *("chunk", "blocks", "taps_h", "taps_w", "lines", "with_bias", "phases", "across"),
     *("x_image", "x_block", "x_row", "x_tap_h", "x_tap_w"),
-    *("w_k", "w_block", "w_tap_h", "w_tap_w", "y_image", "y_block", "y_row", "y_pixel"),
+    *("w_k", "w_block", "w_tap_h", "w_tap_w", "w_phase"),
+    *("y_image", "y_block", "y_row", "y_pixel", "y_down", "y_across"),
 )
 GRADIENT_INTS = (
     *("k_tiles", "c_blocks", "part_rows", "outer_rows", "inner_rows", "rows", "height", "columns"),
@@ -123,11 +124,12 @@ def tap_convolution(
 ) -> Kernel:
     """y = activation(bias + sum over blocks of input channels and taps of x * w), for `blocks` blocks, in chunks.
 
-    A work unit is one tile of output channels x one block of rows; rows are counted over all images. Between chunks of
-    input channels the sums rest in y. `pixel` is the distance in x from one output pixel to the next. `loops` is how
-    many axes of the window have more than one tap. `lines` is their number if they are written out, for ARM, where LLVM
-    would cut a loop over them badly; without, `ragged` says that they are no multiple of the lanes. Pointers x, w,
-    bias, y; the float is the slope of leaky_relu.
+    A work unit is one tile of output channels x one block of rows; rows are counted over all images. `k_tiles` counts
+    the tiles of all `phases`: convolutions of the same x whose results lie between each other, `across` of them from
+    left to right. Between chunks of input channels the sums rest in y. `pixel` is the distance in x from one output
+    pixel to the next. `loops` is how many axes of the window have more than one tap. `lines` is their number if they
+    are written out, for ARM, where LLVM would cut a loop over them badly; without, `ragged` says that they are no
+    multiple of the lanes. Pointers x, w, bias, y; the float is the slope of leaky_relu.
     """
     v = vectors
     over = {"c": "T.min(chunk, blocks - chunk_index * chunk)", "th": "taps_h", "tw": "taps_w"}
@@ -206,15 +208,19 @@ for {", ".join(over)} in T.grid({", ".join(over.values())}):
 
     body = f"""
 for unit in T.serial(lo, hi):
-    k_tile: T.int32 = T.truncmod(T.truncdiv(unit, k_div), k_tiles)
-    row_block: T.int32 = T.truncmod(T.truncdiv(unit, row_div), row_blocks)
+    turn: T.int32 = T.truncmod(T.truncdiv(unit, T.Select(channels_outer > 0, row_blocks, 1)), k_tiles)
+    row_block: T.int32 = T.truncmod(T.truncdiv(unit, T.Select(channels_outer > 0, 1, k_tiles)), row_blocks)
+    k_tile: T.int32 = T.truncdiv(turn, phases)
+    phase: T.int32 = T.truncmod(turn, phases)
+    y_phase: T.int32 = T.truncdiv(phase, across) * y_down + T.truncmod(phase, across) * y_across
+    chunks: T.int32 = T.truncdiv(blocks + chunk - 1, chunk)
     for chunk_index in T.serial(chunks):
-        w_start: T.int32 = k_tile * {tile.blocks} * w_k + chunk_index * chunk * w_block
+        w_start: T.int32 = k_tile * {tile.blocks} * w_k + phase * w_phase + chunk_index * chunk * w_block
         for row in T.serial(row_block * block_rows, T.min(row_block * block_rows + block_rows, rows)):
             image: T.int32 = T.truncdiv(row, height)
             h: T.int32 = T.truncmod(row, height)
             x_start: T.int32 = image * x_image + h * x_row + chunk_index * chunk * x_block
-            y_start: T.int32 = image * y_image + h * y_row + k_tile * {tile.blocks} * y_block
+            y_start: T.int32 = image * y_image + h * y_row + k_tile * {tile.blocks} * y_block + y_phase
             {indent(_over_tiles(tile, "t", tile_body), 12)}
 """
     scratch: dict[str, tuple[tuple[int, ...], str]] = {

@@ -115,6 +115,11 @@ def _fits(m: Machine, length: int, pixel: int, lines: int) -> bool:
     return taken + WEIGHT_REGISTERS <= m.registers
 
 
+def row_counts(rows: int) -> list[int]:
+    """How many of so many rows may be taken as one, so that all have the same length."""
+    return [n for n in range(1, rows + 1) if rows % n == 0]
+
+
 def best_rows(m: Machine, counts: Sequence[int], columns: int, blocks: int) -> int:
     """How many rows of so many pixels, of the counts that are possible, to take as one for the cheapest tiles."""
 

@@ -57,8 +57,21 @@ class Taps:
     stride: tuple[int, int] = (1, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """Convolutions of the same input with parts of the same weights, whose results lie between each other: how many,
+    how many from left to right, and the elements from one to the next in the weights and, down and across, in y."""
+
+    count: int = 1
+    across: int = 1
+    w: int = 0
+    y_down: int = 0
+    y_across: int = 0
+
+
 WINDOW = {"strides": 1, "dilations": 1, "pads": 0}  # what a fully connected layer has
 NO_TAPS = Taps((0, 0))
+ALONE = Phases()
 
 
 @dataclass(frozen=True, slots=True)

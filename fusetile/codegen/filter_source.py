@@ -15,7 +15,7 @@ from functools import cache
 from fusetile.codegen.calls import Kernel, make_kernel, prefetch
 from fusetile.codegen.conv_source import LINE, Vectors, indent
 
-TRANSPOSE_INTS = ("k_blocks", "window", "lines", "w_k", "w_block")
+TRANSPOSE_INTS = ("k_blocks", "window", "lines", "w_k", "w_block", "t_c", "t_k", "t_tap")
 SUM_INTS = ("parts", "vectors", "part", "source_k", "target_k")
 GATHER_INTS = ("images", "x_image", "x_block", "block")
 DOT_INTS = ("images", "k_blocks", "lines", "y_image", "y_block", "w_k", "w_block", "x_image", "x_block")
@@ -23,7 +23,8 @@ DOT_INTS = ("images", "k_blocks", "lines", "y_image", "y_block", "w_k", "w_block
 
 @cache
 def transpose_filter(*, block: int) -> Kernel:
-    """t[c][k][flipped tap][k lane][c lane] = w[k][c][tap][c lane][k lane]; c lanes beyond `lines` are zero.
+    """t[c][k][flipped tap][k lane][c lane] = w[k][c][tap][c lane][k lane]; c lanes beyond `lines` are zero, and t has
+    any order of blocks and taps.
 
     Squares of 4 x 4 floats are transposed in registers; left to itself, LLVM stores float by float. A work unit is one
     block of input channels. Pointers w, t.
@@ -50,7 +51,7 @@ def transpose_filter(*, block: int) -> Kernel:
 for c in T.serial(lo, hi):
     for k, tap in T.grid(k_blocks, window):
         w0: T.int32 = k * w_k + c * w_block + (window - 1 - tap) * lines * {block}
-        t0: T.int32 = ((c * k_blocks + k) * window + tap) * {block * block}
+        t0: T.int32 = c * t_c + k * t_k + tap * t_tap
         {indent(ahead, 8)}
         for q in T.serial(T.truncdiv(lines, 4)):
             for g in T.unroll({block // 4}):

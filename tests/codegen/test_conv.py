@@ -18,7 +18,7 @@ from fusetile.box import Box, volume
 from fusetile.codegen import conv
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import KernelCall, Lowered
-from fusetile.codegen.conv_source import TAP_INTS, Tile, tap_convolution, weight_gradient
+from fusetile.codegen.conv_source import GRADIENT_INTS, TAP_INTS, Tile, tap_convolution, weight_gradient
 from fusetile.codegen.conv_tiles import cover_pixels, machine
 from fusetile.codegen.targets import TARGETS, Target, host
 from fusetile.codegen.tvm_pipeline import assembly
@@ -28,7 +28,7 @@ from fusetile.ops import Domain, row
 from fusetile.program import Buffer, Call
 from fusetile.runtime.native import Library
 from fusetile.runtime.storage import make_arena, pack, unpack
-from tests.codegen.harness import Case, buffer_for, inside, place, stored
+from tests.codegen.harness import Case, buffer_for, inside, middle, place, stored
 
 Shape = tuple[int, ...]
 WIDTHS = (1, 5, 9, 15)  # of outputs: few, so that few register tiles are compiled
@@ -275,16 +275,37 @@ def test_rows_without_a_border_are_one():
     random = np.random.default_rng(0)
     x, w, dy = (random.standard_normal(s).astype(np.float32) for s in ((2, 16, 7, 7), (24, 16, 1, 1), (2, 24, 7, 7)))
     window = {"strides": (1, 1), "dilations": (1, 1), "pads": (0, 0, 0, 0)}
-    for kind, a, more in (("Conv", x, {}), ("ConvInputGrad", dy, {"input_shape": x.shape})):
-        case = Case(kind, [a, w], {**window, **more}, filters=(1,))
+    for kind, names, a, b, more in (
+        ("Conv", TAP_INTS, x, w, {}),
+        ("ConvInputGrad", TAP_INTS, dy, w, {"input_shape": x.shape}),
+        ("ConvWeightGrad", GRADIENT_INTS, x, dy, {"kernel_shape": (1, 1)}),
+    ):
+        case = Case(kind, [a, b], {**window, **more}, filters=[i for i in (1,) if b is w])
         tensors = [case.graph.tensors[name] for name in (*case.op.inputs, *case.op.outputs)]
         for border in (0, 1):
             *inputs, output = (
                 buffer_for(t.name, t, tuple((0, n) for n in t.shape), border=(border,) * 2) for t in tensors
             )
-            (*_, call) = lower(case.op, case.domain, case.domain.box, inputs, [output], target=host()).calls
-            assert call.ints[TAP_INTS.index("height")] == (7 if border else 1)
+            calls = lower(case.op, case.domain, case.domain.box, inputs, [output], target=host()).calls
+            call = next(call for call in calls if len(call.ints) == len(names))
+            assert call.ints[names.index("height")] == (7 if border else 1)
         case.check(border=(0, 0))
+
+
+@pytest.mark.parametrize(("window", "size", "alike"), [((2, 2), (6, 8), 4), ((3, 2), (9, 4), 6), ((2, 2), (5, 8), 1)])
+def test_windows_that_do_not_overlap_are_one_call(window, size, alike):
+    """The input gradient as transposed convolution: phases that read the same pixels are computed together."""
+    random = np.random.default_rng(0)
+    w = random.standard_normal((16, 24, *window)).astype(np.float32)
+    dy = random.standard_normal((2, 16, *(n // s for n, s in zip(size, window, strict=True)))).astype(np.float32)
+    attrs = {"strides": window, "dilations": (1, 1), "pads": (0, 0, 0, 0), "input_shape": (2, 24, *size)}
+    case = Case("ConvInputGrad", [dy, w], attrs, filters=(1,))
+    tensors = [case.graph.tensors[name] for name in (*case.op.inputs, *case.op.outputs)]
+    *inputs, output = (buffer_for(t.name, t, tuple((0, n) for n in t.shape), border=(1, 1)) for t in tensors)
+    _, *calls = lower(case.op, case.domain, case.domain.box, inputs, [output], target=host()).calls
+    assert {call.ints[TAP_INTS.index("phases")] for call in calls} == {alike}
+    for box in (case.domain.box, middle(case.domain.box, case.domain)):
+        case.check(box, rtol=1e-4, atol=1e-4, border=(1, 1), pitch=1)
 
 
 def test_refuses_buffers_that_lack_padding_or_halo():

@@ -14,6 +14,7 @@ from fusetile.codegen.conv_tiles import (
     cover_lines,
     cover_pixels,
     machine,
+    row_counts,
 )
 from fusetile.codegen.targets import TARGETS
 
@@ -52,9 +53,8 @@ def test_covers_pixels_exactly(m, extent, blocks, pixel, lines):
 
 @given(m=machines, rows=sizes, columns=sizes, blocks=sizes)
 def test_rows_are_merged_for_fewer_tiles_and_never_into_very_long_ones(m, rows, columns, blocks):
-    counts = [n for n in range(1, rows + 1) if rows % n == 0]
-    merged = best_rows(m, counts, columns, blocks)
-    assert merged in counts and (merged == 1 or merged * columns <= LONGEST_ROW)
+    merged = best_rows(m, row_counts(rows), columns, blocks)
+    assert rows % merged == 0 and (merged == 1 or merged * columns <= LONGEST_ROW)
 
 
 def test_a_small_map_is_one_row():

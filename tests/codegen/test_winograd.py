@@ -174,7 +174,7 @@ def test_choice(family):
         assert tile(family, 1, 208, 208, 32, 8, target=target, numerics="fast") == DIRECT
         assert tile(family, 1, 104, 104, 64, 128, target=target, numerics="fast") == 4
         assert tile(family, 1, 104, 104, 64, 128, target=target, numerics="strict") == 2
-    assert tile("conv", 1, 2, 2, 512, 512, target=target, numerics="fast") == DIRECT
+        assert tile("conv", 1, 2, 2, 512, 512, target=target, numerics="fast") == DIRECT
     assert tile(family, 1, 13, 13, 512, 1024, target=TARGETS["avx512"], numerics="fast") != DIRECT
     assert tile(family, 1, 13, 13, 512, 1024, target=TARGETS["pi3"], numerics="fast") == DIRECT
 
