@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusetile.codegen.conv_tiles import (
@@ -32,6 +32,7 @@ def check_cover(parts, extent, blocks):
     assert found == list(range(blocks))
 
 
+@settings(deadline=None)
 @given(m=machines, extent=sizes, blocks=sizes)
 def test_covers_lines_exactly(m, extent, blocks):
     parts = cover_lines(m, extent, blocks)
@@ -39,6 +40,7 @@ def test_covers_lines_exactly(m, extent, blocks):
     assert all(part.tile.long <= m.lines[part.tile.blocks] for part in parts)
 
 
+@settings(deadline=None)
 @given(m=machines, extent=sizes, blocks=sizes, pixel=st.integers(1, 24), lines=st.integers(1, WRITTEN_LINES))
 def test_covers_pixels_exactly(m, extent, blocks, pixel, lines):
     parts = cover_pixels(m, extent, blocks, pixel=pixel, lines=lines)
@@ -51,6 +53,7 @@ def test_covers_pixels_exactly(m, extent, blocks, pixel, lines):
             assert tile.long * m.vectors.per_block * tile.blocks + len(inputs) < m.registers
 
 
+@settings(deadline=None)
 @given(m=machines, rows=sizes, columns=sizes, blocks=sizes)
 def test_rows_are_merged_for_fewer_tiles_and_never_into_very_long_ones(m, rows, columns, blocks):
     merged = best_rows(m, row_counts(rows), columns, blocks)
@@ -62,6 +65,7 @@ def test_a_small_map_is_one_row():
         assert best_rows(machine(TARGETS[name], 8), (1, 7), 7, 8) == 7
 
 
+@settings(deadline=None)
 @given(m=machines, rows=sizes, columns=sizes, k=sizes, c=sizes, taps=st.integers(1, 49))
 def test_blocking_is_legal(m, rows, columns, k, c, taps):
     filter_block = taps * m.vectors.block**2
