@@ -145,8 +145,8 @@ for p in T.unroll({length}):
 """
 
     at_m = f"m_[{m_at} + p * {m_tile} + r * {v.width} + e]"
-    x_at = f"v_[{v_at} + c * {v_block} + p * {v.block} + {{}}]"
-    w_at = f"u[{u_at} + ((c - c_first) * {v.block} + {{}}) * {wide * v.block} + r * {v.width} + e]"
+    x_at = f"v_[v_c + p * {v.block} + {{}}]"
+    w_at = f"u[u_c + {{}} * {wide * v.block} + r * {v.width} + e]"
     if v.lanes:
         inner = f"""
 for q in T.unroll({v.block // v.lanes}):
@@ -175,6 +175,8 @@ else:
     return f"""
 {start}
 for c in T.serial(c_start, c_stop):
+    v_c: T.int32 = {v_at} + c * {v_block}
+    u_c: T.int32 = {u_at} + (c - c_first) * {v.block * wide * v.block}
     {indent(next_product, 4)}
     {indent(inner, 4)}
 {each(f"{at_m} = acc[p, r, e]")}

@@ -30,6 +30,7 @@ CASES = (
     (Layer(64, 64, 36, 3), FORWARD, 4, 0.5),
     (Layer(64, 64, 36, 3), INPUT, 4, 0.5),
     (Layer(64, 64, 36, 3), WEIGHT, 4, 0.5),
+    (Layer(64, 128, 28, 3), FORWARD, 4, 0.5),  # many channels
 )
 # compiling is what takes time: all cases for the in-order CPU, half of them for each of the others
 OF_CPU = {"pi3": CASES, "pi4": CASES[::2], "pi5": CASES[1::2], "armv7": CASES[::2]}
