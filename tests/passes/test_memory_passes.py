@@ -12,6 +12,7 @@ import pytest
 from fusetile.box import contains, hull, volume
 from fusetile.cluster import local_cluster
 from fusetile.codegen.assemble import lifetimes, memory_of
+from fusetile.codegen.calls import KernelCall
 from fusetile.codegen.emit import Draft, DraftRecv, DraftSend, emit
 from fusetile.codegen.targets import TARGETS
 from fusetile.errors import DoesNotFit
@@ -200,6 +201,25 @@ def test_buffers_live_from_their_first_use_until_a_transfer_is_awaited(name: str
             assert live[buffer] == (-1, len(draft.steps))
         assert all(live[buffer][0] == -1 for buffer in draft.fed)
         assert all(live[buffer][1] == len(draft.steps) for buffer in draft.logged)
+
+
+@cases
+def test_parameters_exist_once_and_gradients_die_with_their_update(name: str, nodes: int, plan: str) -> None:
+    graph = training_graph(NETWORKS[name](2))
+    readers, states = graph.consumers(), {*graph.parameters, *graph.next_value.values()}
+    for draft in drafted(name, nodes, plan):
+        live = lifetimes(draft)
+        calls: dict[str, int] = {}  # op -> its last step
+        for at, step in enumerate(draft.steps):
+            if isinstance(step, KernelCall):
+                calls[step.op] = at
+        for buffer in draft.buffers:
+            tensor = buffer.split(" for ")[0]
+            if tensor in states:  # a parameter, its next value, or a copy for a reader that has not its box
+                assert tensor in graph.parameters
+                assert (buffer in draft.persistent) == (buffer == tensor or tensor not in graph.next_value)
+            if tensor in graph.gradients.values() and nodes == 1:  # elsewhere sums go on the way to other devices
+                assert live[buffer][1] == max(calls[op.name] for op in readers[tensor])
 
 
 def test_plan_memory_golden() -> None:
