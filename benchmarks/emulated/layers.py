@@ -13,8 +13,10 @@ from benchmarks.emulated.work import Work, work
 from fusetile.codegen import conv, conv_choice, winograd
 from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import Target
+from fusetile.ops import row
 
 PHASES = ("forward", "input gradient", "weight gradient")
+FAMILIES = dict(zip(PHASES, ("conv", "conv_input_grad", "conv_weight_grad"), strict=True))
 DIRECT = conv_choice.DIRECT
 
 
@@ -59,7 +61,7 @@ class Layer:
         if len(self.algorithms()) == 1:
             return DIRECT
         c, k = (self.k, self.c) if phase == PHASES[1] else (self.c, self.k)
-        return conv_choice.tile(1, self.out, self.out, c, k, target=target, numerics="fast")
+        return conv_choice.tile(FAMILIES[phase], 1, self.out, self.out, c, k, target=target, numerics="fast")
 
     def work(self, phase: str, algorithm: int, target: Target) -> Work:
         """The phase on random data."""
@@ -86,7 +88,7 @@ def _work(
     filters: Sequence[int] = (),
     raw: Sequence[int] = (),
 ) -> Work:
-    family = {"Conv": "conv", "ConvInputGrad": "conv_input_grad", "ConvWeightGrad": "conv_weight_grad"}[kind]
+    family = row(kind).kernel
     with_lower: Callable[..., Any] = getattr(conv, f"lower_{family}")
     if algorithm:
         with_lower = partial(getattr(winograd, f"lower_{family}"), m=algorithm)

@@ -65,7 +65,8 @@ class Cost:
 
 _EVEN = {2: 1.0, 4: 1.0}
 # Per floats in a register. 8: fitted to the times of 40 sizes of layers, 2x2 to 208x208, on AMD Zen 3; 16: measured on
-# an Intel Xeon; 4 (ARM): estimated, transforms meet small caches and one load per cycle.
+# an Intel Xeon; 4 (ARM): fitted to what benchmarks/arm.py counts for a Pi 3 with 512 KB of second-level cache: executed
+# instructions, and (assumed, not measured) 8 more per line that the first cache misses, 20 to 40 more for the second.
 _COSTS: dict[int, dict[str, Cost]] = {
     16: dict.fromkeys(_DIRECT, Cost(_EVEN, filter=16, input=10, output=20)),
     8: {
@@ -73,7 +74,7 @@ _COSTS: dict[int, dict[str, Cost]] = {
         "conv_input_grad": Cost({2: 1.11, 4: 1.28}, filter=9, input=3, output=9, weight=270, near=0.8, channels=16),
         "conv_weight_grad": Cost({2: 1.32, 4: 1.67}, filter=8, input=10, output=0, weight=65, near=0.4, channels=16),
     },
-    4: dict.fromkeys(_DIRECT, Cost(_EVEN, filter=20, input=14, output=26, gain=0.75)),
+    4: dict.fromkeys(_DIRECT, Cost({2: 1.64, 4: 1.64}, filter=13, input=3, output=20)),
 }
 
 

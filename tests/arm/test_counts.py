@@ -69,5 +69,7 @@ def test_executed_instructions(
         assert profile.executed / layer.ideal <= limit * (ARMV7 if name == "armv7" else 1), case
         loops = hot_loops(profile, share=0.1)
         assert loops and not [text for loop in loops for text in loop.stack], case
+        if algorithm:
+            assert layer.chosen(phase, target) == algorithm, case
         if name == "pi3" and algorithm == DIRECT:
             assert typical_distance(loops)[1] >= LOAD_DISTANCE, case
