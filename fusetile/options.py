@@ -20,7 +20,7 @@ from fusetile.passes.add_optimizer import Kind, Optimizer
 from fusetile.passes.differentiate import ClassOptions
 from fusetile.rates import Rates, Schedule
 
-Loss = Literal["cross-entropy", "nll", "mse", "l1", "smooth-l1", "bce-with-logits", "model"]
+Loss = Literal["cross-entropy", "nll", "mse", "l1", "smooth-l1", "bce-with-logits", "dice", "model"]
 
 
 def _option(panel: str, flag: str, help_text: str, **more: Any) -> Any:

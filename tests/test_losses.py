@@ -27,7 +27,8 @@ OPTIONS = {
 def loss_and_gradient(loss: str, y: np.ndarray, target: np.ndarray, options: ClassOptions) -> tuple[float, np.ndarray]:
     """What the graph of the loss alone computes."""
     graph = Graph()
-    graph.add_parameter("y", Parameter(y, trainable=True))
+    graph.add_tensor("y", y.shape)
+    graph.parameters["y"] = Parameter(y, trainable=True)
     graph.outputs = [graph.add("Identity", ["y"], outputs=["out"])[0]]
     graph = differentiate(graph, loss=loss, classes=options)
     values = evaluate(graph, {next(iter(graph.targets)): target})
@@ -40,7 +41,11 @@ def torch_loss(loss: str, y: np.ndarray, target: np.ndarray, options: ClassOptio
     x = torch.tensor(y, dtype=torch.float64, requires_grad=True)
     names = {"mse": "mse_loss", "l1": "l1_loss", "smooth-l1": "smooth_l1_loss"}
     names |= {"bce-with-logits": "binary_cross_entropy_with_logits"}
-    if loss in names:
+    if loss == "dice":
+        p, t = torch.sigmoid(x), torch.tensor(target, dtype=torch.float64)
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        value = 1 - ((2 * (p * t).sum(axes) + 1) / (p.sum(axes) + t.sum(axes) + 1)).mean()
+    elif loss in names:
         value = getattr(functional, names[loss])(x, torch.tensor(target, dtype=torch.float64))
     else:
         more: dict[str, Any] = {"ignore_index": -1 if options.ignore is None else options.ignore}
@@ -58,7 +63,7 @@ def torch_loss(loss: str, y: np.ndarray, target: np.ndarray, options: ClassOptio
 @pytest.mark.parametrize(
     ("loss", "options"),
     [
-        *((loss, "plain") for loss in ("mse", "l1", "smooth-l1", "bce-with-logits")),
+        *((loss, "plain") for loss in ("mse", "l1", "smooth-l1", "bce-with-logits", "dice")),
         *itertools.product(("cross-entropy",), OPTIONS),
         *itertools.product(("nll",), ("plain", "ignored", "weighted")),
     ],
@@ -90,7 +95,7 @@ def loss_in_the_model() -> Graph:
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("loss", ["l1", "smooth-l1", "bce-with-logits", "nll", "cross-entropy"])
+@pytest.mark.parametrize("loss", ["l1", "smooth-l1", "bce-with-logits", "dice", "nll", "cross-entropy"])
 def test_losses_in_every_plan(loss: str, nodes: int) -> None:
     """Two outputs, whose losses add up; or one, with weights and labels that do not count."""
     options = OPTIONS["all"] if loss == "cross-entropy" else None
@@ -120,6 +125,22 @@ def test_a_loss_in_the_model(nodes: int) -> None:
     for plan in ("batch", *GRIDS[nodes], "random:1", *(["auto"] if nodes == 3 else [])):
         error, where = worst(run_plan(graph, *planned(graph, plan, nodes), fed), expected)
         assert error < 1e-5, f"{plan}: {where} is off by {error}"
+
+
+def test_a_loss_op_within_a_larger_loss() -> None:
+    """Half of a mean squared error, plus another: gradients are those of the parts, scaled."""
+    graph = Graph()
+    random = np.random.default_rng(0)
+    y, t = (random.standard_normal((4, 3)).astype(np.float32) for _ in range(2))
+    graph.add_parameter("y", Parameter(y, trainable=True))
+    graph.inputs = [graph.add_tensor("t", t.shape)]
+    (mse,) = graph.add("MeanSquaredError", ["y", "t"], attrs={"count": y.size})
+    (half,) = graph.add("Scale", [mse], attrs={"factor": 0.5})
+    (l1,) = graph.add("MeanAbsoluteError", ["y", "t"], attrs={"count": y.size})
+    graph.outputs = [*graph.add("Add", [half, l1])]
+    graph = differentiate(graph, loss="model")
+    values = evaluate(graph, {"t": t})
+    np.testing.assert_allclose(values[graph.gradients["y"]], ((y - t) + np.sign(y - t)) / y.size, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

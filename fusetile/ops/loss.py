@@ -1,6 +1,7 @@
 """Losses: one element of shape [1], the mean over the whole batch, partial on devices that have a part of it.
 
-A loss is the end of the graph: it is only ever added to other losses, so its own gradient is 1.
+A loss is the end of the graph, or is only added to others: its own gradient is 1, and then named like the loss. Within
+a loss that a model computes itself its gradient is a tensor as usual.
 
 Losses of classes have logits (or log-probabilities) [N,C] or [N,C,H,W] and labels [N] or [N,H,W]. With the further
 inputs weights [C] and total [1] they are PyTorch's weighted means: sum of w[label] * loss over `total`, the LabelWeight
@@ -39,6 +40,10 @@ NO_LABEL = -(2**31)
 def _vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
     stem = f"grad.{op.inputs[0]}"
     (dx,) = graph.add(f"{op.kind}Grad", op.inputs, attrs=op.attrs, stem=stem, phase=BACKWARD, origin=op.origin)
+    dy = grads[0]
+    assert dy is not None
+    if dy != graph.loss:  # a part of a model's own loss
+        (dx,) = graph.add("Mul", [dx, dy], stem=stem, phase=BACKWARD, origin=op.origin)
     return [dx, *(None for _ in op.inputs[1:])]
 
 

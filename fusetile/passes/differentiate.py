@@ -12,7 +12,7 @@ Source: Griewank and Walther, Evaluating Derivatives, chapter 3 (the reverse mod
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ from fusetile.graph import BACKWARD, Graph, Parameter
 from fusetile.ops import row
 from fusetile.ops.loss import CLASS_LOSSES, LOSSES
 
-MODEL = "model"
-"""The name of the loss that is part of the model."""
+DICE, MODEL = "dice", "model"
+"""Losses that are no op of their own: one is made of several, one is part of the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +45,8 @@ def differentiate(graph: Graph, *, loss: str, classes: ClassOptions | None = Non
     train or the loss does not fit an output.
     """
     graph = graph.copy()
-    if loss not in (*LOSSES, MODEL):
-        raise UserError(f"unknown loss {loss!r}: choose one of {', '.join(sorted((*LOSSES, MODEL)))}")
+    if loss not in (names := sorted((*LOSSES, DICE, MODEL))):
+        raise UserError(f"unknown loss {loss!r}: choose one of {', '.join(names)}")
     if not any(parameter.trainable for parameter in graph.parameters.values()):
         raise UserError(f"{graph.name}: no float32 initializer is the weight of a layer, so there is nothing to train")
     classes = classes or ClassOptions()
@@ -56,47 +56,74 @@ def differentiate(graph: Graph, *, loss: str, classes: ClassOptions | None = Non
         )
     if classes.smoothing and loss != "cross-entropy":
         raise UserError(f"--label-smoothing needs --loss cross-entropy, not {loss}")
-    seed = ""
     if loss == MODEL:
-        seed = _take_loss(graph)
+        graph.outputs = graph.outputs[:1]
+        graph.loss, shape = graph.outputs[0], graph.tensors[graph.outputs[0]].shape
+        if math.prod(shape) != 1:
+            raise UserError(f"--loss model: the first output, {graph.loss!r}, must be one number; it has shape {shape}")
     else:
-        parts = [_add_loss(graph, i, LOSSES[loss], classes) for i in range(len(graph.outputs))]
+        parts = [
+            _add_dice(graph, i) if loss == DICE else _add_loss(graph, i, LOSSES[loss], classes)
+            for i in range(len(graph.outputs))
+        ]
         graph.loss = parts[0]
         for part in parts[1:]:
             (graph.loss,) = graph.add("Add", [graph.loss, part], stem="loss.sum", origin="the sum of the losses")
-    _add_gradients(graph, seed or graph.loss)  # no rule of a loss reads its gradient, which is 1
+    _add_gradients(graph, _seed(graph) if loss in (DICE, MODEL) else graph.loss)
     return graph
 
 
-def _take_loss(graph: Graph) -> str:
-    """The model's first output is the loss; returns a tensor that holds its gradient, 1."""
-    graph.loss, shape = graph.outputs[0], graph.tensors[graph.outputs[0]].shape
-    if math.prod(shape) != 1:
-        raise UserError(f"--loss model: the first output, {graph.loss!r}, must be one number; it has shape {shape}")
-    graph.outputs = graph.outputs[:1]
-    return graph.add_parameter(graph.fresh(f"grad.{graph.loss}"), Parameter(np.ones(shape, np.float32), False))
+def _seed(graph: Graph) -> str:
+    """A tensor that holds the gradient of the loss, 1. The rules of `LOSSES` do without."""
+    one = np.ones(graph.tensors[graph.loss].shape, np.float32)
+    return graph.add_parameter(graph.fresh(f"grad.{graph.loss}"), Parameter(one, trainable=False))
+
+
+def _add_target(graph: Graph, i: int, shape: Sequence[int], dtype: str = "float32") -> str:
+    """The target of output `i`."""
+    key = "y" if len(graph.outputs) == 1 else f"y{i}"
+    target = graph.add_tensor(graph.fresh(key), shape, dtype)
+    graph.targets[target] = key
+    return target
+
+
+def _add_dice(graph: Graph, i: int) -> str:
+    """1 - (2 sum of p t + 1) / (sum of p + sum of t + 1), p = sigmoid(y), per channel over the whole batch; the mean
+    of all channels. Source: Milletari, Navab, Ahmadi, V-Net (2016), with 1 added for classes that are nowhere."""
+    output, origin = graph.outputs[i], f"the loss of {graph.outputs[i]!r}"
+    shape = graph.tensors[output].shape
+    if len(shape) < 2:
+        raise UserError(f"--loss dice needs an output [N,C,...]; {output!r} has shape {shape}")
+    target, channels = _add_target(graph, i, shape), (1, shape[1], *(1,) * (len(shape) - 2))
+
+    def add(kind: str, inputs: Sequence[str], **attrs: Any) -> str:
+        return graph.add(kind, inputs, attrs=attrs, stem=f"dice.{kind.lower()}", origin=origin)[0]
+
+    p = add("Sigmoid", [output])
+    common = add("Shift", [add("Scale", [add("SumTo", [p, target], shape=channels)], factor=2.0)], offset=1.0)
+    both = add("Add", [add("SumTo", [p], shape=channels), add("SumTo", [target], shape=channels)])
+    score = add("SumTo", [add("Div", [common, add("Shift", [both], offset=1.0)])], shape=(1,))
+    return add("Shift", [add("Scale", [score], factor=-1 / shape[1])], offset=1.0)
 
 
 def _add_loss(graph: Graph, i: int, kind: str, classes: ClassOptions) -> str:
     """The loss of output `i`, with its target."""
-    output, key = graph.outputs[i], "y" if len(graph.outputs) == 1 else f"y{i}"
-    target, origin = graph.fresh(key), f"the loss of {graph.outputs[i]!r}"
-    shape, inputs = graph.tensors[output].shape, [output, target]
+    output, origin = graph.outputs[i], f"the loss of {graph.outputs[i]!r}"
+    shape = graph.tensors[output].shape
     attrs: dict[str, Any] = {}
     if kind in CLASS_LOSSES.values():
         if len(shape) not in (2, 4):
             raise UserError(f"a loss of classes needs an output [N,C] or [N,C,H,W]; {output!r} has shape {shape}")
-        graph.add_tensor(target, (shape[0], *shape[2:]), "int32")
+        inputs = [output, _add_target(graph, i, (shape[0], *shape[2:]), "int32")]
         if classes.smoothing:
             attrs["smoothing"] = classes.smoothing
         if classes.ignore is not None:
             attrs["ignore"] = classes.ignore
-        if classes.weights or attrs.get("ignore") is not None:
-            inputs += _weighing(graph, target, classes, shape[1], attrs, origin)
+        if classes.weights or classes.ignore is not None:
+            inputs += _weighing(graph, inputs[1], classes, shape[1], attrs, origin)
     else:
-        graph.add_tensor(target, shape)
-    graph.targets[target] = key
-    attrs["count"] = math.prod(graph.tensors[target].shape)
+        inputs = [output, _add_target(graph, i, shape)]
+    attrs["count"] = math.prod(graph.tensors[inputs[1]].shape)
     return graph.add(kind, inputs, attrs=attrs, stem="loss", origin=origin)[0]
 
 
