@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fusetile.graph import UPDATE, Graph, Parameter
+from fusetile.ops.resample import Taps, resample
 
 
 class Net:
@@ -40,6 +41,27 @@ class Net:
         c = self.graph.tensors[x].shape[1]
         inputs = [x, self.parameter("w", (k, c), c**-0.5)] + ([self.parameter("b", (k,), 0.1)] if bias else [])
         return self._op("Gemm", *inputs)
+
+    def resized(self, x: str, height: int, width: int) -> str:
+        """Twice as large, every new row and column between two old ones."""
+        sizes = self.graph.tensors[x].shape[2:]
+        maps = [
+            Taps.weighted(size, [[(i // 2, 0.75), (min(i // 2 + 1, size - 1), 0.25)] for i in range(wanted)])
+            for size, wanted in zip(sizes, (height, width), strict=True)
+        ]
+        return resample(self.graph, x, *maps, stem=f"{x}.resized", origin="Resize node")
+
+    def shuffled(self, x: str, groups: int) -> str:
+        n, c, h, w = self.graph.tensors[x].shape
+        channels = ((1, c // groups, 1), (1, groups, c // groups))
+        return self._op("Rearrange", x, dims=(((0, n, 1),), channels[::-1], ((2, h, 1),), ((3, w, 1),)))
+
+    def softmax(self, x: str) -> str:
+        """Over the channels."""
+        n, _, h, w = self.graph.tensors[x].shape
+        lowered = self._op("Sub", x, self._op("MaxTo", x, shape=(n, 1, h, w), constant=True))
+        powers = self._op("Exp", lowered)
+        return self._op("Div", powers, self._op("SumTo", powers, shape=(n, 1, h, w)))
 
     def batch_norm(self, x: str, frozen=False) -> str:
         g, channels = self.graph, self.graph.tensors[x].shape[1]
@@ -189,7 +211,8 @@ def grouped(batch=2) -> Graph:
 
 
 def up_and_down(batch=2) -> Graph:
-    """A small U-Net: pooling, a transposed convolution, and a join with the map from above."""
+    """A small U-Net: pooling, a transposed convolution, a map resized linearly, and a join with the map from above,
+    whose channels are shuffled and then gates."""
     net = Net((batch, 2, 10, 8))
     above = net.relu(net.conv(net.x, 9, bias=True))
     x = net.relu(net.conv(net.max_pool(above), 17))
@@ -198,7 +221,8 @@ def up_and_down(batch=2) -> Graph:
         "ConvInputGrad", x, w, strides=(2, 2), dilations=(1, 1), pads=(1, 0, 1, 0), input_shape=(batch, 9, 10, 8)
     )
     x = net.relu(net._op("Add", x, net.parameter("b", (9,), 0.1)))
-    x = net.concat(net.conv(x, 5), above, net._op("Upsample", net.conv(net.max_pool(x), 5), factors=(2, 2)))
+    x = net.concat(net.conv(x, 5), above, net.resized(net.conv(net.max_pool(x), 6), 10, 8))
+    x = net.softmax(net.shuffled(x, 4))
     return net.done(net.conv(x, 3, window=1))
 
 

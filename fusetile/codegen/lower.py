@@ -52,7 +52,6 @@ _MODULES = {
     "mat_mul": "matmul",
     "sum_to": "reduce",
     "max_to": "reduce",
-    "upsample": "resize",
     "grouped_conv": "grouped",
     "grouped_conv_input_grad": "grouped",
     "grouped_conv_weight_grad": "grouped",

@@ -1,14 +1,17 @@
-"""Give every BatchNormalization vectors of its own where an exporter merged them.
+"""Take apart initializers that an exporter merged because their first values are equal.
 
-Exporters merge initializers of equal value: PyTorch's newer one under one name, the older one, outside training mode,
-by Identity nodes. In a fresh network all scales and running variances are one, all biases and running means zero:
+PyTorch's newer exporter merges them under one name, the older one, outside training mode, by Identity nodes. In a fresh
+network all scales and running variances are one, all biases and running means zero:
 
     bn1(x, one, zero, zero, one)      ==>      bn1(x, one, zero, bn1.running_mean, bn1.running_var)
     bn2(y, one, zero, zero, one)               bn2(y, bn2.weight, bn2.bias, bn2.running_mean, bn2.running_var)
 
+    norm2.bias = Identity(norm1.bias)  ==>     an initializer norm2.bias of its own, if all its numbers are equal
+
 Training that model as it says would tie weights that the network does not tie. No network ties a running statistic to
 anything in another role, so where one is, values were merged, and each use gets a copy. Names that Identity nodes kept
-come back. Models without such a sign are left alone: there, what is shared is meant to be.
+come back; but an Identity of numbers that differ among themselves is of weights that a network ties, and stays. So does
+what is shared without any of these signs.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import onnx
+from onnx import numpy_helper
 
 STATISTICS = (3, 4)
 ROLES = {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"}
@@ -24,11 +28,11 @@ ROLES = {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"}
 def unshare_norms(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same model, or a changed copy in which merged initializers are apart again."""
     merged = _merged_roots(model)
-    if not merged:
+    if not merged and not any(_copied(node) in _even(model.graph) for node in model.graph.node):
         return model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    _drop_identities(copy.graph)
+    _drop_identities(copy.graph, everything=bool(merged))
     _copy_per_use(copy.graph, merged)
     return copy
 
@@ -56,9 +60,25 @@ def _merged_roots(model: onnx.ModelProto) -> set[str]:
     return set(norms) if any(used & statistics and len(used) > 1 for used in norms.values()) else set()
 
 
-def _drop_identities(graph: onnx.GraphProto) -> None:
-    """Initializers in the place of Identity nodes that copy one."""
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
+def _even(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Initializers whose numbers are all the same, as they are before training."""
+    wanted = {_copied(node) for node in graph.node}
+    found = {}
+    for tensor in graph.initializer:
+        if tensor.name not in wanted:
+            continue
+        try:
+            values = numpy_helper.to_array(tensor)
+        except (ValueError, TypeError, KeyError):  # damaged: reading the initializers says so
+            continue
+        if values.size and (values == values.flat[0]).all():
+            found[tensor.name] = tensor
+    return found
+
+
+def _drop_identities(graph: onnx.GraphProto, *, everything: bool) -> None:
+    """Initializers in the place of Identity nodes that copy one, or one whose numbers are all the same."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer} if everything else _even(graph)
     outputs = {output.name for output in graph.output}
     for node in list(graph.node):
         if _copied(node) in tensors and node.output[0] not in outputs:

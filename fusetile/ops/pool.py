@@ -7,7 +7,6 @@ row-major order. The gradients gather: every element of dx looks at the windows 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from fusetile.ops.base import (
     Attrs,
     Axis,
     Domain,
-    Groups,
     Row,
     Spec,
     Spread,
@@ -217,43 +215,3 @@ register(
         kernel="global_average_pool_grad",
     )
 )
-
-
-# -- nearest-neighbour upsampling by whole factors -------------------------------------------------------------------
-
-
-def _upsample_shape(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
-    n, k, h, w = inputs[0].shape
-    down, across = attrs["factors"]
-    return [Spec((n, k, h * down, w * across))]
-
-
-def _upsample_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
-    x, y = inputs[0].shape, outputs[0].shape
-    axes = tuple(Axis(name, size) for name, size in zip("nkhw", y, strict=True))
-    rows = [Groups(axis, size, factor) for axis, size, factor in zip("hw", x[2:], attrs["factors"], strict=True)]
-    return Domain(axes, ((*_maps(x)[:2], *rows),), (_maps(y),))
-
-
-def _upsample(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    (_, _, *held), (_, _, *wanted) = domain.need(box, 0), domain.output(box)
-    rows, columns = (
-        np.arange(*want) // factor - have[0]
-        for want, have, factor in zip(wanted, held, op.attrs["factors"], strict=True)
-    )
-    return [inputs[0][:, :, rows][:, :, :, columns]]
-
-
-def _upsample_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
-    """The sum over what a pixel was copied to: the average of it times its number, which average pooling has."""
-    dy, factors = grads[0], op.attrs["factors"]
-    assert dy is not None
-    attrs = {"kernel": factors, "strides": factors, "pads": (0, 0, 0, 0), "ceil_mode": False}
-    common: dict[str, Any] = {"phase": BACKWARD, "origin": op.origin}
-    pool = {**attrs, "count_include_pad": False}
-    (mean,) = graph.add("AveragePool", [dy], attrs=pool, stem=f"grad.{op.inputs[0]}.mean", **common)
-    area = {"factor": float(factors[0] * factors[1])}
-    return [*graph.add("Scale", [mean], attrs=area, stem=f"grad.{op.inputs[0]}", **common)]
-
-
-register(Row("Upsample", _upsample_shape, _upsample_domain, _upsample, _upsample_vjp, kernel="upsample"))

@@ -75,9 +75,3 @@ def test_global_average_pool() -> None:
     (y,) = case.expected(case.domain.box)
     back = Case("GlobalAveragePoolGrad", [y], {"input_shape": SHAPE})
     back.check(middle(back.domain.box, back.domain, channels=8), rtol=1e-6, atol=1e-6, **LAYOUT)
-
-
-def test_upsample():
-    case = Case("Upsample", [seeded().standard_normal((2, 19, 5, 4), np.float32)], {"factors": (2, 3)})
-    case.check(rtol=0, atol=0, border=(1, 2), margin=1)
-    case.check(middle(case.domain.box, case.domain, channels=8), rtol=0, atol=0, margin=1, border=(1, 2), pitch=1)

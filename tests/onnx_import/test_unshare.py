@@ -75,3 +75,18 @@ def test_what_is_meant_to_be_shared_stays() -> None:
     nodes = [node("BatchNormalization", "x g b m v", "z"), node("BatchNormalization", "z g b m v", "y")]
     proto = model(nodes, {"x": ("N", 3, 4, 4)}, ["y"], vectors)
     assert unshare_norms(proto) is proto
+
+
+def test_vectors_that_an_identity_copies(tmp_path: Path) -> None:
+    """Zeros with a name of their own are weights of their own; equal random numbers are one weight with two names."""
+    weights = {"w": normal(3, 3, 1, 1), "b": ZERO}
+    nodes = [
+        node("Identity", "b", "b2"),
+        node("Identity", "b2", "b3"),
+        node("Identity", "w", "w2"),
+        node("Conv", "x w b", "c"),
+        node("Conv", "c w2 b2", "d"),
+        node("Conv", "d w2 b3", "y"),
+    ]
+    graph = import_onnx(save(model(nodes, {"x": ("N", 3, 4, 4)}, ["y"], weights), tmp_path))
+    assert sorted(graph.parameters) == ["b", "b2", "b3", "w"]

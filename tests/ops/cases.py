@@ -327,7 +327,6 @@ def _others() -> list[Case]:
         Case("Mul of a gate per channel and one per pixel", "Mul", (((2, 5, 1, 1), V), ((2, 1, 4, 3), V))),
         Case("Mul of rows and a vector", "Mul", ((ROW, V), ((7,), V))),
         Case("SumTo of rows", "SumTo", ((ROW, V),), {"shape": (7,)}),
-        Case("Upsample", "Upsample", ((MAP, V),), {"factors": (2, 3)}),
         Case("Shift", "Shift", ((MAP, V),), {"offset": 0.5}),
         Case("ClipScale", "ClipScale", (((1,), V),), {"limit": 0.5}, {0: np.array([4], np.float32)}),
     ]

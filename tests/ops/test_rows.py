@@ -378,7 +378,6 @@ DIFFERENTIABLE: list[tuple[str, list[tuple[tuple[int, ...], str]], dict[str, Any
     ),
     ("Sub", [((3,), "map"), ((2, 3, 5, 4), "map")], {}),
     ("Mul", [((2, 3, 1, 1), "map"), ((2, 1, 5, 4), "map")], {}),
-    ("Upsample", [((2, 3, 5, 4), "map")], {"factors": (2, 3)}),
     ("Shift", [((3, 4), "map")], {"offset": -2.5}),
     ("Scale", [((3, 4), "map")], {"factor": -2.5}),
     ("Identity", [((3, 4), "map")], {}),
