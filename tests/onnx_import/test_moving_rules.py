@@ -74,6 +74,10 @@ CASES: dict[str, tuple[Nodes, Weights]] = {
         b=[4],
     ),
     "gather": chain(("Gather i", {"axis": 1}), ("Gather j", {"axis": 3}), i=[2, 0, 1], j=[1, 1, 4]),
+    "strides of what lies in order": (
+        [node("Reshape", "x flat", "f"), node("Gather", "f i", "y")],
+        ints(flat=[-1]) | {"i": np.arange(240).reshape(2, 12, 10)},
+    ),
     "tile": chain(("Tile r", {}), r=[1, 2, 1, 3]),
     "concat of views": (
         [

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
+
 from fusetile.onnx_import.importer import Importer, Node
 from fusetile.onnx_import.rules.common import axes_of, finish, listed
 from fusetile.onnx_import.rules.resize import slice_axis
@@ -290,10 +292,17 @@ def gather(importer: Importer, node: Node) -> None:
     (axis,) = axes_of(importer, node, [node.attrs.get("axis", 0)], len(view.dims))
     indices = importer.constant_input(node, 1, "indices")
     size = view.shape[axis]
+    if indices.ndim > 1:
+        # so newer exporters write as_strided of what lies in order, for the batch of the export
+        fits = len(view.dims) == 1 and indices.size * importer.batch == size * indices.shape[0]
+        in_order = fits and np.array_equal(indices.reshape(-1), np.arange(indices.size))
+        whole = view.reshaped((importer.batch, *indices.shape[1:])) if in_order else None
+        if whole is None:
+            raise importer.refuse(node, f"indices of shape {indices.shape} are not supported; a number or a list is")
+        importer.define(node, whole)
+        return
     picked = [int(index) % size for index in indices.reshape(-1)]
     found = _cut(importer, node, view, axis, picked)
     if indices.ndim == 0:
         found = found.without([axis])
-    elif indices.ndim > 1:
-        raise importer.refuse(node, f"indices of shape {indices.shape} are not supported; only a number or a list is")
     importer.define(node, found)
