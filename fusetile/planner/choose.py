@@ -44,7 +44,10 @@ def best_plan(
     space = space_of(graph, cluster=cluster, block=block)
     bound, choices = _search(space.model)
     player = Player(graph, cluster=cluster, block=block, halo=halo)
-    plans = [*_rules(graph, cluster), *(("auto", space.splits(choice)) for choice in choices[:PLAYED])]
+    plans = [
+        *_rules(graph, cluster),
+        *(("auto", space.splits(choice)) for choice in choices[: player.affordable(PLAYED)]),
+    ]
     for done, (name, splits) in enumerate(plans):
         on_progress(done, len(plans))
         player.play(name, splits)

@@ -27,7 +27,7 @@ def improve(player: Player, space: Space, best: Played) -> Played:
         return best
     objectives = [space.model.mixed(*emphasis) for emphasis in EMPHASES]
     tried = {choice}
-    for trial in range(min(MOST_trials, int(TRIALS_per_second * best.seconds))):
+    for trial in range(player.affordable(min(MOST_trials, int(TRIALS_per_second * best.seconds)))):
         untried = [other for other in _neighbours(space, choice) if other not in tried]
         if not untried:
             break

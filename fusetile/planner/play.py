@@ -16,6 +16,9 @@ from fusetile.plan import Plan
 from fusetile.planner.memory import needed_bytes
 from fusetile.planner.simulate import simulate
 
+PLAYED_op_devices = 40_000
+"""So many ops on so many devices are played in about ten seconds: what a search may take twice."""
+
 Splits = Mapping[str, Split]
 """By the names of the layers' forward ops."""
 
@@ -52,6 +55,10 @@ class Player:
             self._known[key] = Played(name, splits, plan, seconds)
             self.played.append(self._known[key])
         return self._known[key]
+
+    def affordable(self, most: int) -> int:
+        """How many plans to play, by the size of the graph and the cluster: at least three, at most `most`."""
+        return min(most, max(3, PLAYED_op_devices // (len(self.graph.ops) * len(self.cluster.nodes))))
 
     def lacking_bytes(self, played: Played) -> tuple[int, ...]:
         """By how much a plan exceeds each device's memory; 0 where it fits."""
