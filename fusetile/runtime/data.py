@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -135,8 +136,16 @@ class Data:
             return None
         batch, *rest = slices(box)
         index: Any = (rows[batch], *rest)
-        values = np.asarray(self._arrays[feed.key][index])
+        array = self._arrays[feed.key]
+        values = np.asarray(array[index])
+        _let_go(array)
         return self._scaling.apply(values, box) if feed.role == "input" and not feed.classes else values
+
+
+def _let_go(array: Any) -> None:
+    """What was read of a mapped file counts no more as memory of this process; the system may still have it at hand."""
+    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _open(path: Path, feeds: list[Feed]) -> Mapping[str, Any]:

@@ -50,6 +50,22 @@ def save(path: Path, kind: str, **arrays: np.ndarray) -> Path:
     return path
 
 
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_a_file_that_was_read_takes_no_memory(tmp_path: Path, kind: str) -> None:
+    """Eight samples of 4 MB, one after another."""
+    targets = np.zeros((8, 2 << 20), np.float16)
+    label = Buffer("y", ((0, 1), (0, 2 << 20)), offset_bytes=0)
+    made = program(Feed("target", "y", (1, 2 << 20), label), batch=1)
+    data = Data(save(tmp_path / "d", kind, y=targets), made, shuffle=False)
+    mapped = []
+    for step in range(1, 9):
+        data._read(step)
+        status = Path("/proc/self/status").read_text().splitlines()
+        mapped.append(int(next(line for line in status if "RssFile" in line).split()[1]))
+    assert mapped[-1] - mapped[0] < 3_000, mapped
+    data.close()
+
+
 @pytest.mark.parametrize("kind", ["npz", "compressed", "folder"])
 @pytest.mark.parametrize("name", ["image", "x"])
 def test_boxes_of_the_shuffled_batch_are_read(tmp_path: Path, kind: str, name: str) -> None:
