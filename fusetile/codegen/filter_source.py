@@ -15,6 +15,8 @@ from functools import cache
 from fusetile.codegen.calls import Kernel, make_kernel, prefetch
 from fusetile.codegen.conv_source import LINE, Vectors, indent
 
+AHEAD = 16  # blocks of output channels that memory is ahead of the multiplications
+
 TRANSPOSE_INTS = ("k_blocks", "window", "lines", "w_k", "w_block", "t_c", "t_k", "t_tap")
 SUM_INTS = ("parts", "vectors", "part", "source_k", "target_k")
 GATHER_INTS = ("images", "x_image", "x_block", "block")
@@ -126,6 +128,9 @@ def dot_rows(*, vectors: Vectors, images: int, lines: int, alone: int) -> Kernel
         y_at = f"dy[({image} + p) * y_image + k * y_block + r * {v.width} + e]"
         w_at = f"w[k * w_k + c * w_block + ({line} + q) * {v.block} + r * {v.width} + e]"
         acc = f"acc[p * {columns} + q, e]"
+        # blocks of k are far apart
+        next_w = f"w[(k + {AHEAD}) * w_k + c * w_block + {line} * {v.block} + {{}}]"
+        ahead = [] if v.lanes else [next_w.format(i) for i in range(0, columns * v.block, LINE)]
         total = _tree([f"acc[p * {columns} + q, {e}]" for e in range(v.width)])
         return f"""
 for p in T.unroll({rows}):
@@ -133,6 +138,7 @@ for p in T.unroll({rows}):
         for e in T.vectorized({v.width}):
             {acc} = T.float32(0)
 for k in T.serial(k_blocks):
+    {indent(prefetch(*ahead), 4)}
     for r in T.unroll({v.per_block}):
         for p in T.unroll({rows}):
             for q in T.unroll({columns}):
