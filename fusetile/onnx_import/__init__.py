@@ -4,15 +4,17 @@
     Shape -> Gather -> Concat -> Reshape   ==>   Reshape(x; shape = (4, 512))
     BatchNormalization                     ==>   ChannelMoments, BatchStatistics, Normalize (+ RunningStatistics)
     Gemm (transB = 0, alpha = 0.5)         ==>   Scale, Gemm (weights [K, C], transposed once)
+    Transpose, LayerNormalization, MatMul  ==>   normalization and a 1x1 convolution of the tensor as it is stored
     Identity, Dropout (ratio = 0)          ==>   nothing
 
 Nothing that depends on a trainable initializer is folded: BatchNormalization stays, convolutions keep their weights.
 
     files.py      reading the file, and what may be wrong with it
-    unshare.py    BatchNormalization vectors that an exporter merged because their first values are equal
+    unshare.py    initializers that an exporter merged because their first values are equal
     folding.py    what is constant, and its value
     importer.py   inputs and batch, names, parameters, the walk over the nodes
-    rules.py      one rule per ONNX op
+    views.py      what an ONNX tensor is of a tensor of the graph: reshapes and transposes move nothing by themselves
+    rules/        one rule per ONNX op
 """
 
 from fusetile.onnx_import.importer import import_onnx
