@@ -22,6 +22,8 @@ from fusetile.ops.rearrange import Dims, reshaped, whole_view
 from fusetile.ops.resample import Taps, resample
 
 Array = np.ndarray
+_INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+_LABELLED = ("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class Importer:
         self.batch = 1
         self.baked_batch: int | None = None
         self.dropout_sites = 0
+        self.labels = labels_of(self.nodes)
 
     # -- the steps of an import -------------------------------------------------------------------------------------
 
@@ -142,7 +145,8 @@ class Importer:
             raise UserError(f"the batch size must be at least 1, not {self.batch}")
         for name, shape in shapes.items():
             sizes = [self.batch, *(size for size in shape[1:] if size is not None)]
-            self.graph.inputs.append(self.graph.add_tensor(name, sizes))
+            dtype = "int32" if name in self.labels else "float32"
+            self.graph.inputs.append(self.graph.add_tensor(name, sizes, dtype))
 
     def run(self) -> None:
         """Translate the nodes, in their (topological) order, and name the outputs."""
@@ -405,12 +409,13 @@ class Importer:
         """Sizes of an input, None for a dynamic batch."""
         tensor = value.type.tensor_type
         place = f"{self.where}: input {value.name!r}"
-        if tensor.elem_type != onnx.TensorProto.FLOAT:
+        labels = value.name in self.labels
+        if tensor.elem_type not in (_INTEGERS if labels else (onnx.TensorProto.FLOAT,)):
             kinds = {number: kind.lower() for kind, number in onnx.TensorProto.DataType.items()}
             kind = kinds.get(tensor.elem_type, f"of the unknown type {tensor.elem_type}")
             raise UserError(f"{place} is {kind}; fusetile's inputs are float32: export the model in float32")
         dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
-        if len(dims) not in (2, 4):
+        if len(dims) not in ((1, 3) if labels else (2, 4)):
             raise UserError(f"{place} has {len(dims)} dimensions; supported are [N, C, H, W] and [N, C]")
         dynamic = [
             f"{(tensor.shape.dim[i].dim_param or '?')!r} (dimension {i})" for i in range(1, len(dims)) if not dims[i]
@@ -455,7 +460,10 @@ class Importer:
         source = self.resolved(name)
         node = Node("Identity", (name,), (name,), {}, f"output {name!r}", self.opset)
         if source in self.views:
-            source = self.tensor(node, self.views[source], name)
+            view = self.views[source]
+            source = (
+                self.tensor(node, view, name) if view.dims else view.base
+            )  # a scalar is stored with dimensions of 1
         if source not in self.graph.tensors or source in self.graph.parameters:
             raise UserError(f"{self.where}: output {name!r} does not depend on the model's inputs")
         if source != name:
@@ -474,3 +482,9 @@ def live_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
                 wanted.update(name for inner in branch.node for name in inner.input)
             live.append(node)
     return live[::-1]
+
+
+def labels_of(nodes: Sequence[onnx.NodeProto]) -> set[str]:
+    """What losses of classes read as labels, and nothing else reads."""
+    reads = [(name, node.op_type in _LABELLED and i == 1) for node in nodes for i, name in enumerate(node.input)]
+    return {name for name, labels in reads if labels} - {name for name, labels in reads if not labels}

@@ -5,7 +5,7 @@ Source of the semantics: https://onnx.ai/onnx/operators, read per opset (an attr
 
 from __future__ import annotations
 
-from fusetile.onnx_import.rules import matrices, norm, pointwise, reduce, resize, shape, windows
+from fusetile.onnx_import.rules import losses, matrices, norm, pointwise, reduce, resize, shape, windows
 from fusetile.onnx_import.rules.common import Rule
 
 RULES: dict[str, Rule] = {
@@ -52,6 +52,7 @@ RULES: dict[str, Rule] = {
     "Mish": pointwise.function("Mish"),
     "Mul": pointwise.arithmetic,
     "Neg": pointwise.neg,
+    "NegativeLogLikelihoodLoss": losses.of_classes("NegativeLogLikelihood"),
     "PRelu": pointwise.prelu,
     "Pad": resize.pad,
     "Pow": pointwise.power,
@@ -71,6 +72,7 @@ RULES: dict[str, Rule] = {
     "Sigmoid": pointwise.function("Sigmoid"),
     "Slice": shape.slice_,
     "Softmax": reduce.softmax,
+    "SoftmaxCrossEntropyLoss": losses.of_classes("CrossEntropy"),
     "Softplus": pointwise.function("Softplus"),
     "Softsign": pointwise.function("Softsign"),
     "SpaceToDepth": shape.space_to_depth,
