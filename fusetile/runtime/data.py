@@ -68,7 +68,7 @@ class Data:
         self._program, self._shuffle, self._scaling = program, shuffle, scaling or Scaling()
         self._feeds = [feed for feed in program.feeds if feed.role in ("input", "target")]
         for feed in self._feeds:
-            if feed.role == "input":
+            if feed.role == "input" and not feed.classes:
                 self._scaling.check(feed)
         arrays = _open(path, self._feeds)
         self._arrays = {feed.key: _find(arrays, feed, self._feeds, path) for feed in self._feeds}

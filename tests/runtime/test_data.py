@@ -257,3 +257,16 @@ def test_large_batches_are_read_ahead(tmp_path: Path) -> None:
         first = (step - 1) % 3 * 4
         np.testing.assert_array_equal(unpack(arena, made.feeds[0].buffer, box), x[first : first + 4])
     data.close()
+
+
+def test_labels_that_are_an_input_are_read_as_they_are(tmp_path: Path) -> None:
+    """Of a model that has the loss in it."""
+    label = Buffer("t", ((1, 4),), "int32", offset_bytes=4096)
+    made = program(program().feeds[0], Feed("input", "t", (4,), label, classes=4, ignore=-100))
+    labels = np.where(Y == 1, -100, Y)
+    data = Data(
+        save(tmp_path / "d", "npz", image=X, t=labels), made, shuffle=False, scaling=Scaling((0.5,) * 3, (2.0,))
+    )
+    arena = make_arena(made.arena_bytes)
+    data.fill(arena, 1, total=9)
+    np.testing.assert_array_equal(unpack(arena, label, ((1, 4),)), labels[1:4])
