@@ -101,6 +101,12 @@ class Builder:
         channels = sum(self.shapes[part][0] for part in parts)
         return self._node("Concat", name, parts, (channels, *self.shapes[parts[0]][1:]), axis=1)
 
+    def space_to_depth(self, name: str, x: str, *, block: int = 2) -> str:
+        """Blocks of pixels become channels."""
+        channels, *sizes = self.shapes[x]
+        shape = (channels * block**2, *(size // block for size in sizes))
+        return self._node("SpaceToDepth", name, [x], shape, blocksize=block)
+
     def dropout(self, name: str, x: str, *, ratio: float) -> str:
         """Nothing at all for ratio 0."""
         if not ratio:

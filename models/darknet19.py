@@ -22,7 +22,7 @@ def build(
 ) -> onnx.ModelProto:
     """Images [batch, channels, size, size] -> logits [batch, classes]: those of the pixels, averaged."""
     net = Builder("darknet19", channels=channels, size=size, batch=batch, seed=seed)
-    x = net.conv("classifier", darknet_layers(net, CONVOLUTIONS, width), classes, kernel=1)
+    x = net.conv("classifier", darknet_layers(net, CONVOLUTIONS, width)[-1], classes, kernel=1)
     return net.model(net.flatten("flatten", net.global_average_pool("avgpool", x)))
 
 

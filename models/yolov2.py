@@ -1,6 +1,7 @@
-"""The first layers of YOLOv2 (Redmon and Farhadi, arXiv 1612.08242): convolution, BatchNorm, leaky ReLU; max pools.
+"""YOLOv2 (Redmon and Farhadi, arXiv 1612.08242), whole or its first layers: convolution, BatchNorm, leaky ReLU; pools.
 
 python -m models.yolov2 --layers 16 --size 416 -o yolov2.onnx
+python -m models.yolov2 --layers 31 --size 416 --classes 80 -o yolov2.onnx
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import onnx
 from models.builder import Builder, parser, scaled, write
 
 POOL = (0, 2)
-# (filters, kernel) as darknet's yolov2.cfg numbers them, up to its first route
+# (filters, kernel) as darknet's yolov2.cfg numbers them, up to its first route; the whole has WHOLE layers
 LAYERS = (
     *((32, 3), POOL),
     *((64, 3), POOL),
@@ -19,6 +20,8 @@ LAYERS = (
     *((512, 3), (256, 1), (512, 3), (256, 1), (512, 3), POOL),
     *((1024, 3), (512, 1), (1024, 3), (512, 1), (1024, 3), (1024, 3), (1024, 3)),
 )
+
+WHOLE, PASSED, ANCHORS = 31, 16, 5  # PASSED: the layer whose map goes past the last pool
 
 
 def build(
@@ -32,27 +35,44 @@ def build(
     seed: int = 0,
 ) -> onnx.ModelProto:
     """Images [batch, channels, size, size] -> the map of the last layer, or with `classes` a 1x1 convolution of it:
-    logits per pixel."""
-    if not 1 <= layers <= len(LAYERS):
-        raise ValueError(f"--layers {layers} is not in 1..{len(LAYERS)}")
+    logits per pixel. The whole network: per pixel and anchor a box, its confidence, and the logits of the classes."""
+    if not 1 <= layers <= len(LAYERS) and layers != WHOLE:
+        raise ValueError(f"--layers {layers} is neither in 1..{len(LAYERS)} nor {WHOLE}, the whole network")
     net = Builder(f"yolov2-{layers}", channels=channels, size=size, batch=batch, seed=seed)
-    x = darknet_layers(net, LAYERS[:layers], width)
+    maps = darknet_layers(net, LAYERS[:layers], width)
+    if layers == WHOLE:
+        filters = ANCHORS * (5 + (80 if classes is None else classes))
+        return net.model(net.conv("layer30.conv", _detector(net, maps, width), filters, kernel=1))
+    x = maps[-1]
     return net.model(net.conv("head", x, classes, kernel=1) if classes else x)
 
 
-def darknet_layers(net: Builder, layers: Sequence[tuple[int, int]], width: float) -> str:
-    """Pools, and convolutions with BatchNorm and leaky ReLU, from the image on."""
-    x = "x"
+def darknet_layers(net: Builder, layers: Sequence[tuple[int, int]], width: float) -> list[str]:
+    """The maps of pools, and of convolutions with BatchNorm and leaky ReLU, from the image on."""
+    maps = ["x"]
     for i, (filters, kernel) in enumerate(layers):
         if filters == 0:
-            x = net.max_pool(f"layer{i}.pool", x)
+            maps.append(net.max_pool(f"layer{i}.pool", maps[-1]))
         else:
-            x = net.conv(f"layer{i}.conv", x, scaled(filters, width), kernel=kernel, bias=False)
-            x = net.leaky_relu(f"layer{i}.leaky", net.batch_norm(f"layer{i}.bn", x), alpha=0.1)
-    return x
+            maps.append(_convolution(net, i, maps[-1], scaled(filters, width), kernel))
+    return maps[1:]
+
+
+def _convolution(net: Builder, number: int, x: str, filters: int, kernel: int) -> str:
+    x = net.conv(f"layer{number}.conv", x, filters, kernel=kernel, bias=False)
+    return net.leaky_relu(f"layer{number}.leaky", net.batch_norm(f"layer{number}.bn", x), alpha=0.1)
+
+
+def _detector(net: Builder, maps: Sequence[str], width: float) -> str:
+    """Layers 25 to 29: an earlier map, with 2x2 pixels made channels, beside the last one."""
+    passed = _convolution(net, 26, maps[PASSED], scaled(64, width), 1)
+    both = net.concat("layer28", net.space_to_depth("layer27", passed), maps[-1])
+    return _convolution(net, 29, both, scaled(1024, width), 3)
 
 
 if __name__ == "__main__":
-    options = parser("The first layers of YOLOv2 as ONNX", size=416, classes=None)
-    options.add_argument("--layers", type=int, default=16, help=f"how many layers, pools counted (1 to {len(LAYERS)})")
+    options = parser("YOLOv2 or its first layers as ONNX", size=416, classes=None)
+    options.add_argument(
+        "--layers", type=int, default=16, help=f"how many layers, pools counted: 1 to {len(LAYERS)}, or {WHOLE}: all"
+    )
     write(options, build)

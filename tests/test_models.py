@@ -34,6 +34,7 @@ TINY = [
     (unet.build, {"size": 16, "width": 1 / 16, "up": "resize"}, (2, 16, 16)),
     (yolov2.build, {"size": 48, "width": 1 / 16}, (16, 3, 3)),
     (yolov2.build, {"size": 50, "width": 1 / 64, "layers": 25, "classes": 7}, (7, 1, 1)),
+    (yolov2.build, {"size": 64, "width": 1 / 32, "layers": 31, "classes": 3}, (40, 2, 2)),
 ]
 
 
@@ -63,6 +64,8 @@ def test_sizes_are_those_of_the_papers() -> None:
     assert trainable(vgg16.build(size=32, dropout=0)) == 138_357_544 - 48 * 512 * 4096  # 1x1 instead of 7x7 maps
     assert trainable(darknet19.build(size=32)) == 20_842_376
     assert trainable(unet.build(size=16)) == 31_037_698  # that of github.com/milesial/Pytorch-UNet
+    whole = yolov2.build(size=64, layers=31)
+    assert sum(prod(t.dims) for t in whole.graph.initializer) == 50_983_561  # the numbers in Redmon's yolov2.weights
     assert trainable(yolov2.build(size=32)) == 3_424_160 and len(yolov2.LAYERS) == 25
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
+from fusetile.passes.add_optimizer import Optimizer
 from fusetile.reference import evaluate
 from models import darknet19, densenet121, lenet, mobilenetv2, resnet18, resnet50, unet, vgg16, vgg_small, yolov2
 from tests.graphs import feeds
@@ -44,6 +45,7 @@ LARGER: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
     "densenet121": (lambda: densenet121.build(size=64, width=1 / 16, classes=4), "cross-entropy"),
     "mobilenetv2": (lambda: mobilenetv2.build(size=33, width=0.05, classes=4), "cross-entropy"),
     "unet": (lambda: unet.build(size=32, width=1 / 32, classes=3), "cross-entropy"),
+    "yolov2 whole": (lambda: yolov2.build(size=64, width=1 / 32, layers=31, classes=2), "mse"),
     "unet with resize": (lambda: unet.build(size=32, width=1 / 32, up="resize"), "cross-entropy"),
 }
 
@@ -75,7 +77,7 @@ def known(name: str, batch: int) -> Known:
     proto = build()
     with TemporaryDirectory() as folder:
         imported = import_onnx(save(proto, Path(folder)), batch=batch)
-    graph = in_float64(training_graph(imported, loss=loss, **OPTIMIZER))
+    graph = in_float64(training_graph(imported, loss=loss, optimizer=Optimizer(**OPTIMIZER)))
     fed = {key: v.astype(np.float64) if v.dtype == np.float32 else v for key, v in feeds(graph).items()}
     values = evaluate(graph, fed)
     wanted = (graph.loss, *graph.gradients.values(), *graph.next_value.values())
@@ -128,7 +130,7 @@ def test_every_plan(name: str, batch: int, nodes: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["batch", "channel", "grid:3x1"])
-@pytest.mark.parametrize("name", ["mobilenetv2", "unet", "unet with resize"])
+@pytest.mark.parametrize("name", ["mobilenetv2", "unet", "unet with resize", "yolov2 whole"])
 def test_plans_of_larger_networks(name: str, plan: str) -> None:
     check(known(name, 2), plan, 3)
 

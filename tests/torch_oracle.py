@@ -81,6 +81,9 @@ def _run(node: onnx.NodeProto, values: dict[str, torch.Tensor], running: dict[st
             y = functional.hardtanh(x, *(value.item() for value in rest))
         case "Concat":
             y = torch.cat([x, *rest], attrs["axis"])
+        case "SpaceToDepth":
+            block = attrs["blocksize"]
+            y = x.unflatten(3, (-1, block)).unflatten(2, (-1, block)).permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
         case "Resize":
             y = functional.interpolate(x, scale_factor=[scale.item() for scale in rest[0][2:]])
         case "AveragePool":
