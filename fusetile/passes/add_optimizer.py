@@ -79,8 +79,9 @@ def _state(graph: Graph, weight: str, state: str) -> str:
     value = graph.parameters[weight].value
     if state == "average":
         average = Parameter(value.copy(), trainable=False, average_of=weight)
-        return graph.add_parameter(graph.fresh(f"{weight}.average"), average)
-    return graph.add_parameter(graph.fresh(f"{weight}.{state}"), Parameter(np.zeros_like(value), trainable=False))
+        return graph.add_parameter(graph.fresh(f"{weight}.average"), average, kind=graph.tensors[weight].kind)
+    zeros = Parameter(np.zeros_like(value), trainable=False)
+    return graph.add_parameter(graph.fresh(f"{weight}.{state}"), zeros, kind=graph.tensors[weight].kind)
 
 
 def _clip(graph: Graph, limit: float) -> str:

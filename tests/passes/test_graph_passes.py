@@ -315,3 +315,14 @@ def test_a_pass_that_loses_a_term_is_seen() -> None:
     wrong.replace_op(decayed, attrs={**decayed.attrs, "weight_decay": 0.0})
     with pytest.raises(AssertionError):
         assert_same(graph, wrong)
+
+
+def test_state_is_stored_as_its_weight_is() -> None:
+    """Also a weight that is no filter, but a map: one number per row and column."""
+    net = Net((2, 3, 5, 4))
+    place = net.graph.add_parameter("place", Parameter(np.ones((1, 1, 5, 4), np.float32), True, "place"), kind="map")
+    graph = net.done(net._op("Add", net.conv(net.x, 3), place))
+    graph = add_optimizer(differentiate(graph, loss="mse"), Optimizer(momentum=0.9, weight_decay=0.0))
+    for weight, new in graph.next_value.items():
+        assert graph.tensors[new].kind == graph.tensors[weight].kind
+    assert graph.tensors["place.velocity"].kind == "map"
