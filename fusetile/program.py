@@ -28,7 +28,7 @@ from fusetile.rates import Rates
 
 ALIGNMENT_bytes = 64
 REDZONE_bytes = 256  # before and behind every buffer of a program with guards
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from fusetile.philox import permutation
-from fusetile.program import Program
+from fusetile.program import SCHEMA_VERSION, Program
 from fusetile.runtime import safetensors
 from fusetile.runtime.node import main
 from tests.runtime import toy
@@ -372,7 +372,12 @@ def test_folders_that_are_no_bundles(tmp_path: Path, library: Path, capsys: pyte
     assert "is not a bundle: there is no program.json" in capsys.readouterr().err
     bundle = toy.write_bundle(tmp_path, toy.program(0, ("127.0.0.1:1",)), library)
     whole = (bundle / "program.json").read_text()
-    for damaged in (whole[:200], whole.replace('"schema": 1', '"schema": 9'), "[]", whole.replace('"rank"', '"range"')):
+    for damaged in (
+        whole[:200],
+        whole.replace(f'"schema": {SCHEMA_VERSION}', '"schema": 99'),
+        "[]",
+        whole.replace('"rank"', '"range"'),
+    ):
         (bundle / "program.json").write_text(damaged)
         assert main([str(bundle), "--data", str(tmp_path / "data.npz")]) == 2
         assert "can't read" in capsys.readouterr().err
