@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from graphlib import TopologicalSorter
+from heapq import heappop, heappush
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-import networkx as nx
 import numpy as np
 
 from fusetile.errors import PlanError
@@ -195,23 +196,28 @@ class Graph:
                 readers[name].append(op)
         return readers
 
-    def network(self) -> nx.DiGraph:
-        """Ops as nodes (attribute `op`), tensors as edges (attribute `tensor`)."""
-        graph = nx.DiGraph()
+    def edges(self) -> Iterator[tuple[str, str, str]]:
+        """(producer, reader, tensor) by names, in the order of the readers."""
         producers = self.producers()
         for op in self.ops.values():
-            graph.add_node(op.name, op=op)
-        for op in self.ops.values():
-            for name in op.inputs:
+            for name in dict.fromkeys(op.inputs):
                 if name in producers:
-                    graph.add_edge(producers[name].name, op.name, tensor=name)
-        return graph
+                    yield producers[name].name, op.name, name
 
     def topological(self) -> Iterator[Op]:
-        """Ops, producers first; ties by the order in which they were added."""
-        rank = {name: i for i, name in enumerate(self.ops)}
-        for name in nx.lexicographical_topological_sort(self.network(), key=rank.__getitem__):
+        """Ops, producers first; ties by the order in which they were added. Raises graphlib.CycleError."""
+        sorter = TopologicalSorter[str](dict.fromkeys(self.ops, ()))
+        for producer, reader, _ in self.edges():
+            sorter.add(reader, producer)
+        sorter.prepare()
+        names, ready = list(self.ops), list[int]()
+        rank = {name: i for i, name in enumerate(names)}
+        while sorter.is_active():
+            for name in sorter.get_ready():
+                heappush(ready, rank[name])
+            name = names[heappop(ready)]
             yield self.ops[name]
+            sorter.done(name)
 
     def sorted(self) -> Graph:
         """A copy whose ops are in topological order."""

@@ -63,6 +63,6 @@ def as_graphviz(graph: Graph) -> str:
     lines = ["digraph model {", "  node [shape=box, style=filled];"]
     for op in graph.ops.values():
         lines.append(f'  "{op.name}" [label="{op.kind}\\n{op.outputs[0]}", fillcolor={colours[op.phase]}];')
-    for source, target, tensor in graph.network().edges(data="tensor"):
+    for source, target, tensor in graph.edges():
         lines.append(f'  "{source}" -> "{target}" [label="{tensor}"];')
     return "\n".join([*lines, "}"]) + "\n"

@@ -39,6 +39,17 @@ def results(graph: Graph, fed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found | {f"next {name}": values[new] for name, new in graph.next_value.items()}
 
 
+def test_ties_of_the_order_are_broken_by_age() -> None:
+    net = Net((1, 2, 4, 4))
+    first, second = net.relu(net.x), net.conv(net.x, 2)
+    graph = net.done(net.add(net.relu(second), first))
+    expected = list(graph.ops)
+    assert [op.name for op in graph.topological()] == expected
+    last = expected[-1]
+    graph.ops = {name: graph.ops[name] for name in (last, *expected[:-1])}
+    assert list(graph.sorted().ops) == expected, "a producer comes before its readers, else the older op first"
+
+
 def assert_same(before: Graph, after: Graph) -> None:
     fed = feeds(before)
     one, other = results(before, fed), results(after, {n: v for n, v in fed.items() if n in after.tensors})
