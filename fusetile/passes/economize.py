@@ -17,6 +17,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -34,6 +35,7 @@ SMALLEST_part = 1 / 500  # of the peak: smaller tensors are kept
 MOST = 64  # tensors are considered
 SHRINK = 0.94  # by which the goal is lowered again and again when the smallest peak is looked for
 MISSES = 4  # goals without a new smallest peak after which the search ends
+REMEMBERED = 1024  # choices: one goal after the other asks for most of the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Books:
         }
         self._seconds = {op.name: _seconds(graph, op, plan, communication, cluster) for op in self._order}
         self._partial = {name for name, layout in communication.layouts.items() if layout.combine == "sum"}
+        self._lived = lru_cache(REMEMBERED)(self._live)
 
     @property
     def _nothing(self) -> np.ndarray:
@@ -92,10 +95,9 @@ class Books:
 
     def play(self, again: Again, goal_bytes: np.ndarray) -> Played:
         """What a choice leads to."""
-        live = self._live(steps := list(self._steps(again)))
-        peak = live.max(axis=0)
+        live, seconds = self._lived(again)
         excess = float((np.maximum(live - goal_bytes, 0) / goal_bytes).sum())
-        return Played(again, peak, excess, sum(self._seconds[op.name] for op, copied, *_ in steps if copied))
+        return Played(again, live.max(axis=0), excess, seconds)
 
     def saving(self, again: Again, scale: np.ndarray) -> Saving:
         """Against keeping all; an arena is so many times (`scale`) what is live at most."""
@@ -138,8 +140,9 @@ class Books:
                 yield from above
             yield op, False, inputs, list(op.outputs)
 
-    def _live(self, steps: Sequence[tuple[Op, bool, list[str], list[str]]]) -> np.ndarray:
-        """Bytes that are live at every step, on every device."""
+    def _live(self, again: Again) -> tuple[np.ndarray, float]:
+        """Bytes that are live at every step, on every device; seconds per step that computing again takes."""
+        steps = list(self._steps(again))
         first: dict[str, int] = {}
         last: dict[str, int] = {}
         for at, (_, _, reads, writes) in enumerate(steps):
@@ -159,7 +162,8 @@ class Books:
         np.add.at(change, [first[name] for name in names], size)
         np.subtract.at(change, [last[name] + 1 for name in names], size)
         scratch = np.array([self._scratch[op.name] for op, *_ in steps])
-        return self._always + np.cumsum(change, axis=0)[:-1] + scratch
+        seconds = sum(self._seconds[op.name] for op, copied, *_ in steps if copied)
+        return self._always + np.cumsum(change, axis=0)[:-1] + scratch, seconds
 
 
 def _again(name: str) -> str:
