@@ -147,7 +147,7 @@ def _compile_here(jobs: Sequence[str], finished: Callable[[str], None]) -> None:
 def _compile_jobs(jobs: Iterator[str], finished: Callable[[str], None]) -> None:
     """Feed jobs to a compiler process, one at a time. Other threads take from the same iterator, a list's: taking is
     one step of the interpreter."""
-    command = [sys.executable, "-m", "fusetile.codegen.tvm_pipeline"]
+    command = [sys.executable, "-m", "fusetile.codegen.compiler_process"]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,

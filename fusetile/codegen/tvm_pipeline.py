@@ -1,14 +1,12 @@
 """TVMScript -> object file with plain C functions: no packed calling convention, no symbols of TVM's runtime.
 
 TVM's own lowering ends in MakePackedAPI, whose functions need the runtime library. Here a short pass takes its place
-that turns buffer parameters into raw pointers. Machine code is then made by TVM's LLVM or by zig's. Run as a module, it
-compiles the jobs that it reads from standard input (one JSON object per line) and answers each with a line.
+that turns buffer parameters into raw pointers. Machine code is then made by TVM's LLVM or by zig's.
 """
 
 from __future__ import annotations
 
 import json
-import linecache
 import os
 import subprocess
 import sys
@@ -20,6 +18,8 @@ from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
+from tvm.script import from_source
+from tvm.script import tirx as T
 from tvm.tirx import compilation_pipeline
 from tvm.tirx.buffer import is_buffer_var
 
@@ -80,18 +80,12 @@ compilation_pipeline.register_tir_pipeline(PIPELINE, _pipeline)
 
 def build(source: str, target: dict[str, Any]) -> Any:
     """Compile the TVMScript function `kernel` in `source`; `inspect_source("ll" or "asm")` of the result shows it."""
-    text = "from tvm.script import tirx as T\n" + source
-    # TVMScript reads the function's source through linecache
-    name = f"<kernel {abs(hash(source)):x}>"
-    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    try:
-        scope: dict[str, Any] = {}
-        exec(compile(text, name, "exec"), scope)
-        tvm_target = tvm.target.Target(target)
-        with tvm_target:
-            return tirx.build(scope["kernel"], target=tvm_target, pipeline=PIPELINE)
-    finally:
-        del linecache.cache[name]
+    # The parser's own check reads the source a second time before it looks at what came of it
+    function = from_source(source, {"T": T}, check_well_formed=False)
+    s_tir.analysis.verify_well_formed(tvm.IRModule.from_expr(function))
+    tvm_target = tvm.target.Target(target)
+    with tvm_target:
+        return tirx.build(function, target=tvm_target, pipeline=PIPELINE)
 
 
 def compile_object(source: str, target: dict[str, Any], zig: Sequence[str], path: Path) -> None:
@@ -137,13 +131,3 @@ def answer(line: str) -> str:
     except Exception:  # whatever TVM raises is reported under the kernel's name
         error = traceback.format_exc(limit=-2)
     return json.dumps({"symbol": job["symbol"], "error": error})
-
-
-def main() -> None:
-    """Answer the jobs on standard input, a line each."""
-    for line in sys.stdin:
-        print(answer(line), flush=True)
-
-
-if __name__ == "__main__":
-    main()

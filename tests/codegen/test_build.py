@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,15 @@ def test_a_kernel_that_does_not_compile_is_named_by_the_compiler_processes(
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
     with pytest.raises(FusetileError, match="kernel broken does not compile"):
         build_library([simple("fine"), simple("broken", "X[u] = nonsense")], host(), tmp_path)
+
+
+def test_a_compiler_process_does_without_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "fusetile.codegen.compiler_process"]
+    job = {"symbol": "broken", "source": "nonsense", "target": host().tvm, "zig": [], "path": "/nowhere/kernel.o"}
+    result = subprocess.run(command, input=json.dumps(job) + "\n", capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert json.loads(result.stdout)["symbol"] == "broken" and "tvm" in imported
+    assert "torch.nn" not in imported
 
 
 def test_two_kernels_of_one_name_are_refused(tmp_path: Path) -> None:
