@@ -17,7 +17,7 @@ last block. Boxes start at multiples of the block. The border is zero whenever t
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
 
@@ -208,25 +208,30 @@ class Program:
 
 def to_json(program: Program) -> str:
     """The text of program.json: one step per line."""
-    fields = {key: value for key, value in asdict(program).items() if key != "steps"}
+    rest = {key: value for key, value in _as_dict(program).items() if key != "steps"}
     names = {cls: name for name, cls in _STEPS.items()}
-    steps = ",\n".join(json.dumps({names[type(step)]: asdict(step)}) for step in program.steps)
-    return json.dumps(fields, indent=1)[:-2] + f',\n "steps": [\n{steps}\n]\n}}\n'
+    steps = ",\n".join(json.dumps({names[type(step)]: step}, default=_as_dict) for step in program.steps)
+    return json.dumps(rest, indent=1, default=_as_dict)[:-2] + f',\n "steps": [\n{steps}\n]\n}}\n'
+
+
+def _as_dict(item: Any) -> dict[str, Any]:
+    """One level of a dataclass, for the encoder: it goes on with what is in there."""
+    return {each.name: getattr(item, each.name) for each in fields(item)}
 
 
 def from_json(source: str) -> Program:
     """Read program.json; raises ValueError, KeyError or TypeError if it is not one."""
-    fields = json.loads(source)
-    if fields.get("schema") != SCHEMA_VERSION:
-        raise ValueError(f"schema version {fields.get('schema')} where this fusetile reads {SCHEMA_VERSION}")
-    fields["steps"] = tuple(_step(*next(iter(item.items()))) for item in fields["steps"])
-    fields["feeds"] = tuple(Feed(**_with_buffer(item)) for item in fields["feeds"])
-    fields["shards"] = tuple(Shard(**_with_buffer(item)) for item in fields["shards"])
-    fields["gradients"] = tuple(Gradient(**_with_buffer(item)) for item in fields["gradients"])
-    fields["zones"] = tuple(Zone(**{key: _tuples(value) for key, value in item.items()}) for item in fields["zones"])
-    fields["rates"] = Rates(**{key: _tuples(value) for key, value in fields["rates"].items()})
-    fields["loss"] = _buffer(fields["loss"]) if fields["loss"] else None
-    return Program(**{key: _tuples(value) for key, value in fields.items()})
+    found = json.loads(source)
+    if found.get("schema") != SCHEMA_VERSION:
+        raise ValueError(f"schema version {found.get('schema')} where this fusetile reads {SCHEMA_VERSION}")
+    found["steps"] = tuple(_step(*next(iter(item.items()))) for item in found["steps"])
+    found["feeds"] = tuple(Feed(**_with_buffer(item)) for item in found["feeds"])
+    found["shards"] = tuple(Shard(**_with_buffer(item)) for item in found["shards"])
+    found["gradients"] = tuple(Gradient(**_with_buffer(item)) for item in found["gradients"])
+    found["zones"] = tuple(Zone(**{key: _tuples(value) for key, value in item.items()}) for item in found["zones"])
+    found["rates"] = Rates(**{key: _tuples(value) for key, value in found["rates"].items()})
+    found["loss"] = _buffer(found["loss"]) if found["loss"] else None
+    return Program(**{key: _tuples(value) for key, value in found.items()})
 
 
 def _step(name: str, item: dict[str, Any]) -> Step:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx
 from onnx import helper
-from onnx.reference import ReferenceEvaluator
 
 from fusetile.errors import UnsupportedOp
 
@@ -42,6 +41,8 @@ def constant_outputs(nodes: Sequence[onnx.NodeProto], initializers: Mapping[str,
 
 def evaluate(node: onnx.NodeProto, opset: int, values: Mapping[str, Array], *, origin: str) -> dict[str, Array]:
     """Outputs of one node whose inputs are known. Raises UnsupportedOp if it can't be computed."""
+    from onnx.reference import ReferenceEvaluator  # takes long to import, and few models need it
+
     inputs = list(dict.fromkeys(name for name in node.input if name))
     outputs = [name for name in node.output if name]
     infos = [[helper.make_empty_tensor_value_info(name) for name in names] for names in (inputs, outputs)]
