@@ -115,7 +115,9 @@ class Link:
     # -- receiving --------------------------------------------------------------------------------------------------
 
     def receive(self) -> Iterator[Frame]:
-        """The frames that have arrived. Raises EOFError if the peer has closed, OSError if the connection broke."""
+        """The frames that have arrived; a caller may stop after any of them, and another go on. Raises EOFError if the
+        peer has closed, OSError if the connection broke."""
+        yield from self._decoder.frames()  # came with the frame after which the last caller stopped
         for _ in range(_FRAMES_per_turn):
             views = self._decoder.views()
             try:

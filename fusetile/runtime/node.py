@@ -126,8 +126,7 @@ def run(options: Options, signals: Signals) -> None:
             losses.check(step, loss)
             if options.checkpoint_every and (step % options.checkpoint_every == 0 or step == total):
                 _write_checkpoint(options, program, arena, step, terms)
-        if transport is None:  # else a message may still be on its way out of the arena
-            release(arena, keep=results(program))  # the copies that follow take no more than a step did
+        release(arena, keep=results(program))  # the copies that follow take no more than a step did
         pieces = pieces_of(program, arena, snapshot)
         if lowest:
             _write(options, program, gather(pieces, transport), total)

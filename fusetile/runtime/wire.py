@@ -141,8 +141,10 @@ class Decoder:
     """The receiving end of a stream.
 
     Receive bytes into `views()`, in order, then pass the number of bytes to `advance` and handle the frames that it
-    yields, one by one and all of them: `place(header)`, which says where the payload of a frame IN_PLACE goes, is asked
-    after the frames before it were handled. Raises ProtocolError, after which the stream is of no more use.
+    yields, one by one: `place(header)`, which says where the payload of a frame IN_PLACE goes, is asked after the
+    frames before it were handled. Whoever stops in between leaves the rest of the stream whole: `frames` goes on with
+    what was received, and must have been exhausted before the next `views()`. Raises ProtocolError, after which the
+    stream is of no more use.
     """
 
     def __init__(self, place: Callable[[Header], memoryview]) -> None:
@@ -158,21 +160,22 @@ class Decoder:
         return [head] if self._header is None else [self._rest, head]
 
     def advance(self, count: int) -> Iterator[Frame]:
-        """`count` bytes were received into the views."""
-        if self._header is not None:
-            took = min(count, len(self._rest))
-            self._rest = self._rest[took:]
-            count -= took
+        """`count` bytes were received into the views: the frames that they complete."""
+        took = min(count, len(self._rest))
+        self._rest = self._rest[took:]
+        self._head_bytes += count - took  # now, not after a frame was handled: its handler may take no more from here
+        return self.frames()
+
+    def frames(self) -> Iterator[Frame]:
+        """The frames that were received and not yet handled."""
+        while self._header is not None or self._head_bytes == HEADER_bytes:
+            if self._header is None:
+                self._head_bytes = 0
+                self._header = self._read_header()
+                self._payload = self._rest = self._target(self._header)
             if len(self._rest):
                 return
             yield self._finish(self._header)
-        self._head_bytes += count
-        if self._head_bytes == HEADER_bytes:
-            self._head_bytes = 0
-            self._header = self._read_header()
-            self._payload = self._rest = self._target(self._header)
-            if self._header.length == 0:
-                yield self._finish(self._header)
 
     def _read_header(self) -> Header:
         magic, version, kind, _, step, tag, length, checksum = _HEAD.unpack_from(self._head)

@@ -12,7 +12,7 @@ import pytest
 
 from fusetile.errors import ProtocolError
 from fusetile.runtime.link import Incoming, Link, Outgoing, part
-from fusetile.runtime.wire import CHUNK_bytes, Frame, Kind, encode
+from fusetile.runtime.wire import CHUNK_bytes, Frame, Kind, encode, encode_credit
 from tests.runtime.pair import connected_pair
 
 Pair = tuple[Link, Link]
@@ -106,6 +106,29 @@ def test_data_that_nobody_waits_for_is_refused(pair: Pair) -> None:
     sender.send()
     with pytest.raises(ProtocolError, match="'a' sent data that nobody waits for: step 1, transfer 9"):
         pump(sender, Link(receiver.socket, rank=0, name="a"), 1)
+
+
+def test_who_takes_over_a_link_gets_what_follows_the_last_frame_that_was_taken(pair: Pair) -> None:
+    """As at the start: the meeting stops at GO, and what its sender already sends is for the transport."""
+    sender, receiver = pair
+    data = noise(3 * CHUNK_bytes)
+    array = expect(receiver, 7, data.size)
+    sender.control(encode(Kind.GO, b"{}"))
+    sender.control(encode_credit(step=1, tag=3, size_bytes=5))
+    sender.control(encode(Kind.BYE))
+    sender.data(outgoing(7, data))
+    frames: list[Frame] = []
+    end = time.monotonic() + 10
+    while len(frames) < 6 and time.monotonic() < end:
+        sender.send()
+        for frame in receiver.receive():
+            if frame.kind == Kind.DATA:
+                receiver.incoming[Kind.DATA, 1, 7].done += len(frame.payload)
+            frames.append(frame)
+            break  # a taker for each frame
+    assert [frame.kind for frame in frames] == [Kind.GO, Kind.CREDIT, Kind.BYE] + [Kind.DATA] * 3
+    assert frames[1].credit() == 5
+    np.testing.assert_array_equal(array, data)
 
 
 def test_an_ending_is_seen(pair: Pair) -> None:
