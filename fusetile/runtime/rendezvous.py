@@ -208,8 +208,8 @@ class _Rendezvous:
         try:
             for frame in link.receive():
                 self._handle(link, frame, dial)
-                if self._started:
-                    return  # what follows is for the transport
+                if self._started or link.socket.fileno() < 0:
+                    return  # what follows is for the transport, or from a peer that was refused
         except (EOFError, OSError):
             self._gone(link, dial)
         except VersionMismatch:
