@@ -15,7 +15,7 @@ from fusetile.cluster import Cluster, local_cluster, read_cluster
 from fusetile.compile import PASSES, compile_model
 from fusetile.errors import FusetileError, UserError
 from fusetile.explain import devices_table, explain_build, read_plan, recomputed_text
-from fusetile.local import export_run, free_ports, train_locally
+from fusetile.local import check_paths, export_run, free_ports, train_locally
 from fusetile.options import RunOptions, Training, spread
 from fusetile.progress import CompileProgress
 from fusetile.trace import Stopped, Trace
@@ -108,6 +108,7 @@ def train_command(
     verbose: VerboseOption = False,
 ) -> None:
     """Compile for this machine, train on N local node processes, and write OUT/trained.onnx."""
+    check_paths(run, out)
     devices = local_cluster(nodes, ports=free_ports(nodes))
     for number in (signal.SIGTERM, signal.SIGHUP):  # the node processes must end, and the folder must go
         signal.signal(number, lambda received, frame: sys.exit(128 + received))

@@ -40,10 +40,16 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path) -> None:
-    """Run every node of `build` here; OUT/trained.onnx is written when all have finished. Raises what stopped them."""
+def check_paths(options: RunOptions, out: Path) -> None:
+    """Find out before a model is compiled what can't work afterwards. Raises UserError."""
     if out.exists() and not out.is_dir():
         raise UserError(f"-o {out}: there is a file of that name; choose a folder")
+    if not options.data.exists():
+        raise UserError(f"--data {options.data}: there is no such file or folder")
+
+
+def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path) -> None:
+    """Run every node of `build` here; OUT/trained.onnx is written when all have finished. Raises what stopped them."""
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     threads = options.threads or max(1, (os.cpu_count() or 1) // len(cluster.nodes))

@@ -221,12 +221,15 @@ class Training:
             raise UserError("--nesterov needs --optimizer sgd and a momentum above 0")
         if self.momentum and self.optimizer in ("adam", "adamw"):
             raise UserError(f"--momentum {self.momentum}: {self.optimizer} has none; see --betas")
+        if any(step < 0 or step % 1 for step in _numbers("--milestones", self.milestones)):
+            raise UserError(f"--milestones {self.milestones}: steps are whole numbers of at least 0")
         if self.schedule == "multistep" and not rates.milestones:
             raise UserError("--schedule multistep needs --milestones")
         if not self.ema < 1:
             raise UserError(f"--ema {self.ema}: must be below 1, or no weight would ever count")
-        if any(weight < 0 for weight in self.classes.weights):
-            raise UserError(f"--class-weights {self.class_weights}: weights must be at least 0")
+        weights = self.classes.weights
+        if any(weight < 0 for weight in weights) or (weights and not any(weights)):
+            raise UserError(f"--class-weights {self.class_weights}: weights must be at least 0, and one of them above")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,6 +184,16 @@ def test_bad_options(here: Path, capfd: pytest.CaptureFixture[str], options: tup
     refused(capfd, "compile", "model.onnx", *given, "-o", "build", saying=saying)
 
 
+@pytest.mark.parametrize("plan", ["everything", "grid:2x1", "grid:0x1", "random:dice"])
+def test_plans_for_a_single_node(here: Path, capfd: pytest.CaptureFixture[str], plan: str) -> None:
+    refused(capfd, "compile", "model.onnx", "--nodes", 1, "--plan", plan, "-o", "build", saying=f"--plan '?{plan}")
+
+
+def test_paths_are_looked_at_before_the_model_is(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    refused(capfd, "train", "nosuch.onnx", "--data", "nosuch.npz", "-o", "out", saying="--data nosuch.npz")
+    refused(capfd, "train", "nosuch.onnx", "--data", "data.npz", "-o", "model.onnx", saying="-o model.onnx.*a file")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -157,10 +157,13 @@ def test_patterns_that_make_no_sense(options: dict[str, str], message: str) -> N
         ({"betas": "0.9"}, "two numbers"),
         ({"betas": "0.9,1"}, "two numbers"),
         ({"schedule": "multistep"}, "needs --milestones"),
+        ({"schedule": "multistep", "milestones": "2.5"}, "whole numbers"),
+        ({"schedule": "multistep", "milestones": "-3"}, "whole numbers"),
         ({"ema": 1.0}, "below 1"),
         ({"learning_rate": -1.0}, "--lr"),
         ({"class_weights": "1,x"}, "separated by commas"),
         ({"class_weights": "1,-2"}, "at least 0"),
+        ({"class_weights": "0,0"}, "one of them above"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:

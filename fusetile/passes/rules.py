@@ -30,7 +30,7 @@ def rule_splits(graph: Graph, plan: str, cluster: Cluster) -> dict[str, Split]:
     batch = Split((("n", nodes),), everyone)
     layers = [op for op in graph.ops.values() if op.phase == FORWARD]
     grid = re.fullmatch(r"grid:(\d+)x(\d+)", plan)
-    if plan == "single" or nodes == 1:
+    if plan == "single":
         return {op.name: single for op in layers}
     if plan in ("batch", "channel"):
         return {op.name: batch if plan == "batch" else channel for op in layers}
