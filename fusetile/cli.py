@@ -158,7 +158,7 @@ def _compile(
     if stop_after and stop_after not in PASSES:
         raise UserError(f"--stop-after {stop_after!r}: choose one of {', '.join(PASSES)}")
     with CompileProgress(console, f"Compiling {model.name} for {len(devices.nodes)} node(s)") as progress:
-        trace = Trace(progress.stage, progress.advance, dump, stop_after or "")
+        trace = Trace(progress.stage, progress.advance, dump, stop_after or "", _say)
         try:
             compile_model(model, cluster=devices, training=training, build=build, trace=trace)
         finally:

@@ -69,6 +69,8 @@ def compile_model(
         graph = seen(
             import_onnx(model, batch=training.batch, bn=training.bn, dropout=training.dropout, seed=training.seed)
         )
+        for note in graph.notes:
+            trace.on_note(note)
     return compile_graph(graph, model=model, cluster=cluster, training=training, build=build, trace=trace)
 
 

@@ -70,7 +70,7 @@ class Graph:
     `controls` (tensor -> what it holds: "step", or a role in `rates`, shape (1,)). `outputs` are the model's,
     `parameters` persist, `next_value` maps a parameter to the tensor that becomes its value for the next step,
     `gradients` maps a trained parameter to its gradient tensor, `loss` names the loss (shape (1,)). `repeats`: ops
-    of the backward pass that only compute a forward op again -> that op."""
+    of the backward pass that only compute a forward op again -> that op. `notes`: lines for the user."""
 
     def __init__(self, name: str = "model") -> None:
         self.name = name
@@ -86,6 +86,7 @@ class Graph:
         self.loss: str = ""
         self.domains: dict[str, tuple[Op, Domain]] = {}  # iteration domains that were asked for, by op
         self.repeats: dict[str, str] = {}
+        self.notes: list[str] = []
         self._fresh = 0
 
     # -- building ---------------------------------------------------------------------------------------------------

@@ -17,13 +17,15 @@ class Stopped(Exception):
 
 @dataclass(slots=True)
 class Trace:
-    """`on_stage(name)` is called when a pass starts, `on_progress(done, total)` inside long ones. With `dump`, the
+    """`on_stage(name)` is called when a pass starts, `on_progress(done, total)` inside long ones, `on_note(line)` with
+    what the user should know about the model. With `dump`, the
     graph is written there after each pass that returns one, as text and Graphviz. `seconds` collects times."""
 
     on_stage: Callable[[str], None] = lambda name: None
     on_progress: Callable[[int, int], None] = lambda done, total: None
     dump: Path | None = None
     stop_after: str = ""
+    on_note: Callable[[str], None] = lambda line: None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

@@ -16,6 +16,7 @@ from onnx import helper, inliner, numpy_helper
 from fusetile.errors import UnsupportedOp, UserError
 from fusetile.graph import FORWARD, Graph, Parameter
 from fusetile.onnx_import import files, folding
+from fusetile.onnx_import.notes import notes_of
 from fusetile.onnx_import.unshare import unshare_norms
 from fusetile.onnx_import.views import View
 from fusetile.ops.rearrange import Dims, reshaped, whole_view
@@ -24,6 +25,16 @@ from fusetile.ops.resample import Taps, resample
 Array = np.ndarray
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 _LABELLED = ("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss")
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Random numbers that a model draws, of this shape: those between 0 and 1 while `kept` is None, and after a
+    comparison `factor` with the probability `kept`, else 0."""
+
+    shape: tuple[int, ...]
+    kept: float | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +70,9 @@ def import_onnx(
     dropout  overrides the ratio of every Dropout. Dropout always drops, whatever training_mode says.
     seed     of the dropout masks; their step counter is the control tensor "step".
 
-    Tensors keep their ONNX names. Raises UserError if the file can't be read, is no valid model, or has a dynamic
-    dimension other than the batch; UnsupportedOp, naming all nodes concerned, if an op can't be trained.
+    Tensors keep their ONNX names; `notes` say what an export for inference lacks. Raises UserError if the file can't be
+    read, is no valid model, or has a dynamic dimension other than the batch; UnsupportedOp, naming all nodes concerned,
+    if an op can't be trained.
     """
     where = str(path)
     model = unshare_norms(files.read_model(path))
@@ -72,6 +84,7 @@ def import_onnx(
     files.check_model(model, where)
     importer.bind_inputs(batch)
     importer.run()
+    importer.graph.notes = notes_of(model.graph, where=where, bn=bn)
     return importer.graph
 
 
@@ -93,6 +106,7 @@ class Importer:
         self.reshapes: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.views: dict[str, View] = {}
         self.sequences: dict[str, list[View]] = {}
+        self.masks: dict[str, Mask] = {}
         self.zero_padded: dict[str, tuple[str, tuple[int, ...]]] = {}  # what a convolution may pad itself: (x, pads)
         self._tensors: dict[View, str] = {}
         self.uses = Counter(name for node in self.nodes for name in node.input)
@@ -193,8 +207,16 @@ class Importer:
             return self.views[name]
         if name in self.graph.tensors and name not in self.graph.parameters:
             return self.whole(name)
+        if name in self.masks:
+            raise self.refuse(
+                node, f"its input {node.inputs[i]!r} is random; only a dropout, random < p times a map, is"
+            )
         what = "an initializer" if name in self.initializers else "a constant"
         raise self.refuse(node, f"its input {node.inputs[i]!r} is {what}; it must depend on the model's inputs")
+
+    def mask(self, name: str) -> Mask | None:
+        """The random numbers that an operand is, if it is that."""
+        return self.masks.get(self.resolved(name))
 
     def whole(self, name: str) -> View:
         """The view of a graph tensor as it is."""
@@ -233,6 +255,16 @@ class Importer:
     def shape(self, name: str) -> tuple[int, ...]:
         """Static shape of a graph tensor."""
         return self.graph.tensors[name].shape
+
+    def known_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an operand, whatever it is."""
+        name = self.resolved(name)
+        if name in self.views:
+            return self.views[name].shape
+        if name in self.masks:
+            return self.masks[name].shape
+        array = self.weight(name)
+        return self.graph.tensors[name].shape if array is None else array.shape
 
     def constant_input(self, node: Node, i: int, what: str) -> Array:
         """The value of an operand that must be known now, such as a shape or a ratio."""
@@ -439,15 +471,8 @@ class Importer:
         values = dict(self.values)
         if (described := folding.SHAPE_ONLY.get(node.kind)) is not None and node.inputs[described] not in values:
             name = node.inputs[described]
-            values[name] = np.broadcast_to(np.float32(0), self._known_shape(name))
+            values[name] = np.broadcast_to(np.float32(0), self.known_shape(name))
         self.values |= folding.evaluate(proto, self.opset, values, origin=f"{self.where}: {node.origin}")
-
-    def _known_shape(self, name: str) -> tuple[int, ...]:
-        name = self.resolved(name)
-        if name in self.views:
-            return self.views[name].shape
-        array = self.weight(name)
-        return self.graph.tensors[name].shape if array is None else array.shape
 
     def resolved(self, name: str) -> str:
         """The name behind aliases."""
@@ -461,6 +486,10 @@ class Importer:
         node = Node("Identity", (name,), (name,), {}, f"output {name!r}", self.opset)
         if source in self.views:
             view = self.views[source]
+            if len(view.dims) > 4:  # raw heads of detectors: kept with the last dimensions as one
+                flat = view.reshaped((*view.shape[:3], prod(view.shape[3:])))
+                assert flat is not None  # neighbours can always be put together
+                view = flat
             source = (
                 self.tensor(node, view, name) if view.dims else view.base
             )  # a scalar is stored with dimensions of 1

@@ -144,8 +144,11 @@ class Data:
 
 def _let_go(array: Any) -> None:
     """What was read of a mapped file counts no more as memory of this process; the system may still have it at hand."""
-    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap):
-        array.base.madvise(mmap.MADV_DONTNEED)
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(array, np.memmap) and isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _open(path: Path, feeds: list[Feed]) -> Mapping[str, Any]:
@@ -261,6 +264,8 @@ def _find(arrays: Mapping[str, np.ndarray], feed: Feed, feeds: list[Feed], path:
         raise UserError(f"{path} has no array {wanted} (the {feed.role} of the model); it has {there}")
     array = arrays[name]
     sample = feed.shape[1:]
+    if feed.role == "target" and _is_deeper(array.shape[1:], sample):
+        array = array.reshape(len(array), *sample)
     if array.ndim == 0 or array.shape[1:] != sample:
         expected = ", ".join(map(str, ("samples", *sample)))
         raise UserError(f"{path}: {name!r} has shape {array.shape} where the model wants ({expected})")
@@ -269,6 +274,12 @@ def _find(arrays: Mapping[str, np.ndarray], feed: Feed, feeds: list[Feed], path:
         what = "integer class indices" if feed.classes else "floating-point numbers (convert with .astype('float32'))"
         raise UserError(f"{path}: {name!r} has dtype {array.dtype} where the model wants {what}")
     return array
+
+
+def _is_deeper(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:
+    """Whether an output of more than four dimensions, which is kept with its last ones as one, has this shape."""
+    last = len(sample) - 1
+    return len(shape) > last + 1 > 1 and shape[:last] == sample[:last] and math.prod(shape[last:]) == sample[last]
 
 
 def _counts(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
+from fusetile.errors import UnsupportedOp
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
 from tests.onnx_import.test_rules import check, kinds
-from tests.onnx_tools import model, node, normal, save
+from tests.onnx_tools import model, node, normal, run_ort, save
 
 X = {"x": (2, 6, 4, 5)}
 Nodes = list[onnx.NodeProto]
@@ -394,3 +395,69 @@ def test_batch_normalization_of_two_inputs(tmp_path: Path) -> None:
     for x in feeds.values():
         mean = 0.8 * mean + 0.2 * x.mean((0, 2, 3))
     np.testing.assert_allclose(values[graph.next_value["m"]], mean, rtol=1e-5)
+
+
+def test_an_output_of_five_dimensions_keeps_its_last_ones_as_one(tmp_path: Path) -> None:
+    """The raw head of a YOLO: [N, anchors, rows, columns, numbers]."""
+    weights = {"w": normal(14, 6, 1, 1), "s": np.array([0, 2, 7, 4, 5])}
+    nodes = [node("Conv", "x w", "c"), node("Reshape", "c s", "v"), node("Transpose", "v", "y", perm=[0, 1, 3, 4, 2])]
+    proto = model(nodes, X, ["y"], weights)
+    graph = import_onnx(save(proto, tmp_path), batch=2)
+    x = normal(2, 6, 4, 5)
+    (expected,) = run_ort(proto, {"x": x}).values()
+    assert expected.shape == (2, 2, 4, 5, 7) and graph.tensors["y"].shape == (2, 2, 4, 35)
+    found = evaluate(graph, {"x": x})["y"].reshape(expected.shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+GRIDS = {
+    "a point": np.array([1, 2]),
+    "some images": np.array([[1], [0]]),
+    "rows of channels": np.stack(np.meshgrid([0, 1], [2, 0], [3, 0, 2], indexing="ij"), -1),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_gather_nd(name: str, tmp_path: Path) -> None:
+    check(model([node("GatherND", "x i", "y")], X, weights={"i": GRIDS[name]}), tmp_path)
+
+
+def test_gather_nd_of_scattered_points_is_refused(tmp_path: Path) -> None:
+    proto = model([node("GatherND", "x i", "y", "n")], X, weights={"i": np.array([[0, 1], [1, 0]])})
+    with pytest.raises(UnsupportedOp, match=r"GatherND node 'n': indices of shape \(2, 2\) that are no slices"):
+        import_onnx(save(proto, tmp_path), batch=2)
+
+
+EQUATIONS = {
+    "attention scores": ("nchw,ncij->nhwij", "x x", {}),
+    "images first": ("bcij,bcik->bcjk", "x x", {}),
+    "an ellipsis": ("...ij,...kj->...ik", "x x", {}),
+    "another order": ("nchw->nwhc", "x", {}),
+    "no result": ("nchw,cd", "x w", {"w": (6, 4)}),
+    "a matrix of weights": ("nchw,oc->nohw", "x w", {"w": (4, 6)}),
+    "weights first": ("co,nchw->nhwo", "w x", {"w": (6, 4)}),
+    "the joints of a graph": ("nctv,vw->nctw", "x w", {"w": (5, 5)}),
+}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_einsum(name: str, tmp_path: Path) -> None:
+    equation, operands, shapes = EQUATIONS[name]
+    weights = {key: normal(*shape) for key, shape in shapes.items()}
+    proto = model([node("Einsum", operands, "e", equation=equation), node("Flatten", "e", "y")], X, ["y"], weights)
+    check(proto, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("equation", "operands", "message"),
+    [
+        ("nchw->nc", "x", "write that as ReduceSum"),
+        ("nchw,ncij->nchw", "x x", "write that as ReduceSum before it"),
+        ("nchw,nchw,nchw->nc", "x x x", "has 3 operands"),
+        ("nhhw->nw", "x", "twice"),
+    ],
+)
+def test_einsum_that_is_no_product_is_refused(equation: str, operands: str, message: str, tmp_path: Path) -> None:
+    proto = model([node("Einsum", operands, "y", "n", equation=equation)], {"x": ("N", 3, 5, 5)})
+    with pytest.raises(UnsupportedOp, match=f"Einsum node 'n': .*{message}"):
+        import_onnx(save(proto, tmp_path), batch=2)

@@ -270,3 +270,13 @@ def test_labels_that_are_an_input_are_read_as_they_are(tmp_path: Path) -> None:
     arena = make_arena(made.arena_bytes)
     data.fill(arena, 1, total=9)
     np.testing.assert_array_equal(unpack(arena, label, ((1, 4),)), labels[1:4])
+
+
+def test_a_target_of_five_dimensions_has_its_last_ones_as_one(tmp_path: Path) -> None:
+    label = Buffer("y", ((0, 2), (0, 3), (0, 4), (0, 10)), offset_bytes=0)
+    made = program(Feed("target", "y", (2, 3, 4, 10), label), batch=2)
+    y = np.arange(4 * 3 * 4 * 5 * 2, dtype=np.float32).reshape(4, 3, 4, 5, 2)
+    data = Data(save(tmp_path / "d", "folder", y=y), made, shuffle=False)
+    np.testing.assert_array_equal(data._read(1)[0], y[:2].reshape(2, 3, 4, 10))
+    with pytest.raises(UserError, match=r"'y' has shape \(4, 3, 4, 2, 2\) where the model wants"):
+        Data(save(tmp_path / "e", "folder", y=y[:, :, :, :2]), made, shuffle=False)

@@ -5,7 +5,7 @@ Source of the semantics: https://onnx.ai/onnx/operators, read per opset (an attr
 
 from __future__ import annotations
 
-from fusetile.onnx_import.rules import losses, matrices, norm, pointwise, reduce, resize, shape, windows
+from fusetile.onnx_import.rules import losses, masks, matrices, norm, pointwise, reduce, resize, shape, windows
 from fusetile.onnx_import.rules.common import Rule
 
 RULES: dict[str, Rule] = {
@@ -23,16 +23,20 @@ RULES: dict[str, Rule] = {
     "DepthToSpace": shape.depth_to_space,
     "Div": pointwise.arithmetic,
     "Dropout": norm.dropout,
+    "Einsum": matrices.einsum,
     "Elu": pointwise.function("Elu", alpha=1.0),
     "Erf": pointwise.function("Erf"),
     "Exp": pointwise.function("Exp"),
     "Expand": shape.expand,
     "Flatten": shape.flatten,
     "Gather": shape.gather,
+    "GatherND": shape.gather_nd,
     "Gelu": pointwise.gelu,
     "Gemm": matrices.gemm,
     "GlobalAveragePool": windows.global_average_pool,
     "GlobalMaxPool": windows.global_max_pool,
+    "Greater": masks.compared(below=False),
+    "GreaterOrEqual": masks.compared(below=False),
     "GroupNormalization": norm.group_normalization,
     "HardSigmoid": pointwise.function("HardSigmoid", alpha=0.2, beta=0.5),
     "HardSwish": pointwise.function("HardSwish"),
@@ -41,6 +45,8 @@ RULES: dict[str, Rule] = {
     "LRN": norm.local_response_normalization,
     "LayerNormalization": norm.layer_normalization,
     "LeakyRelu": pointwise.function("LeakyRelu", alpha=0.01),
+    "Less": masks.compared(below=True),
+    "LessOrEqual": masks.compared(below=True),
     "Log": pointwise.function("Log"),
     "LogSoftmax": reduce.softmax,
     "LpNormalization": norm.lp_normalization,
@@ -53,9 +59,12 @@ RULES: dict[str, Rule] = {
     "Mul": pointwise.arithmetic,
     "Neg": pointwise.neg,
     "NegativeLogLikelihoodLoss": losses.of_classes("NegativeLogLikelihood"),
+    "Not": masks.inverted,
     "PRelu": pointwise.prelu,
     "Pad": resize.pad,
     "Pow": pointwise.power,
+    "RandomUniform": masks.uniform,
+    "RandomUniformLike": masks.uniform,
     "Reciprocal": pointwise.function("Reciprocal"),
     "ReduceL1": reduce.reduce("l1"),
     "ReduceL2": reduce.reduce("l2"),

@@ -195,17 +195,25 @@ def lp_normalization(importer: Importer, node: Node) -> None:
     finish(importer, node, "Div", [view.base, length], dims=importer.seen_through(view))
 
 
-def dropout(importer: Importer, node: Node) -> None:
-    importer.require_unused(node, node.outputs[1:])
+def dropped(importer: Importer, node: Node, x: str, ratio: float, name: str = "") -> str:
+    """x after a dropout of this ratio, or of the one that overrides all; called `name` if that is given."""
+    ratio = ratio if importer.dropout is None else importer.dropout
     site = importer.dropout_sites
     importer.dropout_sites += 1
-    view = importer.view(node)
-    ratio = float(importer.constant_input(node, 1, "ratio")) if node.has(1) else float(node.attrs.get("ratio", 0.5))
-    ratio = ratio if importer.dropout is None else importer.dropout
     if not 0 <= ratio < 1:
         raise importer.refuse(node, f"ratio {ratio} is not in [0, 1); set it with --dropout")
     if ratio == 0:
-        importer.define(node, view)
-        return
+        return x
     attrs = {"ratio": ratio, "seed": importer.seed, "site": site}
-    finish(importer, node, "Dropout", [view.base, importer.control("step")], attrs, importer.seen_through(view))
+    outputs = [name or importer.fresh(f"{node.outputs[0]}.dropped")]
+    return importer.emit(node, "Dropout", [x, importer.control("step")], attrs, outputs=outputs)
+
+
+def dropout(importer: Importer, node: Node) -> None:
+    importer.require_unused(node, node.outputs[1:])
+    view = importer.view(node)
+    ratio = float(importer.constant_input(node, 1, "ratio")) if node.has(1) else float(node.attrs.get("ratio", 0.5))
+    whole = importer.seen_through(view) is None
+    kept = dropped(importer, node, view.base, ratio, node.outputs[0] if whole else "")
+    if kept != node.outputs[0]:
+        importer.define(node, view.over(kept))

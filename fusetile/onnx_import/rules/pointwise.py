@@ -9,6 +9,7 @@ import numpy as np
 
 from fusetile.onnx_import.importer import Importer, Node
 from fusetile.onnx_import.rules.common import Rule, finish, number_of, operands, pointwise
+from fusetile.onnx_import.rules.masks import masked
 from fusetile.onnx_import.views import View
 
 
@@ -46,6 +47,8 @@ def neg(importer: Importer, node: Node) -> None:
 
 def arithmetic(importer: Importer, node: Node) -> None:
     """Add, Sub, Mul or Div; with a number it is a factor or an offset."""
+    if node.kind in ("Mul", "Div") and masked(importer, node):
+        return
     numbers = [number_of(importer, name) for name in node.inputs]
     if numbers[0] is None and numbers[1] is None:
         if node.kind == "Mul" and (gated := _gated(importer, node)):
@@ -221,8 +224,8 @@ def identity(importer: Importer, node: Node) -> None:
 
 
 def cast(importer: Importer, node: Node) -> None:
-    """Only what leaves float32 as it is."""
+    """Only what leaves float32, or the mask of a dropout, as it is."""
     target = node.attrs.get("to", 1)
-    if target != 1 and node.kind == "Cast":
+    if target != 1 and importer.mask(node.inputs[0]) is None and node.kind == "Cast":
         raise importer.refuse(node, "it turns feature maps into another type; export the model in float32")
     identity(importer, node)

@@ -306,3 +306,23 @@ def gather(importer: Importer, node: Node) -> None:
     if indices.ndim == 0:
         found = found.without([axis])
     importer.define(node, found)
+
+
+def gather_nd(importer: Importer, node: Node) -> None:
+    """Constant indices that are a number, or a grid of lists of their own, along each of the first dimensions."""
+    view, indices = importer.view(node), importer.constant_input(node, 1, "indices")
+    *counts, depth = indices.shape
+    lists = [
+        indices[tuple(slice(None) if i == axis else 0 for i in range(len(counts)))][..., axis] for axis in range(depth)
+    ]
+    picked = [array.reshape(-1) for array in lists]
+    grid = np.stack(np.meshgrid(*picked, indexing="ij"), -1) if counts else indices
+    if int(node.attrs.get("batch_dims", 0)) or len(counts) not in (0, depth) or not np.array_equal(grid, indices):
+        raise importer.refuse(
+            node,
+            f"indices of shape {indices.shape} that are no slices along single dimensions are not supported; write "
+            "it as slicing, or torch.index_select along one dimension after the other",
+        )
+    for axis, chosen in enumerate(picked):
+        view = _cut(importer, node, view, axis, [int(index) % view.shape[axis] for index in chosen])
+    importer.define(node, view if counts else view.without(range(depth)))

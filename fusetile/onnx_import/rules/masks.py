@@ -1,0 +1,107 @@
+"""Dropout written out: random numbers compared with a constant, and the map times what comes of it.
+
+    RandomUniformLike(x) -> Less(., 0.7) -> Cast -> Div(., 0.7) -> Mul(x, .)      ==>      Dropout(x), ratio 0.3
+
+So newer exporters write what has no op of its own: dropout of whole channels, or of the branch of a residual block
+(stochastic depth). The masks are fusetile's own, not the file's: the same on any number of nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fusetile.onnx_import.importer import Importer, Mask, Node
+from fusetile.onnx_import.rules.common import Rule, finish, number_of, pointwise
+from fusetile.onnx_import.rules.norm import dropped
+from fusetile.onnx_import.views import View
+
+
+def uniform(importer: Importer, node: Node) -> None:
+    """Random numbers between 0 and 1, of the shape of an operand or of an attribute."""
+    low, high = float(node.attrs.get("low", 0.0)), float(node.attrs.get("high", 1.0))
+    if (low, high) != (0.0, 1.0):
+        raise importer.refuse(node, f"random numbers from {low} to {high} are not supported; only a dropout's, 0 to 1")
+    shape = importer.known_shape(node.inputs[0]) if node.inputs else tuple(node.attrs["shape"])
+    importer.masks[node.outputs[0]] = Mask(shape)
+
+
+def compared(*, below: bool) -> Rule:
+    """Less (`below`) or Greater: which part of the random numbers is kept."""
+
+    def rule(importer: Importer, node: Node) -> None:
+        masks = [importer.mask(name) for name in node.inputs]
+        drawn, other = (0, 1) if masks[0] is not None else (1, 0)
+        mask, level = masks[drawn], number_of(importer, node.inputs[other])
+        if mask is None or mask.kept is not None or level is None or not 0 <= level <= 1:
+            raise importer.refuse(
+                node, "only random numbers, between 0 and 1, are compared with a constant (a dropout)"
+            )
+        kept = level if below is (drawn == 0) else 1 - level
+        importer.masks[node.outputs[0]] = replace(mask, kept=kept)
+
+    return rule
+
+
+def inverted(importer: Importer, node: Node) -> None:
+    mask = importer.mask(node.inputs[0])
+    if mask is None or mask.kept is None:
+        raise importer.refuse(node, "only the mask of a dropout can be inverted")
+    importer.masks[node.outputs[0]] = replace(mask, kept=1 - mask.kept)
+
+
+def masked(importer: Importer, node: Node) -> bool:
+    """Whether a Mul or Div was one of a mask: by a number, or the dropout of a map."""
+    masks = [importer.mask(name) for name in node.inputs]
+    if masks == [None, None]:
+        return False
+    at = 0 if masks[0] is not None else 1
+    mask, other = masks[at], node.inputs[1 - at]
+    if mask is None or mask.kept is None or None not in masks or (node.kind == "Div" and at == 1):
+        raise importer.refuse(
+            node, "of random numbers, only the mask of a dropout, times or over a number, is supported"
+        )
+    number = number_of(importer, other)
+    if number is not None:
+        factor = mask.factor * number if node.kind == "Mul" else mask.factor / number
+        importer.masks[node.outputs[0]] = replace(mask, factor=factor)
+        return True
+    if node.kind == "Div":
+        raise importer.refuse(node, f"it divides a mask by {other!r}, which is not a number")
+    _drop(importer, node, 1 - at, mask)
+    return True
+
+
+def _drop(importer: Importer, node: Node, i: int, mask: Mask) -> None:
+    """Operand i times a mask; one of fewer elements is drawn in a map of ones and broadcast."""
+    view = importer.view(node, i)
+    assert mask.kept is not None
+    shape = (1,) * (len(view.shape) - len(mask.shape)) + mask.shape
+    small = _stored(importer, view, shape)
+    if small is None:
+        raise importer.refuse(node, f"its mask of shape {mask.shape} does not fit the map of shape {view.shape}")
+    scale = {"factor": mask.kept * mask.factor}
+    if small == importer.shape(view.base):
+        kept = dropped(importer, node, view.base, 1 - mask.kept)
+        if abs(scale["factor"] - 1) < 1e-6:
+            importer.define(node, view.over(kept))
+        else:
+            pointwise(importer, node, "Scale", view.over(kept), scale)
+        return
+    total = importer.step(node, "small", "SumTo", [view.base], {"shape": small})
+    ones = importer.step(node, "ones", "Clip", [total], {"low": 1.0, "high": 1.0})
+    kept = dropped(importer, node, ones, 1 - mask.kept)
+    if abs(scale["factor"] - 1) >= 1e-6:
+        kept = importer.step(node, "scaled", "Scale", [kept], scale)
+    finish(importer, node, "Mul", [view.base, kept], dims=importer.seen_through(view))
+
+
+def _stored(importer: Importer, view: View, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """A mask's shape in the axes of the tensor that the view shows, None if it is not made of whole ones."""
+    if len(shape) != len(view.shape) or any(
+        size not in (1, full) for size, full in zip(shape, view.shape, strict=True)
+    ):
+        return None
+    left_out = view.axes({i for i, (size, full) in enumerate(zip(shape, view.shape, strict=True)) if size < full})
+    if left_out is None:
+        return None
+    return tuple(1 if axis in left_out else size for axis, size in enumerate(importer.shape(view.base)))
