@@ -337,7 +337,7 @@ def _others() -> list[Case]:
         positive = np.ones(shape, np.float32)
         state = ((shape, what), (shape, what), ((1,), V))
         cases += [
-            Case(f"SGD of rank {len(shape)}", "SGD", state, attrs, rate),
+            Case(f"SGD of rank {len(shape)}", "SGD", state, {"weight_decay": 0.01}, rate),
             Case(f"SGD of rank {len(shape)} with momentum", "SGD", (*state, (shape, what)), attrs, rate),
             Case(
                 f"Adam of rank {len(shape)} with an average",
