@@ -93,11 +93,12 @@ _LOG1P = (
     "{0} * {0}",
     f"T.float32(2) * {{0}} * {_polynomial('{1}', [1 / (2 * i + 1) for i in range(7, -1, -1)])}",
 )
-# a = 2^n * m with m in [sqrt(1/2), sqrt(2)); subnormal numbers are made larger first
+# a = 2^n * m with m in [sqrt(1/2), sqrt(2)); of subnormal numbers, which are zero to 32-bit ARM's vectors, the bits are
+# taken as an integer: that is 2^149 a
 _LOG = (
-    "T.Select({a} < T.float32(1.17549435e-38), {a} * T.float32(8388608), {a})",
+    'T.Select({a} < T.float32(1.17549435e-38), T.Cast("float32", T.reinterpret("int32", {a})), {a})',
     'T.Cast("float32", T.bitwise_and(T.shift_right(T.reinterpret("int32", {0}), 23), 255) - 126)'
-    " - T.Select({a} < T.float32(1.17549435e-38), T.float32(23), T.float32(0))",
+    " - T.Select({a} < T.float32(1.17549435e-38), T.float32(149), T.float32(0))",
     'T.reinterpret("float32", T.bitwise_or(T.bitwise_and(T.reinterpret("int32", {0}), 8388607), 1056964608))',
     "T.Select({2} < T.float32(0.70710678118654752), {1} - T.float32(1), {1})",
     "T.Select({2} < T.float32(0.70710678118654752), {2} + {2}, {2}) - T.float32(1)",
@@ -120,7 +121,7 @@ _LOG = (
     "{4} + {7} + {3} * T.float32(0.693359375)",
     # infinity and NaN stay what they are, by their bits; 0 and what is below have no logarithm
     'T.Select(T.bitwise_and(T.reinterpret("int32", {a}), 2147483647) > 2139095039, {a},'
-    ' T.Select({a} > T.float32(0), {8}, T.float32(0) - T.infinity("float32")))',
+    ' T.Select(T.reinterpret("int32", {a}) > 0, {8}, T.float32(0) - T.infinity("float32")))',
     'T.Select({a} < T.float32(0), T.reinterpret("float32", T.int32(2143289344)), {9})',
 )
 STATEMENTS = {"exp": _EXP, "tanh": _TANH, "erf": _ERF, "log": _LOG, "log1p": _LOG1P}
