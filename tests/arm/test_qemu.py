@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,8 +14,10 @@ import numpy as np
 import onnx
 import pytest
 
+from fusetile.cluster import PROFILES
 from fusetile.local import free_ports
 from models import lenet, resnet18, vgg_small
+from tests.arm import transformer
 from tests.arm.rootfs import ARM64, ARMHF, PYTHON, root_of
 from tests.commands import fusetile, images, losses, save
 
@@ -27,6 +30,8 @@ EMULATED = {  # the emulator, its processor, and the system that it runs
     "pi3-32": ("qemu-arm-static", "cortex-a7", ARMHF),
     "pi5-32": ("qemu-arm-static", "cortex-a7", ARMHF),
 }
+ADAMW = ("--optimizer", "adamw", "--clip-norm", "0.5", "--label-smoothing", "0.1", "--ema", "0.9")
+EQUAL_flops = 120e9  # per second: a whole number of cores of every kind
 REPOSITORY = Path(__file__).parents[2]
 Launch = Callable[[str], list[str]]
 
@@ -66,10 +71,15 @@ def train(folder: Path, model: Path, data: Path, devices: Sequence[str], python_
         f'[[node]]\nname = "n{rank}"\naddress = "127.0.0.1:{port}"\ndevice = "{device}"\n'
         for rank, (port, device) in enumerate(zip(ports, devices, strict=True))
     ]
+    if "host" in devices:  # a plan for what they really are would leave all work to it
+        cores = [round(EQUAL_flops / PROFILES[device].core_flops) for device in devices]
+        entries = [f"{entry}cores = {count}\n" for entry, count in zip(entries, cores, strict=True)]
     (folder / "cluster.toml").write_text("".join(entries))
     build = folder / "build"
     given = ("--cluster", folder / "cluster.toml", "--batch", 4, "--lr", 0.001, *options)
     assert fusetile("compile", model, *given, "-o", build) == 0
+    ops = json.loads((build / "plan.json").read_text())["ops"]
+    assert all(any(op["compute"][rank] for op in ops if op["phase"] == "forward") for rank in range(len(devices)))
     nodes = []
     for rank, device in enumerate(devices):
         command = [*python_on(device), "-m", "fusetile.runtime.node", str(build / "nodes" / f"n{rank}")]
@@ -99,24 +109,30 @@ def check_equal(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "devices", "plan"),
+    ("build", "devices", "plan", "options"),
     [
-        (vgg_small.build, ("pi3", "pi3"), "grid:2x1"),
-        (vgg_small.build, ("pi3", "host", "pi3-32"), "batch"),  # all kinds of processor in one training
-        (resnet18.build, ("pi4", "pi4"), "auto"),
-        (lenet.build, ("pi5", "pi5-32"), "channel"),
+        (vgg_small.build, ("pi3", "pi3"), "grid:2x1", ()),
+        (vgg_small.build, ("pi3", "host", "pi3-32"), "batch", ()),  # all kinds of processor in one training
+        (resnet18.build, ("pi4", "pi4"), "auto", ()),
+        (lenet.build, ("pi5", "pi5-32"), "channel", ()),
+        (transformer.build, ("pi3", "host"), "batch", ADAMW),
     ],
-    ids=["pi3-vgg-grid", "all-kinds-vgg-batch", "pi4-resnet-auto", "pi5-lenet-channel"],
+    ids=["pi3-vgg-grid", "all-kinds-vgg-batch", "pi4-resnet-auto", "pi5-lenet-channel", "pi3-transformer-adamw"],
 )
 def test_training_on_arm_equals_the_host(
-    build: Callable[..., onnx.ModelProto], devices: Sequence[str], plan: str, python_on: Launch, tmp_path: Path
+    build: Callable[..., onnx.ModelProto],
+    devices: Sequence[str],
+    plan: str,
+    options: Sequence[str],
+    python_on: Launch,
+    tmp_path: Path,
 ) -> None:
     size = 64 if build is resnet18.build else 16  # the last maps must not be so small that BatchNorm is chaotic
-    width = 0.125 if build is resnet18.build else 0.5
+    width = {resnet18.build: 0.125, transformer.build: 12}.get(build, 0.5)
     model = save(build(size=size, channels=3, classes=5, width=width), tmp_path / "model.onnx")
     data = images(tmp_path / "data.npz", shape=(12, 3, size, size))
-    expected = train(tmp_path / "host", model, data, ("host",), python_on, "--plan", "single")
-    found = train(tmp_path / "arm", model, data, devices, python_on, "--plan", plan)
+    expected = train(tmp_path / "host", model, data, ("host",), python_on, "--plan", "single", *options)
+    found = train(tmp_path / "arm", model, data, devices, python_on, "--plan", plan, *options)
     check_equal(found, expected)
 
 
