@@ -22,7 +22,7 @@ from fusetile.onnx_export import export_onnx
 from fusetile.options import RunOptions
 from fusetile.runtime import checkpoint, safetensors
 
-RESULT, CHECKPOINTS = "trained.safetensors", "checkpoints"
+RESULT, TRAINED, CHECKPOINTS = "trained.safetensors", "trained.onnx", "checkpoints"
 GRACE_seconds = 5.0
 """So long after one node has failed the others may take to say what they saw of it."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -73,7 +73,7 @@ def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path)
         _stop(processes)
         if not existed and not any(out.iterdir()):
             out.rmdir()  # nothing came of it
-    export_run(out, out / "trained.onnx", model=build / "model.onnx")
+    export_run(out, out / TRAINED, model=build / "model.onnx")
 
 
 def _end_with_parent() -> None:
@@ -154,8 +154,8 @@ def export_run(run: Path, out: Path, *, model: Path | None = None) -> None:
             weights, wanted, folder = _from_checkpoint(kept[0])
     near = [model] if model else [above / "model.onnx" for above in (folder, *folder.resolve().parents[:2])]
     models = [path for path in near if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted]
-    if not models and (folder / "trained.onnx").is_file():
-        raise UserError(f"{folder} holds trained.onnx already: `fusetile train` exports by itself")
+    if not models and (folder / TRAINED).is_file():  # of `fusetile train`: the same model
+        models = [folder / TRAINED]
     if not models:
         raise UserError(f"{folder}: the model.onnx that was compiled is not beside it; it is in the build")
     if broken := sorted(name for name, value in weights.items() if not np.isfinite(value).all()):

@@ -23,7 +23,8 @@ def freeze(graph: Graph, *, frozen: str = "", trained: str = "") -> Graph:
     wanted = _matching("--train", trained, weights) if trained else set(weights)
     wanted -= _matching("--freeze", frozen, weights)
     if not wanted:
-        raise UserError(f"--freeze {frozen!r} --train {trained!r} leave nothing to train")
+        given = [f"{flag} {value!r}" for flag, value in (("--freeze", frozen), ("--train", trained)) if value]
+        raise UserError(f"nothing is left to train: {' and '.join(given)} leave none of the {len(weights)} weights")
     for name in weights:
         if name not in wanted:
             graph.parameters[name] = replace(graph.parameters[name], trainable=False)

@@ -235,10 +235,11 @@ def _check_outputs(options: Options, lowest: bool) -> None:
             options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can't make the folder {options.out}: {error.strerror}") from error
-    folders = [options.out] * lowest + [
-        path.parent for path in (options.save_gradients, options.log) if path is not None
-    ]
-    for folder in folders:
+    files = [path for path in (options.save_gradients, options.log) if path is not None]
+    for path in files:
+        if path.is_dir():
+            raise UserError(f"can't write {path}: there is a folder of that name; name a file")
+    for folder in [options.out] * lowest + [path.parent for path in files]:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"can't write to the folder {folder}")
 

@@ -347,6 +347,7 @@ def test_a_bundle_started_twice(start: Start) -> None:
         (["--data", "missing.npz"], "there is no data file missing.npz"),
         (["--data", "data.npz", "--log", "nowhere/log.jsonl"], "can't write to the folder nowhere"),
         (["--data", "data.npz", "--save-gradients", "nowhere/g.npz"], "can't write to the folder nowhere"),
+        (["--data", "data.npz", "--save-gradients", "."], "there is a folder of that name"),
         (["--data", "data.npz", "--out", "data.npz/out"], "can't make the folder data.npz/out"),
     ],
 )
