@@ -19,7 +19,7 @@ from fusetile.codegen.conv_views import Filter, blocks, filter_view
 from fusetile.codegen.targets import Target
 from fusetile.errors import PlanError
 from fusetile.graph import Op, Tensor
-from fusetile.ops.base import Domain, row
+from fusetile.ops.base import Access, Domain, row
 from fusetile.program import Buffer
 
 _INTS = ("c_blocks", "taps", "lines", "w_lines", "w_k", "w_block", "per_k", "per_c", "groups", "channels")
@@ -171,8 +171,8 @@ def _rebased(buffer: Buffer, axis: int, start: int) -> Buffer:
     return replace(buffer, box=(*buffer.box[:axis], (low - start, high - start), *buffer.box[axis + 1 :]))
 
 
-def _shape(access: Sequence[object]) -> tuple[int, ...]:
-    return tuple(dim.size for dim in access)  # type: ignore[attr-defined]
+def _shape(access: Access) -> tuple[int, ...]:
+    return tuple(dim.size for dim in access)
 
 
 def _sized(domain: Domain, i: int, channels: Interval) -> tuple[int, ...]:

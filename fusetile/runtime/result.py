@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -102,13 +102,13 @@ def _bytes(values: np.ndarray) -> memoryview:
     return little.reshape(-1).view(np.uint8).data
 
 
-def _from_description(description: Mapping[str, object], view: memoryview) -> Piece:
+def _from_description(description: Mapping[str, Any], view: memoryview) -> Piece:
     match description:
         case {"group": str(group), "name": str(name), "shape": list(shape), "transposed": bool(transposed)}:
             pass
         case _:
             raise ProtocolError(f"a shard without a description: {description}")
-    box = tuple((int(start), int(stop)) for start, stop in description["box"])  # type: ignore[attr-defined]
+    box = tuple((int(start), int(stop)) for start, stop in description["box"])
     dtype = np.dtype(str(description["dtype"])).newbyteorder("<")
     return Piece(group, name, tuple(shape), transposed, box, np.frombuffer(view, dtype).reshape(extents(box)))
 
