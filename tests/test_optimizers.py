@@ -141,7 +141,7 @@ def test_a_frozen_trunk_has_no_backward_pass() -> None:
     ("options", "message"),
     [
         ({"frozen": "x*"}, "matches none of the"),
-        ({"trained": "w0", "frozen": "w*"}, "nothing to train"),
+        ({"trained": "w0", "frozen": "w*"}, "nothing is left to train"),
     ],
 )
 def test_patterns_that_make_no_sense(options: dict[str, str], message: str) -> None:

@@ -299,7 +299,10 @@ class Proxy:
             if self.cut.is_set():
                 self.cut.wait(60)
                 time.sleep(60)
-            target.sendall(data)
+            try:
+                target.sendall(data)
+            except OSError:  # the other side has ended; its node says so itself
+                break
         target.close()
 
 
