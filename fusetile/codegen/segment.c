@@ -2,7 +2,9 @@
  *
  * Every call's work units are shared evenly by all threads, which then meet at a barrier. The barrier is also how a
  * segment starts: the workers wait at one, and the caller is the last to arrive. A thread that waits spins for about
- * 20 us, then sleeps in a futex. With one thread there is nothing of this.
+ * 20 us. Inside a segment it then offers its core to whoever else is ready, again and again for a millisecond, because
+ * waking a sleeper can take longer than a small kernel; between segments, and after that, it sleeps in a futex. With
+ * one thread there is nothing of this.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,7 +28,7 @@ typedef struct ft_call {
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { MAX_THREADS = 64, SPIN_ns = 20000, SPINS_PER_LOOK = 32 };
+enum { MAX_THREADS = 64, SPIN_ns = 20000, YIELD_ns = 1000000, SPINS_PER_LOOK = 32 };
 
 static struct {
   pthread_t workers[MAX_THREADS];
@@ -54,14 +56,20 @@ static void relax(void) {
 #endif
 }
 
-static void wait_for_phase(unsigned old) {
-  int64_t end_ns = now_ns() + SPIN_ns;
+static int phase_is(unsigned old) { return atomic_load_explicit(&pool.phase, memory_order_acquire) == old; }
+
+static void wait_for_phase(unsigned old, int inside) {
+  int64_t start_ns = now_ns();
   do {
     for (int i = 0; i < SPINS_PER_LOOK; i++) {
-      if (atomic_load_explicit(&pool.phase, memory_order_acquire) != old) return;
+      if (!phase_is(old)) return;
       relax();
     }
-  } while (now_ns() < end_ns);
+  } while (now_ns() < start_ns + SPIN_ns);
+  while (inside && now_ns() < start_ns + YIELD_ns) {
+    if (!phase_is(old)) return;
+    syscall(SYS_sched_yield);
+  }
   /* The thread that ends the phase changes it, then looks for sleepers; this one counts itself, then looks at the
    * phase (the kernel does): in a sequentially consistent order at least one of them sees the other. */
   atomic_fetch_add(&pool.sleepers, 1);
@@ -69,10 +77,10 @@ static void wait_for_phase(unsigned old) {
   atomic_fetch_sub(&pool.sleepers, 1);
 }
 
-static void barrier(void) {
+static void barrier(int inside) {
   unsigned phase = atomic_load(&pool.phase);
   if (atomic_fetch_add(&pool.arrived, 1) + 1 < pool.threads) {
-    wait_for_phase(phase);
+    wait_for_phase(phase, inside);
     return;
   }
   atomic_store(&pool.arrived, 0);
@@ -85,13 +93,13 @@ static void run_share(int32_t thread) {
     int32_t lo = (int32_t)((int64_t)call->split * thread / pool.threads);
     int32_t hi = (int32_t)((int64_t)call->split * (thread + 1) / pool.threads);
     if (lo < hi) call->kernel(lo, hi, call);
-    barrier();
+    barrier(1);
   }
 }
 
 static void *work(void *thread) {
   for (;;) {
-    barrier();
+    barrier(0);
     if (pool.stopping) return NULL;
     run_share((int32_t)(intptr_t)thread);
   }
@@ -101,7 +109,7 @@ static void *work(void *thread) {
 EXPORT void ft_stop(void) {
   if (pool.threads > 1) {
     pool.stopping = 1;
-    barrier();
+    barrier(0);
     for (int32_t i = 1; i < pool.threads; i++) pthread_join(pool.workers[i], NULL);
   }
   pool.threads = 0;
@@ -125,7 +133,7 @@ EXPORT int ft_start(int32_t threads) {
     /* stand in at the barrier for the threads that are missing */
     pool.stopping = 1;
     atomic_fetch_add(&pool.arrived, threads - made);
-    barrier();
+    barrier(0);
     for (int32_t i = 1; i < made; i++) pthread_join(pool.workers[i], NULL);
     pool.threads = 0;
   }
@@ -142,6 +150,6 @@ EXPORT void ft_run(const ft_call *calls, int32_t count) {
   }
   pool.calls = calls;
   pool.count = count;
-  barrier();
+  barrier(0);
   run_share(0);
 }
