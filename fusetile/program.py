@@ -136,8 +136,9 @@ class Feed:
     key: str
     shape: tuple[int, ...]
     buffer: Buffer
-    classes: int = 0  # targets that are class indices: how many classes there are
+    classes: int = 0  # targets that are class indices, or boxes: how many classes there are
     ignore: int | None = None  # the one label beyond them that is allowed
+    boxes: bool = False  # targets [batch, most, 5] that are boxes, see `runtime.detection`
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,12 @@ next step needs is read while this one computes.
 
 from __future__ import annotations
 
-import errno
 import math
-import mmap
-import sys
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +20,12 @@ from fusetile.box import Box, slices, volume
 from fusetile.errors import UserError
 from fusetile.philox import permutation
 from fusetile.program import Feed, Program
+from fusetile.runtime.arrays import let_go, open_arrays
+from fusetile.runtime.detection import Boxes, Detection, check_boxes, padded
 from fusetile.runtime.images import ImageFolder
 from fusetile.runtime.storage import Place
 
-_LOCAL_HEADER_bytes = 30
 _CHECKED_at_once = 1 << 22  # elements
-_ADDRESSABLE_bytes = sys.maxsize
 _AHEAD_bytes = 1 << 18  # smaller batches are read faster than a thread is woken
 
 
@@ -80,7 +76,11 @@ class Data:
         if self.count < program.batch:
             raise UserError(f"{path} has {self.count} samples, fewer than one batch of {program.batch}")
         for feed in {feed.key: feed for feed in self._feeds if feed.classes}.values():
-            _check_classes(self._arrays[feed.key], feed, path)
+            array = self._arrays[feed.key]
+            if not feed.boxes:
+                _check_classes(array, feed, path)
+            elif isinstance(array, np.ndarray):  # a folder's boxes have been looked at
+                check_boxes(array, feed.classes, path)
         self._epoch, self._order = -1, np.arange(self.count)
         self._places: list[Place] = []  # of the feeds, in the arena that is being filled
         self._arena: np.ndarray | None = None
@@ -138,33 +138,28 @@ class Data:
         index: Any = (rows[batch], *rest)
         array = self._arrays[feed.key]
         values = np.asarray(array[index])
-        _let_go(array)
+        let_go(array)
         return self._scaling.apply(values, box) if feed.role == "input" and not feed.classes else values
-
-
-def _let_go(array: Any) -> None:
-    """What was read of a mapped file counts no more as memory of this process; the system may still have it at hand."""
-    base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(array, np.memmap) and isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _open(path: Path, feeds: list[Feed]) -> Mapping[str, Any]:
     """Arrays, or what looks like them, by name."""
-    if path.is_dir() and ImageFolder.is_one(path):
+    if Detection.is_one(path):
+        return _boxes(path, feeds)
+    if ImageFolder.is_one(path):
         return _images(path, feeds)
-    if path.is_dir():
-        files = {file.stem: file for file in sorted(path.glob("*.npy"))}
-        if not files:
-            raise UserError(f"there are no .npy files, and no folders with images, in the folder {path}")
-        return {name: _load(file) for name, file in files.items()}
-    if not path.exists():
-        raise UserError(f"there is no data file {path}")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is neither an .npz file nor a folder of .npy files: write one with numpy.savez")
-    return _Archive(path)
+    return open_arrays(path)
+
+
+def most_boxes(path: Path) -> int:
+    """Of data for a detector: boxes in the sample that has most. Raises UserError if there are no boxes in the data."""
+    if Detection.is_one(path):
+        return Detection(path).most
+    arrays = open_arrays(path)
+    shape = arrays["y"].shape if "y" in arrays else ()
+    if len(shape) != 3 or shape[2] != 5:
+        raise UserError(f"{path} has no boxes: neither images with .txt files, nor an array 'y' [samples, boxes, 5]")
+    return shape[1]
 
 
 def _images(path: Path, feeds: list[Feed]) -> dict[str, Any]:
@@ -179,78 +174,16 @@ def _images(path: Path, feeds: list[Feed]) -> dict[str, Any]:
     return found
 
 
-def _load(file: Path) -> np.ndarray:
-    try:
-        with open(file, "rb") as opened:
-            mapped = _map(opened, file)
-        return np.load(file, allow_pickle=False) if mapped is None else mapped
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"can't read {file} as an array: {error}") from error
-
-
-class _Archive(Mapping[str, np.ndarray]):
-    """An .npz file: members are opened when they are asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with zipfile.ZipFile(path) as archive:
-            self._members = {
-                info.filename.removesuffix(".npy"): info
-                for info in archive.infolist()
-                if info.filename.endswith(".npy")
-            }
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._members)
-
-    def __len__(self) -> int:
-        return len(self._members)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        info = self._members[name]
-        try:
-            if info.compress_type == zipfile.ZIP_STORED:
-                with open(self._path, "rb") as file:
-                    mapped = _map_member(file, info, self._path)
-                if mapped is not None:
-                    return mapped
-            with np.load(self._path, allow_pickle=False) as archive:
-                return archive[name]
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"can't read the array {name!r} of {self._path}: {error}") from error
-
-
-def _map_member(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> np.ndarray | None:
-    """An uncompressed member as a mapped array; see `_map`."""
-    file.seek(info.header_offset)
-    local = file.read(_LOCAL_HEADER_bytes)
-    file.seek(int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little"), 1)
-    return _map(file, path)
-
-
-def _map(file: BinaryIO, path: Path) -> np.ndarray | None:
-    """The .npy file that begins where `file` is, as a mapped array; None if its header is of a rare kind that only
-    np.load reads."""
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        return None
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if dtype.hasobject or 0 in shape or not shape:
-        return None
-    size_bytes = math.prod(shape) * dtype.itemsize
-    too_large = UserError(
-        f"{path} holds an array of {size_bytes / 1e9:.1f} GB, more than this {_ADDRESSABLE_bytes.bit_length() + 1}-bit "
-        "system can map into memory: use a 64-bit system, smaller images or fewer samples"
-    )
-    if size_bytes > _ADDRESSABLE_bytes:
-        raise too_large
-    try:
-        return np.memmap(file, dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")
-    except OSError as error:
-        if error.errno != errno.ENOMEM:
-            raise
-        raise too_large from error
+def _boxes(path: Path, feeds: list[Feed]) -> dict[str, Any]:
+    """The one input and the target, or targets, of a detector."""
+    folder = Detection(path)
+    found: dict[str, Any] = {feed.key: folder.images(feed.shape[1:]) for feed in feeds if feed.role == "input"}
+    for feed in feeds:
+        if feed.role == "target" and not feed.boxes:
+            raise UserError(f"{path} has boxes, which are no targets for this --loss")
+        if feed.boxes:
+            found[feed.key] = folder.targets(feed.shape[1], feed.classes)
+    return found or {"y": Boxes(folder.boxes, folder.most)}
 
 
 def _find(arrays: Mapping[str, np.ndarray], feed: Feed, feeds: list[Feed], path: Path) -> np.ndarray:
@@ -264,16 +197,25 @@ def _find(arrays: Mapping[str, np.ndarray], feed: Feed, feeds: list[Feed], path:
         raise UserError(f"{path} has no array {wanted} (the {feed.role} of the model); it has {there}")
     array = arrays[name]
     sample = feed.shape[1:]
+    if feed.boxes and isinstance(array, np.ndarray):
+        array = _filled_up(array, sample)
     if feed.role == "target" and _is_deeper(array.shape[1:], sample):
         array = array.reshape(len(array), *sample)
     if array.ndim == 0 or array.shape[1:] != sample:
         expected = ", ".join(map(str, ("samples", *sample)))
         raise UserError(f"{path}: {name!r} has shape {array.shape} where the model wants ({expected})")
-    wanted = "iu" if feed.classes else "f"
+    labels = feed.classes and not feed.boxes
+    wanted = "iu" if labels else "f"
     if array.dtype.kind not in wanted and not (array.dtype == np.uint8 and feed.role == "input"):
-        what = "integer class indices" if feed.classes else "floating-point numbers (convert with .astype('float32'))"
+        what = "integer class indices" if labels else "floating-point numbers (convert with .astype('float32'))"
         raise UserError(f"{path}: {name!r} has dtype {array.dtype} where the model wants {what}")
     return array
+
+
+def _filled_up(array: np.ndarray, sample: tuple[int, ...]) -> np.ndarray:
+    """With rows of no object, where there are fewer than the model takes."""
+    fits = array.shape[2:] == sample[1:] and array.shape[1] <= sample[0] and array.dtype.kind == "f"
+    return padded(list(array), sample[0]) if fits else array
 
 
 def _is_deeper(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:

@@ -26,7 +26,7 @@ class ImageFolder:
         self.files: list[Path] = []
         labels: list[int] = []
         for number, name in enumerate(self.classes):
-            found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
+            found = image_files(folder / name)
             if not found:
                 raise UserError(f"{folder / name}: there is no image in this folder of a class ({_listed()})")
             self.files += found
@@ -36,27 +36,32 @@ class ImageFolder:
     @classmethod
     def is_one(cls, path: Path) -> bool:
         """Whether there is an image in a folder of this folder."""
-        folders = [each for each in path.iterdir() if each.is_dir()] if path.is_dir() else []
-        return any(file.suffix.lower() in SUFFIXES for folder in folders for file in folder.iterdir())
+        return path.is_dir() and any(image_files(folder) for folder in path.iterdir() if folder.is_dir())
 
     def images(self, sample: tuple[int, ...]) -> Images:
-        """The images as an array of samples [C,H,W]. Raises UserError if there is no such image, or no Pillow."""
-        if len(sample) != 3 or sample[0] not in _MODES:
-            raise UserError(f"{self.folder}: images have 1 or 3 channels, the model wants samples {sample}")
+        """The images as an array of samples [C,H,W]."""
         return Images(self.files, sample)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder, by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
 class Images:
-    """Looks like an array [samples, C, H, W] of uint8; files are read when their samples are."""
+    """Looks like an array [samples, C, H, W] of uint8; files are read when their samples are. They are scaled, and cut
+    at the middle or stretched, to [H,W]. Raises UserError if there is no such image, or no Pillow."""
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, files: list[Path], sample: tuple[int, ...]) -> None:
+    def __init__(self, files: list[Path], sample: tuple[int, ...], *, stretched: bool = False) -> None:
+        if len(sample) != 3 or sample[0] not in _MODES:
+            raise UserError(f"{files[0].parent}: images have 1 or 3 channels, the model wants samples {sample}")
         try:
             from PIL import Image
         except ImportError:
             raise UserError("reading images needs Pillow: pip install 'fusetile[images]'") from None
-        self._open, self._files = Image.open, files
+        self._open, self._files, self._stretched = Image.open, files, stretched
         self.shape = (len(files), *sample)
         self.ndim, self.size = len(self.shape), int(np.prod(self.shape))
         for path in files:  # a file that is no image is found now and not after an hour
@@ -77,7 +82,8 @@ class Images:
         try:
             with self._opened(path) as image:
                 upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
-                fitted = np.asarray(ImageOps.fit(upright, (width, height)))
+                size = width, height
+                fitted = np.asarray(upright.resize(size) if self._stretched else ImageOps.fit(upright, size))
         except OSError as error:
             raise UserError(f"{path} is damaged ({error}): remove it, or replace it") from error
         return fitted.reshape(height, width, channels).transpose(2, 0, 1)

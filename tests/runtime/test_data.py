@@ -160,7 +160,7 @@ def test_a_member_that_holds_objects_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["npz", "folder"])
 def test_more_than_a_32_bit_system_can_map(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "data", kind, x=X, y=Y)
-    monkeypatch.setattr("fusetile.runtime.data._ADDRESSABLE_bytes", X.nbytes - 1)
+    monkeypatch.setattr("fusetile.runtime.arrays._ADDRESSABLE_bytes", X.nbytes - 1)
     with pytest.raises(UserError, match=r"data.* an array of 0.0 GB, .*-bit system can map .* fewer samples"):
         Data(path, program(), shuffle=False)
 

@@ -1,0 +1,117 @@
+"""Named arrays in an .npz file or a folder of .npy files, mapped into memory where they can be: .npy files, and the
+members of an .npz that `numpy.savez` wrote (uncompressed)."""
+
+from __future__ import annotations
+
+import errno
+import math
+import mmap
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from fusetile.errors import UserError
+
+_LOCAL_HEADER_bytes = 30
+_ADDRESSABLE_bytes = sys.maxsize
+
+
+def open_arrays(path: Path) -> Mapping[str, np.ndarray]:
+    """The arrays of a file or a folder, by name. Raises UserError."""
+    if path.is_dir():
+        files = sorted(path.glob("*.npy"))
+        if not files:
+            raise UserError(f"there are no .npy files, and no folders with images, in the folder {path}")
+        return {file.stem: _load(file) for file in files}
+    if not path.exists():
+        raise UserError(f"there is no data file {path}")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is neither an .npz file nor a folder of .npy files: write one with numpy.savez")
+    return _Archive(path)
+
+
+def let_go(array: Any) -> None:
+    """What was read of a mapped file counts no more as memory of this process; the system may still have it at hand."""
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(array, np.memmap) and isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def _load(file: Path) -> np.ndarray:
+    try:
+        with open(file, "rb") as opened:
+            mapped = _map(opened, file)
+        return np.load(file, allow_pickle=False) if mapped is None else mapped
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"can't read {file} as an array: {error}") from error
+
+
+class _Archive(Mapping[str, np.ndarray]):
+    """An .npz file: members are opened when they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with zipfile.ZipFile(path) as archive:
+            self._members = {
+                info.filename.removesuffix(".npy"): info
+                for info in archive.infolist()
+                if info.filename.endswith(".npy")
+            }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        info = self._members[name]
+        try:
+            if info.compress_type == zipfile.ZIP_STORED:
+                with open(self._path, "rb") as file:
+                    mapped = _map_member(file, info, self._path)
+                if mapped is not None:
+                    return mapped
+            with np.load(self._path, allow_pickle=False) as archive:
+                return archive[name]
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"can't read the array {name!r} of {self._path}: {error}") from error
+
+
+def _map_member(file: BinaryIO, info: zipfile.ZipInfo, path: Path) -> np.ndarray | None:
+    """An uncompressed member as a mapped array; see `_map`."""
+    file.seek(info.header_offset)
+    local = file.read(_LOCAL_HEADER_bytes)
+    file.seek(int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little"), 1)
+    return _map(file, path)
+
+
+def _map(file: BinaryIO, path: Path) -> np.ndarray | None:
+    """The .npy file that begins where `file` is, as a mapped array; None if its header is of a rare kind that only
+    np.load reads."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        return None
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if dtype.hasobject or 0 in shape or not shape:
+        return None
+    size_bytes = math.prod(shape) * dtype.itemsize
+    too_large = UserError(
+        f"{path} holds an array of {size_bytes / 1e9:.1f} GB, more than this {_ADDRESSABLE_bytes.bit_length() + 1}-bit "
+        "system can map into memory: use a 64-bit system, smaller images or fewer samples"
+    )
+    if size_bytes > _ADDRESSABLE_bytes:
+        raise too_large
+    try:
+        return np.memmap(file, dtype, mode="r", offset=file.tell(), shape=shape, order="F" if fortran else "C")
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise too_large from error
