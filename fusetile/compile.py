@@ -83,7 +83,7 @@ def compile_graph(
     with trace.stage("freeze") as seen:
         graph = seen(freeze(graph, frozen=training.freeze, trained=training.train))
     with trace.stage("differentiate") as seen:
-        graph = seen(differentiate(graph, loss=training.loss, classes=training.classes))
+        graph = seen(differentiate(graph, loss=training.loss, classes=training.classes, boxes=training.boxes))
     with trace.stage("add_optimizer") as seen:
         graph = seen(add_optimizer(graph, training.update))
     with trace.stage("prune") as seen:

@@ -17,10 +17,10 @@ import typer
 
 from fusetile.errors import UserError
 from fusetile.passes.add_optimizer import Kind, Optimizer
-from fusetile.passes.differentiate import ClassOptions
+from fusetile.passes.differentiate import BoxOptions, ClassOptions
 from fusetile.rates import Rates, Schedule
 
-Loss = Literal["cross-entropy", "nll", "mse", "l1", "smooth-l1", "bce-with-logits", "dice", "model"]
+Loss = Literal["cross-entropy", "nll", "mse", "l1", "smooth-l1", "bce-with-logits", "dice", "yolov2", "model"]
 
 
 def _option(panel: str, flag: str, help_text: str, **more: Any) -> Any:
@@ -50,7 +50,7 @@ class Training:
         _training(
             "--loss",
             "cross-entropy (of logits) and nll (of log-probabilities): targets are class numbers, per sample or per "
-            "pixel; the others: arrays shaped like the output; model: the first output is the loss.",
+            "pixel; yolov2: boxes; model: the first output is the loss; the others: arrays shaped like the output.",
         ),
     ] = "cross-entropy"
     ignore_index: Annotated[
@@ -62,6 +62,23 @@ class Training:
     label_smoothing: Annotated[
         float, _training("--label-smoothing", "Part of a label that is spread over all classes.", min=0.0, max=1.0)
     ] = 0.0
+    anchors: Annotated[
+        str,
+        _training(
+            "--anchors",
+            "Of yolov2: widths and heights in cells of the output's grid. Default: those for Pascal VOC in the paper.",
+            metavar="'W,H W,H ...'",
+        ),
+    ] = ""
+    lambdas: Annotated[
+        str,
+        _training(
+            "--lambdas",
+            "Factors of yolov2's terms: place and size, object, no object, class. Default: 5,1,0.5,1.",
+            metavar="L,L,L,L",
+        ),
+    ] = ""
+    max_boxes: Annotated[int, _training("--max-boxes", "Room for boxes per image, for yolov2.", min=1)] = 30
     batch: Annotated[
         int | None,
         _training("--batch", "Samples per step, over all devices. Default: the model's own, or 1.", min=1),
@@ -167,6 +184,14 @@ class Training:
         return ClassOptions(ignore=self.ignore_index, weights=weights, smoothing=self.label_smoothing)
 
     @property
+    def boxes(self) -> BoxOptions:
+        """What yolov2 goes by."""
+        usual = BoxOptions()
+        anchors = _numbers("--anchors", ",".join(self.anchors.replace(",", " ").split())) or usual.anchors
+        factors = _numbers("--lambdas", self.lambdas) or usual.factors
+        return BoxOptions(anchors=anchors, factors=factors, most=self.max_boxes)
+
+    @property
     def update(self) -> Optimizer:
         """The optimizer, with the defaults that it has in PyTorch, and momentum 0.9 for sgd."""
         momentum = {"sgd": 0.9}.get(self.optimizer, 0.0) if self.momentum is None else self.momentum
@@ -227,6 +252,11 @@ class Training:
             raise UserError("--schedule multistep needs --milestones")
         if not self.ema < 1:
             raise UserError(f"--ema {self.ema}: must be below 1, or no weight would ever count")
+        boxes = self.boxes
+        if len(boxes.anchors) % 2 or min(boxes.anchors) <= 0:
+            raise UserError(f"--anchors {self.anchors!r}: give pairs of numbers above 0, such as '1.3,1.7 3.2,4.0'")
+        if len(boxes.factors) != 4 or min(boxes.factors) < 0:
+            raise UserError(f"--lambdas {self.lambdas}: give four numbers of at least 0, such as 5,1,0.5,1")
         weights = self.classes.weights
         if any(weight < 0 for weight in weights) or (weights and not any(weights)):
             raise UserError(f"--class-weights {self.class_weights}: weights must be at least 0, and one of them above")

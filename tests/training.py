@@ -11,7 +11,7 @@ from fusetile.graph import Graph
 from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.assign import assign
 from fusetile.passes.communicate import Communication, communicate
-from fusetile.passes.differentiate import ClassOptions, differentiate
+from fusetile.passes.differentiate import BoxOptions, ClassOptions, differentiate
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import Halo, group
 from fusetile.passes.prune import prune
@@ -34,10 +34,11 @@ def training_graph(
     *,
     loss: str = "",
     classes: ClassOptions | None = None,
+    boxes: BoxOptions | None = None,
     optimizer: Optimizer = OPTIMIZER,
 ) -> Graph:
     """The graph that is planned: forward, loss, backward, update; pruned, fused, cheap maps recomputed."""
-    graph = differentiate(graph, loss=loss or loss_of(graph), classes=classes)
+    graph = differentiate(graph, loss=loss or loss_of(graph), classes=classes, boxes=boxes)
     graph = fuse(prune(add_optimizer(graph, optimizer)))
     return rematerialize(graph, cheap(graph))
 

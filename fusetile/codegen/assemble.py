@@ -10,6 +10,7 @@ from fusetile.codegen.calls import KernelCall, Ref
 from fusetile.codegen.emit import Draft, DraftRecv, DraftSend
 from fusetile.graph import Graph
 from fusetile.ops.loss import CLASS_LOSSES
+from fusetile.ops.yolo import classes_of
 from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import Communication
 from fusetile.passes.plan_memory import MemoryPlan, plan_memory
@@ -185,9 +186,15 @@ def _feeds(graph: Graph, communication: Communication, storage: DeviceBuffers) -
             feeds.append(Feed(graph.controls[name], "", shape, buffer))
             continue
         role, key = ("target", graph.targets[name]) if name in graph.targets else ("input", name)
-        losses = [op for op in readers[name] if op.kind in CLASS_LOSSES.values()]
-        classes = graph.tensors[losses[0].inputs[0]].shape[1] if losses else 0
-        feeds.append(Feed(role, key, shape, buffer, classes, losses[0].attrs.get("ignore") if losses else None))
+        feed = Feed(role, key, shape, buffer)
+        for op in readers[name]:
+            channels = graph.tensors[op.inputs[0]].shape[1] if op.inputs[0] != name else 0
+            if op.kind in CLASS_LOSSES.values():
+                feed = replace(feed, classes=channels, ignore=op.attrs.get("ignore"))
+            elif op.kind == "YoloV2":
+                anchors = graph.tensors[op.inputs[2]].shape[0] // 2
+                feed = replace(feed, classes=classes_of(channels, anchors), boxes=True)
+        feeds.append(feed)
     return feeds
 
 

@@ -43,6 +43,8 @@ _MODULES = {
     "likelihood_grad": "loss",
     "label_weight": "loss",
     "mean_of_pairs": "loss",
+    "yolo": "yolo",
+    "yolo_grad": "yolo",
     "concat": "shape",
     "slice": "shape",
     "reshape": "shape",

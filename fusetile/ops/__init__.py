@@ -14,6 +14,7 @@ from fusetile.ops import (
     resample,
     shape,
     update,
+    yolo,
 )
 from fusetile.ops.base import ROWS, Axis, Domain, Row, Spec, domain_of, overwritten, register, row
 
@@ -40,4 +41,5 @@ __all__ = [
     "row",
     "shape",
     "update",
+    "yolo",
 ]

@@ -37,7 +37,8 @@ NO_LABEL = -(2**31)
 """The label to ignore, where none is."""
 
 
-def _vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+def gradient_of_loss(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    """The rule of all losses: the op KINDGrad on the same operands."""
     stem = f"grad.{op.inputs[0]}"
     (dx,) = graph.add(f"{op.kind}Grad", op.inputs, attrs=op.attrs, stem=stem, phase=BACKWARD, origin=op.origin)
     dy = grads[0]
@@ -96,14 +97,15 @@ def _weighed(op: Op, inputs: Sequence[Array]) -> tuple[Array, Array, Array, Arra
     return label, counts * weights[label] * real(1 - smoothing) / total, each, np.arange(classes)
 
 
-def _sum64(values: Array) -> list[Array]:
+def sum64(values: Array) -> list[Array]:
+    """A loss from what each element contributes."""
     return [values.sum(dtype=np.float64).reshape(1)]
 
 
 def _cross_entropy(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
     label, chosen, each, _ = _weighed(op, inputs)
     logs = _log_softmax(inputs[0])
-    return _sum64(-np.take_along_axis(logs, label, 1) * chosen - (logs * each).sum(1, keepdims=True))
+    return sum64(-np.take_along_axis(logs, label, 1) * chosen - (logs * each).sum(1, keepdims=True))
 
 
 def _cross_entropy_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
@@ -115,7 +117,7 @@ def _cross_entropy_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array
 
 def _likelihood(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
     label, chosen, _, _ = _weighed(op, inputs)
-    return _sum64(-np.take_along_axis(inputs[0], label, 1) * chosen)
+    return sum64(-np.take_along_axis(inputs[0], label, 1) * chosen)
 
 
 def _likelihood_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
@@ -132,7 +134,7 @@ def _label_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tens
 def _label_weight(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
     target, weights = inputs
     counts = target != op.attrs.get("ignore", NO_LABEL)
-    return _sum64(weights[np.where(counts, target, 0)] * counts)
+    return sum64(weights[np.where(counts, target, 0)] * counts)
 
 
 CLASS_LOSSES = {"cross-entropy": "CrossEntropy", "nll": "NegativeLogLikelihood"}
@@ -141,7 +143,7 @@ for _kind, _reference, _gradient, _family in (
     ("CrossEntropy", _cross_entropy, _cross_entropy_grad, "cross_entropy"),
     ("NegativeLogLikelihood", _likelihood, _likelihood_grad, "likelihood"),
 ):
-    register(Row(_kind, _classes_shape, _classes_domain, _reference, _vjp, kernel=_family))
+    register(Row(_kind, _classes_shape, _classes_domain, _reference, gradient_of_loss, kernel=_family))
     register(Row(f"{_kind}Grad", same_spec, _classes_grad_domain, _gradient, kernel=f"{_family}_grad"))
 register(Row("LabelWeight", lambda attrs, inputs: [Spec((1,))], _label_domain, _label_weight, kernel="label_weight"))
 
@@ -167,7 +169,7 @@ def _pairs_grad_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence
 
 
 def _pairs(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    return [_sum64(compute(PAIRS[op.kind][0], op.attrs, inputs))[0] / op.attrs["count"]]
+    return [sum64(compute(PAIRS[op.kind][0], op.attrs, inputs))[0] / op.attrs["count"]]
 
 
 def _pairs_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
@@ -197,7 +199,9 @@ LOSSES: dict[str, str] = {**CLASS_LOSSES, **PAIR_LOSSES}
 """The command line's name of a loss -> its op kind."""
 
 for _kind, (_function, _derivative) in PAIRS.items():
-    register(Row(_kind, _pairs_shape, _pairs_domain, _pairs, _vjp, kernel="mean_of_pairs", expression=_function))
+    register(
+        Row(_kind, _pairs_shape, _pairs_domain, _pairs, gradient_of_loss, kernel="mean_of_pairs", expression=_function)
+    )
     register(
         Row(
             f"{_kind}Grad",

@@ -12,7 +12,7 @@ Source: Griewank and Walther, Evaluating Derivatives, chapter 3 (the reverse mod
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,12 @@ from fusetile.errors import UserError
 from fusetile.graph import BACKWARD, Graph, Parameter
 from fusetile.ops import row
 from fusetile.ops.loss import CLASS_LOSSES, LOSSES
+from fusetile.ops.yolo import YOLO
 
 DICE, MODEL = "dice", "model"
 """Losses that are no op of their own: one is made of several, one is part of the model."""
+ANCHORS = (1.3221, 1.73145, 3.19275, 4.00944, 5.05587, 8.09892, 9.47112, 4.84053, 11.2364, 10.0071)
+"""Widths and heights in cells: darknet's yolov2-voc.cfg, clusters of the boxes of Pascal VOC in a grid of 13x13."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +40,19 @@ class ClassOptions:
     smoothing: float = 0.0
 
 
-def differentiate(graph: Graph, *, loss: str, classes: ClassOptions | None = None) -> Graph:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxOptions:
+    """What yolov2 goes by. `anchors`: w0, h0, w1, h1, ... in cells; `factors` of the terms coord, object, noobject and
+    class, by default those of arXiv 1506.02640; `most`: how many true boxes an image has room for."""
+
+    anchors: tuple[float, ...] = ANCHORS
+    factors: tuple[float, ...] = (5.0, 1.0, 0.5, 1.0)
+    most: int = 30
+
+
+def differentiate(
+    graph: Graph, *, loss: str, classes: ClassOptions | None = None, boxes: BoxOptions | None = None
+) -> Graph:
     """`loss`: a name in `LOSSES`, applied to every output with its own target; several are added up. Or "model": the
     first output is the loss, and the others do not matter.
 
@@ -45,7 +60,7 @@ def differentiate(graph: Graph, *, loss: str, classes: ClassOptions | None = Non
     train or the loss does not fit an output.
     """
     graph = graph.copy()
-    if loss not in (names := sorted((*LOSSES, DICE, MODEL))):
+    if loss not in (names := sorted((*LOSSES, DICE, YOLO, MODEL))):
         raise UserError(f"unknown loss {loss!r}: choose one of {', '.join(names)}")
     if not any(parameter.trainable for parameter in graph.parameters.values()):
         raise UserError(f"{graph.name}: no float32 initializer is the weight of a layer, so there is nothing to train")
@@ -56,16 +71,19 @@ def differentiate(graph: Graph, *, loss: str, classes: ClassOptions | None = Non
         )
     if classes.smoothing and loss != "cross-entropy":
         raise UserError(f"--label-smoothing needs --loss cross-entropy, not {loss}")
+    if boxes not in (None, BoxOptions()) and loss != YOLO:
+        raise UserError(f"--anchors, --lambdas and --max-boxes don't fit --loss {loss}: it has no boxes")
     if loss == MODEL:
         graph.outputs = graph.outputs[:1]
         graph.loss, shape = graph.outputs[0], graph.tensors[graph.outputs[0]].shape
         if math.prod(shape) != 1:
             raise UserError(f"--loss model: the first output, {graph.loss!r}, must be one number; it has shape {shape}")
     else:
-        parts = [
-            _add_dice(graph, i) if loss == DICE else _add_loss(graph, i, LOSSES[loss], classes)
-            for i in range(len(graph.outputs))
-        ]
+        add: Callable[[int], str] = {
+            DICE: lambda i: _add_dice(graph, i),
+            YOLO: lambda i: _add_yolo(graph, i, boxes or BoxOptions()),
+        }.get(loss, lambda i: _add_loss(graph, i, LOSSES[loss], classes))
+        parts = [add(i) for i in range(len(graph.outputs))]
         graph.loss = parts[0]
         for part in parts[1:]:
             (graph.loss,) = graph.add("Add", [graph.loss, part], stem="loss.sum", origin="the sum of the losses")
@@ -104,6 +122,22 @@ def _add_dice(graph: Graph, i: int) -> str:
     both = add("Add", [add("SumTo", [p], shape=channels), add("SumTo", [target], shape=channels)])
     score = add("SumTo", [add("Div", [common, add("Shift", [both], offset=1.0)])], shape=(1,))
     return add("Shift", [add("Scale", [score], factor=-1 / shape[1])], offset=1.0)
+
+
+def _add_yolo(graph: Graph, i: int, options: BoxOptions) -> str:
+    """The loss of output `i`, with its true boxes."""
+    output, origin = graph.outputs[i], f"the loss of {graph.outputs[i]!r}"
+    shape = graph.tensors[output].shape
+    if len(shape) != 4:
+        raise UserError(
+            f"--loss {YOLO} needs an output [N, anchors * (5 + classes), H, W]; {output!r} has shape {shape}"
+        )
+    boxes = _add_target(graph, i, (shape[0], options.most, 5))
+    anchors = Parameter(np.array(options.anchors, np.float32), trainable=False)
+    inputs = [output, boxes, graph.add_parameter(graph.fresh("anchors"), anchors)]
+    return graph.add(
+        "YoloV2", inputs, attrs={"factors": options.factors, "count": shape[0]}, stem="loss", origin=origin
+    )[0]
 
 
 def _add_loss(graph: Graph, i: int, kind: str, classes: ClassOptions) -> str:

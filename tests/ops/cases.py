@@ -15,6 +15,7 @@ from fusetile.ops.functions import FUNCTIONS
 from fusetile.ops.loss import PAIRS
 from fusetile.ops.rearrange import inverse
 from fusetile.ops.resample import Taps
+from tests.yolo import ANCHORS, random_boxes
 
 F, V = "filter", "map"
 POSITIVE = ("Log", "Power", "Sqrt")  # functions of positive numbers
@@ -280,6 +281,16 @@ def _others() -> list[Case]:
                 ("smoothed", (), {"smoothing": 0.2}),
                 ("weighted", (((3,), V), ((1,), V)), {"smoothing": 0.1, "ignore": 2}),
             )
+        ),
+        *(
+            Case(
+                kind,
+                kind,
+                (((3, 27, 4, 5), V), ((3, 7, 5), V), ((6,), V)),
+                {"count": 3, "factors": (5.0, 1.0, 0.5, 2.0)},
+                {1: random_boxes(np.random.default_rng(1), images=3, most=7, classes=4), 2: ANCHORS},
+            )
+            for kind in ("YoloV2", "YoloV2Grad")
         ),
         Case("LabelWeight", "LabelWeight", (((4, 5, 6), "int32"), ((3,), V)), {"ignore": 1}),
         Case("Dropout", "Dropout", ((MAP, V), ((1,), "int32")), {"ratio": 0.4, "seed": 7, "site": 2}, step),

@@ -1,0 +1,20 @@
+"""What tests of YOLOv2's loss share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+ANCHORS = np.array([1.2, 0.9, 2.5, 3.0, 4.0, 1.5], np.float32)
+
+
+def random_boxes(random: np.random.Generator, *, images: int, most: int, classes: int) -> np.ndarray:
+    """Boxes [images, most, 5]: some are none; some share a cell, some an anchor too; one is at the last corner."""
+    boxes = np.empty((images, most, 5), np.float32)
+    boxes[..., 0] = random.integers(-1, classes, (images, most))
+    boxes[..., 1:3] = random.random((images, most, 2))
+    boxes[..., 3:] = 0.05 + 0.5 * random.random((images, most, 2))
+    boxes[:, 1] = boxes[:, 0]
+    boxes[:, 2, 1:3] = boxes[:, 0, 1:3]
+    boxes[:, 3, 1:3] = 1
+    boxes[:, :4, 0] = np.arange(4) % classes
+    return boxes
