@@ -1,7 +1,8 @@
-"""The command `fusetile`: compile, train, export, explain."""
+"""The command `fusetile`: compile, train, export, explain, simulate."""
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import tempfile
@@ -32,6 +33,20 @@ app = typer.Typer(
 Model = Annotated[
     Path, typer.Argument(help="The network: an ONNX file, as exported by PyTorch and others.", metavar="MODEL.onnx")
 ]
+ClusterOption = Annotated[
+    Path | None, typer.Option("--cluster", help="The devices: a cluster.toml (see README).", metavar="FILE")
+]
+NodesOption = Annotated[
+    int | None, typer.Option("--nodes", min=1, help="Instead of --cluster: that many equal devices at 127.0.0.1.")
+]
+TargetOption = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        help="With --nodes: what they are: host, pi3, pi3b+, pi4, pi5, zero2w, or pi3-32 etc. for 32-bit systems.",
+        metavar="CPU",
+    ),
+]
 DumpOption = Annotated[
     Path | None,
     typer.Option(
@@ -61,20 +76,9 @@ def compile_command(
     model: Model,
     training: Training,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="BUILD")],
-    cluster: Annotated[
-        Path | None, typer.Option("--cluster", help="The devices: a cluster.toml (see README).", metavar="FILE")
-    ] = None,
-    nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, help="Instead of --cluster: that many equal devices at 127.0.0.1.")
-    ] = None,
-    target: Annotated[
-        str,
-        typer.Option(
-            "--target",
-            help="With --nodes: what they are: host, pi3, pi3b+, pi4, pi5, zero2w, or pi3-32 etc. for 32-bit systems.",
-            metavar="CPU",
-        ),
-    ] = "host",
+    cluster: ClusterOption = None,
+    nodes: NodesOption = None,
+    target: TargetOption = "host",
     dump: DumpOption = None,
     stop_after: StopOption = None,
     verbose: VerboseOption = False,
@@ -83,9 +87,7 @@ def compile_command(
 
     Then, on each device:  fusetile-runtime BUILD/nodes/NAME --data DATA
     """
-    if (cluster is None) == (nodes is None):
-        raise UserError("give either --cluster FILE (your devices) or --nodes N (that many at 127.0.0.1)")
-    devices = read_cluster(cluster) if cluster else local_cluster(nodes or 1, target=target)
+    devices = _devices(cluster, nodes, target)
     _compile(model, devices, training, out, dump=dump, stop_after=stop_after, verbose=verbose)
     plan = read_plan(out)
     console.print(devices_table(plan))
@@ -142,7 +144,49 @@ def explain_command(
     explain_build(build, console, as_json=as_json)
 
 
+@app.command("simulate")
+@spread
+def simulate_command(
+    model: Model,
+    training: Training,
+    cluster: ClusterOption = None,
+    nodes: NodesOption = None,
+    target: TargetOption = "host",
+    traced: Annotated[
+        bool,
+        typer.Option(
+            "--trace",
+            help="Compile the plan for this computer, run every device's program here, one after the other, and scale "
+            "what each op takes to the device's profile.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict the time of a step on a cluster that need not be there: no kernels are compiled, unless with --trace."""
+    from fusetile.simulation import show, simulate_model
+
+    devices = _devices(cluster, nodes, target)
+    with _progress(f"Simulating {model.name} on {len(devices.nodes)} node(s)", quiet=as_json) as progress:
+        trace = Trace(progress.stage, progress.advance)
+        found = simulate_model(model, cluster=devices, training=training, traced=traced, trace=trace)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        show(found, console)
+
+
 console = Console()
+
+
+def _devices(cluster: Path | None, nodes: int | None, target: str) -> Cluster:
+    """What --cluster, or --nodes and --target say."""
+    if (cluster is None) == (nodes is None):
+        raise UserError("give either --cluster FILE (your devices) or --nodes N (that many at 127.0.0.1)")
+    return read_cluster(cluster) if cluster else local_cluster(nodes or 1, target=target)
+
+
+def _progress(title: str, *, quiet: bool = False) -> CompileProgress:
+    return CompileProgress(Console(quiet=True) if quiet else console, title)
 
 
 def _compile(
@@ -157,7 +201,7 @@ def _compile(
 ) -> Path:
     if stop_after and stop_after not in PASSES:
         raise UserError(f"--stop-after {stop_after!r}: choose one of {', '.join(PASSES)}")
-    with CompileProgress(console, f"Compiling {model.name} for {len(devices.nodes)} node(s)") as progress:
+    with _progress(f"Compiling {model.name} for {len(devices.nodes)} node(s)") as progress:
         trace = Trace(progress.stage, progress.advance, dump, stop_after or "", _say)
         try:
             compile_model(model, cluster=devices, training=training, build=build, trace=trace)

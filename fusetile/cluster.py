@@ -24,6 +24,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fusetile.errors import UserError
 
 DEFAULT_PORT = 7300
@@ -34,9 +36,37 @@ MESSAGE_seconds = 0.1e-3
 
 
 @dataclass(frozen=True, slots=True)
+class Messaging:
+    """Processor time that a message takes from the kernels, at either end: besides its bytes, and per byte. The
+    built-in profiles do not count it."""
+
+    message_seconds: float = 0.0
+    byte_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast a device does ops of one kind, with all its cores: operations and bytes per second, and seconds that
+    each op takes besides. `overlap`: the part of the shorter of computing and moving that hides behind the longer; 1 is
+    a roofline (Williams, Waterman, Patterson, 2009), 0 a sum, as it is fitted to measurements."""
+
+    flops: float
+    bandwidth: float
+    overhead_seconds: float = 0.0
+    overlap: float = 1.0
+
+    def seconds(self, flops: Any, traffic_bytes: Any) -> Any:
+        """For numbers or arrays; nothing to do takes no time."""
+        computing, moving = flops / self.flops, traffic_bytes / self.bandwidth
+        both = np.maximum(computing, moving) + (1 - self.overlap) * np.minimum(computing, moving)
+        return both + self.overhead_seconds * (both > 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     """A kind of device. `core_flops` is the rate that convolutions reach on one core, in floating-point operations per
-    second; `bandwidth` the memory's, in bytes per second."""
+    second; `bandwidth` the memory's, in bytes per second. `speeds` says more of kinds of ops that were measured (see
+    `cost.kind_of`), with `cores` cores."""
 
     kind: str
     target: str  # name in codegen.targets
@@ -44,6 +74,14 @@ class Device:
     core_flops: float
     bandwidth: float
     memory_bytes: int
+    speeds: tuple[tuple[str, Speed], ...] = ()
+    messaging: Messaging = Messaging()
+
+    def with_cores(self, cores: int) -> Device:
+        """The same device using so many cores; what was measured is taken to scale with them."""
+        part = cores / self.cores
+        speeds = tuple((kind, replace(speed, flops=speed.flops * part)) for kind, speed in self.speeds)
+        return replace(self, cores=cores, speeds=speeds)
 
 
 PARALLEL_efficiency = 0.9
@@ -82,6 +120,11 @@ class Node:
         """Floating-point operations per second of all its cores together."""
         cores = self.device.cores
         return self.device.core_flops * cores * (PARALLEL_efficiency if cores > 1 else 1.0)
+
+    def speed(self, kind: str) -> Speed:
+        """How fast it does ops of a kind: as measured, or by the general rates."""
+        measured = dict(self.device.speeds).get(kind)
+        return measured or Speed(self.flops, self.device.bandwidth)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +210,7 @@ def _node(entry: Mapping[str, Any], where: str) -> Node:
         cores = entry["cores"]
         if not isinstance(cores, int) or isinstance(cores, bool) or not 1 <= cores <= 256:
             raise UserError(f"{where} ({name}): cores = {cores!r} must be a whole number from 1 to 256")
-        device = replace(device, cores=cores)
+        device = device.with_cores(cores)
     return Node(name, address, device)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from fusetile.bundle import write_bundle
 from fusetile.cluster import Cluster
 from fusetile.codegen.assemble import memory_of
 from fusetile.codegen.emit import Draft, emit, layers_of
-from fusetile.codegen.targets import target_named
+from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.options import Training
@@ -31,7 +31,7 @@ from fusetile.passes.prune import prune
 from fusetile.passes.rematerialize import cheap, place_copies, rematerialize
 from fusetile.passes.schedule import Schedule, schedule
 from fusetile.plan import Plan
-from fusetile.report import describe, predicted_seconds
+from fusetile.report import Description, describe, predicted_seconds
 from fusetile.trace import Trace
 
 PASSES = (
@@ -65,21 +65,45 @@ def compile_model(
     Raises UserError for a model, cluster or option that can't be trained, DoesNotFit if a device has too little memory.
     """
     trace = trace or Trace()
+    graph = imported(model, training=training, trace=trace)
+    return compile_graph(graph, model=model, cluster=cluster, training=training, build=build, trace=trace)
+
+
+def imported(model: Path, *, training: Training, trace: Trace) -> Graph:
+    """The forward graph of an ONNX file."""
     with trace.stage("import_onnx") as seen:
         graph = seen(
             import_onnx(model, batch=training.batch, bn=training.bn, dropout=training.dropout, seed=training.seed)
         )
         for note in graph.notes:
             trace.on_note(note)
-    return compile_graph(graph, model=model, cluster=cluster, training=training, build=build, trace=trace)
+    return graph
 
 
 def compile_graph(
     graph: Graph, *, model: Path, cluster: Cluster, training: Training, build: Path, trace: Trace
 ) -> Path:
     """All that comes after the import; `model` is the file that the graph came from."""
-    targets = [target_named(node.device.target) for node in cluster.nodes]
-    block = min(target.block for target in targets)
+    planned = plan_graph(graph, cluster=cluster, training=training, trace=trace)
+    with trace.stage("bundle"):
+        write_planned(planned, build, model=model, cluster=cluster, training=training, trace=trace)
+    return build
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """All that is decided before kernels are compiled. `whole` is the graph in which nothing is computed twice;
+    `description` is what plan.json will say."""
+
+    whole: Graph
+    laid: LaidOut
+    memories: Sequence[MemoryPlan]
+    description: Description
+
+
+def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Trace) -> Planned:
+    """A graph as it was imported -> a plan that fits into the devices' memory."""
+    block = block_of(cluster)
     with trace.stage("freeze") as seen:
         graph = seen(freeze(graph, frozen=training.freeze, trained=training.train))
     with trace.stage("differentiate") as seen:
@@ -105,38 +129,66 @@ def compile_graph(
     laid = _lay_out(graph, plan, cluster=cluster, training=training, trace=trace)
     laid, saving = _economize(whole, plan, laid, cluster=cluster, training=training, trace=trace)
     memories = fit(laid.memories, cluster=cluster, layers=[layers_of(laid.graph, draft) for draft in laid.drafts])
-    with trace.stage("bundle"):
-        description = describe(
-            laid.graph,
-            laid.plan,
-            laid.communication,
-            laid.order,
-            memories,
-            saving,
-            cluster=cluster,
-            training=training,
-            block=block,
-        )
-        write_bundle(
-            build,
-            model=model,
-            graph=laid.graph,
-            plan=laid.plan,
-            communication=laid.communication,
-            storage=laid.storage,
-            drafts=laid.drafts,
-            memories=memories,
-            description=description,
-            cluster=cluster,
-            targets=targets,
-            training=training,
-            on_progress=trace.on_progress,
-        )
-    return build
+    description = describe(
+        laid.graph,
+        laid.plan,
+        laid.communication,
+        laid.order,
+        memories,
+        saving,
+        cluster=cluster,
+        training=training,
+        block=block,
+    )
+    return Planned(whole, laid, memories, description)
+
+
+def write_planned(
+    planned: Planned, build: Path, *, model: Path, cluster: Cluster, training: Training, trace: Trace
+) -> None:
+    """Compile the kernels and write the bundles."""
+    laid = planned.laid
+    write_bundle(
+        build,
+        model=model,
+        graph=laid.graph,
+        plan=laid.plan,
+        communication=laid.communication,
+        storage=laid.storage,
+        drafts=laid.drafts,
+        memories=planned.memories,
+        description=planned.description,
+        cluster=cluster,
+        targets=laid.targets,
+        training=training,
+        on_progress=trace.on_progress,
+    )
+
+
+def block_of(cluster: Cluster) -> int:
+    """The channel block that all devices share."""
+    return min(target_named(node.device.target).block for node in cluster.nodes)
+
+
+def for_target(planned: Planned, target: Target, *, cluster: Cluster, training: Training) -> Planned:
+    """The same plan with kernels for another CPU on all devices."""
+    laid, targets = planned.laid, [target] * len(cluster.nodes)
+    drafts = emit(
+        laid.graph,
+        laid.plan,
+        laid.communication,
+        laid.order,
+        laid.storage,
+        targets=targets,
+        block=block_of(cluster),
+        numerics=training.numerics,
+    )
+    memories = [memory_of(draft, guard=training.guard) for draft in drafts]
+    return replace(planned, laid=replace(laid, targets=targets, drafts=drafts, memories=memories), memories=memories)
 
 
 @dataclass(frozen=True, slots=True)
-class _LaidOut:
+class LaidOut:
     """A plan with all that follows from it, down to the arenas."""
 
     graph: Graph
@@ -144,6 +196,7 @@ class _LaidOut:
     communication: Communication
     order: Schedule
     storage: Sequence[DeviceBuffers]
+    targets: Sequence[Target]
     drafts: Sequence[Draft]
     memories: Sequence[MemoryPlan]
 
@@ -153,9 +206,9 @@ class _LaidOut:
         return np.array([memory.arena_bytes for memory in self.memories], float)
 
 
-def _lay_out(graph: Graph, plan: Plan, *, cluster: Cluster, training: Training, trace: Trace) -> _LaidOut:
+def _lay_out(graph: Graph, plan: Plan, *, cluster: Cluster, training: Training, trace: Trace) -> LaidOut:
     targets = [target_named(node.device.target) for node in cluster.nodes]
-    block = min(target.block for target in targets)
+    block = block_of(cluster)
     with trace.stage("group"):
         plan = group(graph, plan, cluster=cluster, halo=training.halo)
     with trace.stage("communicate"):
@@ -170,12 +223,12 @@ def _lay_out(graph: Graph, plan: Plan, *, cluster: Cluster, training: Training, 
         )
     with trace.stage("plan_memory"):
         memories = [memory_of(draft, guard=training.guard) for draft in drafts]
-    return _LaidOut(graph, plan, communication, order, storage, drafts, memories)
+    return LaidOut(graph, plan, communication, order, storage, targets, drafts, memories)
 
 
 def _economize(
-    whole: Graph, plan: Plan, laid: _LaidOut, *, cluster: Cluster, training: Training, trace: Trace
-) -> tuple[_LaidOut, Saving]:
+    whole: Graph, plan: Plan, laid: LaidOut, *, cluster: Cluster, training: Training, trace: Trace
+) -> tuple[LaidOut, Saving]:
     """Lay the plan out again, with more computed again, until its arenas fit into the devices' memory (three times at
     most), or once if they fit: for the memory that costs next to no time. `whole` is the graph without copies."""
     room = room_bytes(cluster)

@@ -70,7 +70,17 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runtime": BASE,
 }
-TOP = {"__main__", "cli", "explain", "local", "onnx_export", "progress", "__init__"}  # the command line
+TOP = {
+    "__main__",
+    "cli",
+    "explain",
+    "local",
+    "onnx_export",
+    "progress",
+    "rehearsal",
+    "simulation",
+    "__init__",
+}  # the command line
 
 
 def part(module: str) -> str:

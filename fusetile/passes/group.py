@@ -17,6 +17,7 @@ import numpy as np
 
 from fusetile.box import Box, contains, extents, hull, intersect, subtract, volume
 from fusetile.cluster import Cluster
+from fusetile.cost import kind_of
 from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import Domain, domain_of, row
 from fusetile.ops.base import Along
@@ -99,10 +100,9 @@ def _cheaper(graph: Graph, op: Op, domain: Domain, box: Box, larger: Box, cluste
     inputs = [graph.tensors[name] for name in op.inputs]
     reduction = prod(axis.size for axis in domain.axes if axis.kind == "reduction")
     more = volume(larger) - volume(box)
-    node = cluster.nodes[device]
-    recompute = max(
-        more * row(op.kind).flops(op.attrs, inputs) / node.flops, 8 * more / reduction / node.device.bandwidth
-    )
+    speed = cluster.nodes[device].speed(kind_of(graph, op))
+    recompute = speed.seconds(more * row(op.kind).flops(op.attrs, inputs), 8 * more / reduction)
+    recompute -= speed.overhead_seconds  # the op is done anyway
     missing = subtract(domain.output(larger), domain.output(box))
     elements = sum(prod(extents(piece)) for piece in missing)
     exchange = cluster.link.latency_seconds + 4 * elements / cluster.link.bytes_per_second

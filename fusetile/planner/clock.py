@@ -4,7 +4,8 @@ A device does its works in order. A message is on the way once it is shipped and
 most urgent message first. To a device that still has a chunk and more to receive it sends nothing but what the buffers
 between them take at once: the next most urgent gets the turn. A chunk keeps its source's sending direction busy and its
 target's receiving direction, where chunks queue (directions of a link are independent, and the switch between the
-devices is not a bottleneck). The last chunk arrives a latency later, and both ends may go on.
+devices is not a bottleneck). The last chunk arrives a latency later, and both ends may go on. What a chunk costs its
+two devices' processors makes what they compute meanwhile take longer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusetile.cluster import Link, MESSAGE_seconds
+from fusetile.cluster import Link, MESSAGE_seconds, Messaging
 
 CHUNK_bytes = 1 << 14  # the runtime's
 BUFFERED_bytes = 4096
@@ -51,17 +52,26 @@ class Timeline:
     messages: tuple[tuple[float, float], ...]
 
 
-def play(works: Sequence[Sequence[Work]], messages: Sequence[Message], link: Link) -> Timeline:
-    """Raises RuntimeError if devices wait for each other."""
-    return _Clock(works, messages, link).run()
+def play(
+    works: Sequence[Sequence[Work]], messages: Sequence[Message], link: Link, messaging: Sequence[Messaging] = ()
+) -> Timeline:
+    """`messaging` per device; nothing by default. Raises RuntimeError if devices wait for each other."""
+    return _Clock(works, messages, link, messaging or [Messaging()] * len(works)).run()
 
 
 class _Clock:
     """The state between two events. Events: a device is free, a source may send, a message has arrived."""
 
-    def __init__(self, works: Sequence[Sequence[Work]], messages: Sequence[Message], link: Link) -> None:
-        self.works, self.messages, self.link = works, messages, link
+    def __init__(
+        self,
+        works: Sequence[Sequence[Work]],
+        messages: Sequence[Message],
+        link: Link,
+        messaging: Sequence[Messaging],
+    ) -> None:
+        self.works, self.messages, self.link, self.messaging = works, messages, link, messaging
         nodes = len(works)
+        self.stolen = [0.0] * nodes  # by messages, from the work that a device is at
         self.at = [0] * nodes
         self.waiting: list[set[int]] = [set() for _ in range(nodes)]
         self.left = [message.size_bytes for message in messages]
@@ -85,7 +95,7 @@ class _Clock:
         while self.events:
             now, _, what, subject = heapq.heappop(self.events)
             if what == "free":
-                self._go_on(subject, now)
+                self._free(subject, now)
             elif what == "send":
                 self._send(subject, now)
             else:
@@ -97,6 +107,16 @@ class _Clock:
     def _at(self, time: float, what: str, subject: int) -> None:
         self.count += 1  # ties: first come, first served
         heapq.heappush(self.events, (time, self.count, what, subject))
+
+    def _free(self, device: int, now: float) -> None:
+        """A work ends, or goes on for as long as messages have interrupted it."""
+        stolen, self.stolen[device] = self.stolen[device], 0.0
+        if not stolen:
+            self._go_on(device, now)
+            return
+        start, _, index = self.busy[device][-1]
+        self.busy[device][-1] = (start, now + stolen, index)
+        self._at(now + stolen, "free", device)
 
     def _go_on(self, device: int, now: float) -> None:
         """Do works until one takes time or has to wait."""
@@ -112,6 +132,7 @@ class _Clock:
             for tag in (*work.ships, *work.posts):
                 self._begin(tag, now)
             if work.seconds:
+                self.stolen[device] = 0.0  # what came while it waited
                 self.busy[device].append((now, now + work.seconds, index))
                 self._at(now + work.seconds, "free", device)
                 return
@@ -156,6 +177,9 @@ class _Clock:
         seconds = chunk / rate + MESSAGE_seconds * first
         self.sends_again[source] = now + seconds
         self.received[target] = max(self.received[target], now) + seconds
+        for device in (source, target):
+            cost = self.messaging[device]
+            self.stolen[device] += chunk * cost.byte_seconds + first * cost.message_seconds
         if first:
             self.carried[tag] = (now, now)
         if not self.left[tag]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusetile.cluster import Cluster, MESSAGE_seconds
+from fusetile.cost import kind_of
 from fusetile.graph import FORWARD, UPDATE, Graph
 from fusetile.passes.keep import originals
 from fusetile.planner.candidates import Candidate
@@ -98,8 +99,7 @@ class _Builder:
     def __init__(self, graph: Graph, geometry: Geometry, cluster: Cluster, counts: Sequence[int]) -> None:
         nodes = len(cluster.nodes)
         self.graph, self.geometry, self.link = graph, geometry, cluster.link
-        self.flops = np.array([node.flops for node in cluster.nodes])
-        self.bandwidth = np.array([node.device.bandwidth for node in cluster.nodes])
+        self.nodes = cluster.nodes
         self.early = [np.zeros((2, count, nodes)) for count in counts]  # forward; backward up to the input gradient
         self.late = [np.zeros((count, nodes)) for count in counts]  # weight gradients and updates
         self.compute = [np.zeros(count) for count in counts]
@@ -114,9 +114,11 @@ class _Builder:
         self.kept = {tensor for name in originals(graph) for tensor in graph.ops[name].outputs}
 
     def add_compute(self, placed: Placed) -> None:
-        """The roofline of `cost.seconds_on`, for all candidates and devices at once."""
+        """What `cost.seconds_on` says, for all candidates and devices at once."""
         op = placed.op
-        seconds = np.maximum(placed.flops / self.flops, placed.traffic_bytes / self.bandwidth)
+        kind = kind_of(self.graph, op)
+        work = zip(self.nodes, placed.flops.T, placed.traffic_bytes.T, strict=True)
+        seconds = np.stack([node.speed(kind).seconds(flops, traffic) for node, flops, traffic in work], 1)
         if op.phase == UPDATE or op.kind in _LATE:
             self.late[placed.unit] += seconds
         else:

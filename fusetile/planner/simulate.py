@@ -14,7 +14,8 @@ from fusetile.planner.clock import Message, Timeline, Work, play
 def simulate(communication: Communication, order: Schedule, cluster: Cluster) -> Timeline:
     """A step, from its start on all devices to the end of the last; works are numbered like the actions."""
     messages = [Message(t.source, t.target, t.size_bytes, t.priority) for t in order.transfers]
-    return play(_works(communication, order, cluster, messages), messages, cluster.link)
+    works = _works(communication, order, cluster, messages)
+    return play(works, messages, cluster.link, [node.device.messaging for node in cluster.nodes])
 
 
 def _works(
