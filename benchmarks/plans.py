@@ -20,7 +20,8 @@ import onnx
 from rich.console import Console
 from rich.table import Table
 
-from fusetile.cluster import PROFILES, Cluster, Link, Node, local_cluster
+from fusetile.cluster import Cluster, Link, Node, local_cluster
+from fusetile.device import PROFILES
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.passes.add_optimizer import Optimizer, add_optimizer

@@ -1,4 +1,4 @@
-"""The command `fusetile`: compile, train, export, explain, simulate."""
+"""The command `fusetile`: compile, train, export, explain, simulate, profile."""
 
 from __future__ import annotations
 
@@ -173,6 +173,44 @@ def simulate_command(
         print(json.dumps(found.to_json(), indent=1))
     else:
         show(found, console)
+
+
+@app.command("profile")
+def profile_command(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder to write: bundles, or with --here profiles.", metavar="OUT")
+    ],
+    cluster: ClusterOption = None,
+    nodes: NodesOption = None,
+    target: TargetOption = "host",
+    here: Annotated[
+        bool, typer.Option("--here", help="With --nodes: measure this computer, divided among so many node processes.")
+    ] = False,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.01, help="With --here: how long to measure.")] = 10.0,
+) -> None:
+    """Measure devices for the planner: one bundle per device, to be copied and run there.
+
+    On each device, all at the same time:  fusetile-runtime profile OUT/nodes/NAME
+    Then name what it wrote in cluster.toml:  profile = "FILE.toml"
+    """
+    from fusetile.profiling import profile_here, write_probes
+
+    if here and (nodes is None or target != "host"):
+        raise UserError("--here measures this computer: give --nodes N, and neither --cluster nor --target")
+    devices = local_cluster(nodes, ports=free_ports(nodes)) if here and nodes else _devices(cluster, nodes, target)
+    with _progress(f"Profiling {len(devices.nodes)} node(s)") as progress:
+        trace = Trace(progress.stage, progress.advance)
+        if here:
+            made = profile_here(devices, out, seconds=seconds, trace=trace)
+        else:
+            write_probes(devices, out, trace=trace)
+    if here:
+        _say(f'Wrote {", ".join(map(str, made))}: name them in cluster.toml, profile = "FILE.toml"')
+    else:
+        _say(f"Wrote {out}: a folder per device, nodes/{{{','.join(node.name for node in devices.nodes)}}}")
+        _say("Copy each to its device and start there, at the same time:")
+        _say("  fusetile-runtime profile NAME")
+        _say('Then name what it wrote, NAME/profile.toml, in cluster.toml instead of a device: profile = "FILE.toml"')
 
 
 console = Console()

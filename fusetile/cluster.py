@@ -1,4 +1,4 @@
-"""The devices and the network between them: cluster.toml and the built-in profiles.
+"""The devices and the network between them: cluster.toml.
 
 [[node]]
 name = "kitchen"
@@ -8,7 +8,12 @@ memory = "1GB"      # optional: how much of it training may use
 cores = 3           # optional
 abi = "armv7"       # optional: "armv7" for a 32-bit system, "aarch64" for a 64-bit one, which is the default
 
-[link]
+[[node]]
+name = "attic"
+address = "192.168.1.22:7300"
+profile = "attic.toml"    # instead of a kind of device: what `fusetile-runtime profile` measured there
+
+[link]              # optional: without it, the slowest that the profiles have measured, or else 94 Mbit/s, 0.3 ms
 rate = "94Mbit/s"
 latency = "0.3ms"
 """
@@ -24,87 +29,21 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from fusetile.device import (
+    ABIS,
+    PROFILES,
+    ADDRESSABLE_32_bytes,
+    Device,
+    PARALLEL_efficiency,
+    Profile,
+    Speed,
+    read_profile,
+)
 from fusetile.errors import UserError
 
 DEFAULT_PORT = 7300
-ABIS = {"aarch64": "", "armv7": "-32"}  # what is appended to the name of a Raspberry Pi's profile
-ADDRESSABLE_32_bytes = 2_000_000_000  # what one block of memory of a 32-bit process may have
 MESSAGE_seconds = 0.1e-3
 """What a message keeps a link busy for besides its bytes: system calls at both ends, the frame's header."""
-
-
-@dataclass(frozen=True, slots=True)
-class Messaging:
-    """Processor time that a message takes from the kernels, at either end: besides its bytes, and per byte. The
-    built-in profiles do not count it."""
-
-    message_seconds: float = 0.0
-    byte_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """How fast a device does ops of one kind, with all its cores: operations and bytes per second, and seconds that
-    each op takes besides. `overlap`: the part of the shorter of computing and moving that hides behind the longer; 1 is
-    a roofline (Williams, Waterman, Patterson, 2009), 0 a sum, as it is fitted to measurements."""
-
-    flops: float
-    bandwidth: float
-    overhead_seconds: float = 0.0
-    overlap: float = 1.0
-
-    def seconds(self, flops: Any, traffic_bytes: Any) -> Any:
-        """For numbers or arrays; nothing to do takes no time."""
-        computing, moving = flops / self.flops, traffic_bytes / self.bandwidth
-        both = np.maximum(computing, moving) + (1 - self.overlap) * np.minimum(computing, moving)
-        return both + self.overhead_seconds * (both > 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A kind of device. `core_flops` is the rate that convolutions reach on one core, in floating-point operations per
-    second; `bandwidth` the memory's, in bytes per second. `speeds` says more of kinds of ops that were measured (see
-    `cost.kind_of`), with `cores` cores."""
-
-    kind: str
-    target: str  # name in codegen.targets
-    cores: int
-    core_flops: float
-    bandwidth: float
-    memory_bytes: int
-    speeds: tuple[tuple[str, Speed], ...] = ()
-    messaging: Messaging = Messaging()
-
-    def with_cores(self, cores: int) -> Device:
-        """The same device using so many cores; what was measured is taken to scale with them."""
-        part = cores / self.cores
-        speeds = tuple((kind, replace(speed, flops=speed.flops * part)) for kind, speed in self.speeds)
-        return replace(self, cores=cores, speeds=speeds)
-
-
-PARALLEL_efficiency = 0.9
-"""Of the rate of all cores of a device together, the part that is left for use: an estimate."""
-
-# Where the numbers come from. Cores and memory: the boards' data sheets (raspberrypi.com). `core_flops`, what direct
-# float32 kernels reach on one core: an estimate of 15 to 20 % of the peak (8 operations per cycle on a Cortex-A53, 16
-# on an A72, 32 on an A76, at the board's clock: 1.2, 1.4, 1.0, 1.5 and 2.4 GHz); boards with an A53 are scaled by
-# their clocks, 32-bit kernels get 80 %. `bandwidth`, of a copy: an estimate of a quarter to a half of what the memory
-# chips can do. Host: an estimate for one core with AVX2 or AVX-512. None of them is measured on a board.
-PROFILES: dict[str, Device] = {
-    "pi3": Device("pi3", "pi3", 4, 1.5e9, 2.0e9, 1 << 30),
-    "pi3b+": Device("pi3b+", "pi3", 4, 1.75e9, 2.0e9, 1 << 30),
-    "zero2w": Device("zero2w", "pi3", 4, 1.25e9, 1.8e9, 1 << 29),
-    "pi4": Device("pi4", "pi4", 4, 5.0e9, 4.0e9, 2 << 30),
-    "pi5": Device("pi5", "pi5", 4, 15.0e9, 9.0e9, 4 << 30),
-    "pi3-32": Device("pi3-32", "armv7", 4, 1.2e9, 2.0e9, 1 << 30),
-    "pi3b+-32": Device("pi3b+-32", "armv7", 4, 1.4e9, 2.0e9, 1 << 30),
-    "zero2w-32": Device("zero2w-32", "armv7", 4, 1.0e9, 1.8e9, 1 << 29),
-    "pi4-32": Device("pi4-32", "armv7", 4, 4.0e9, 4.0e9, ADDRESSABLE_32_bytes),
-    "pi5-32": Device("pi5-32", "armv7", 4, 12.0e9, 9.0e9, ADDRESSABLE_32_bytes),
-    "host": Device("host", "host", os.cpu_count() or 1, 40.0e9, 10.0e9, 8 << 30),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,29 +116,41 @@ def read_cluster(path: Path) -> Cluster:
     entries = document.get("node", [])
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: no [[node]] entry; a cluster needs at least one")
-    nodes = tuple(_node(entry, f"{path}: node {i + 1}") for i, entry in enumerate(entries))
+    read = [_node(entry, f"{path}: node {i + 1}", path.parent) for i, entry in enumerate(entries)]
+    nodes = tuple(node for node, _ in read)
     for what in ("name", "address"):
         values = [getattr(node, what) for node in nodes]
         twice = [value for value in values if values.count(value) > 1]
         if twice:
             raise UserError(f"{path}: two nodes have the {what} {twice[0]!r}; give each its own")
+    measured = [link for _, link in read if link is not None]
+    if measured and "link" not in document:
+        return Cluster(nodes, Link(min(rate for rate, _ in measured), max(latency for _, latency in measured)))
     return Cluster(nodes, _link(document.get("link", {}), f"{path}: [link]"))
 
 
-def _node(entry: Mapping[str, Any], where: str) -> Node:
+def _node(entry: Mapping[str, Any], where: str, folder: Path) -> tuple[Node, tuple[float, float] | None]:
+    """A node, and what its profile says of its link; profiles are named from the folder of cluster.toml."""
     if not isinstance(entry, Mapping):
         raise UserError(f"{where}: {entry!r} must be a table with a name, an address and a device")
-    _known(entry, {"name", "address", "device", "memory", "cores", "abi"}, where)
-    for key in ("name", "address", "device"):
+    _known(entry, {"name", "address", "device", "profile", "memory", "cores", "abi"}, where)
+    described = "profile" if "profile" in entry else "device"
+    for key in ("name", "address", described):
         if not isinstance(entry.get(key), str):
             raise UserError(f"{where}: {key} is missing or not a string; a node has a name, an address and a device")
+    if described == "profile" and (other := {"device", "abi"} & set(entry)):
+        raise UserError(f"{where}: a profile says what {other.pop()} would; take one of the two out")
     name, address = entry["name"], entry["address"]
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
         raise UserError(f"{where}: name {name!r} must be letters, digits, '-', '_' or '.': it names a folder")
     host, _, port = address.rpartition(":")
     if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise UserError(f"{where} ({name}): address {address!r} must be host:port, like 192.168.1.21:{DEFAULT_PORT}")
-    device = _profile(entry["device"], f"{where} ({name})")
+    if described == "profile":
+        profile = read_profile(folder / entry["profile"])
+    else:
+        profile = Profile(_profile(entry["device"], f"{where} ({name})"), None)
+    device = profile.device
     if "abi" in entry:
         device = _with_abi(device, entry["abi"], f"{where} ({name})")
     if "memory" in entry:
@@ -211,7 +162,7 @@ def _node(entry: Mapping[str, Any], where: str) -> Node:
         if not isinstance(cores, int) or isinstance(cores, bool) or not 1 <= cores <= 256:
             raise UserError(f"{where} ({name}): cores = {cores!r} must be a whole number from 1 to 256")
         device = device.with_cores(cores)
-    return Node(name, address, device)
+    return Node(name, address, device), profile.link
 
 
 def _profile(kind: str, where: str) -> Device:

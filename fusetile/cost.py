@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusetile.box import Box, volume
-from fusetile.cluster import Cluster, Device, Node
+from fusetile.cluster import Cluster, Node
+from fusetile.device import Device
 from fusetile.graph import Graph, Op
 from fusetile.ops import domain_of, row
 from fusetile.plan import Plan

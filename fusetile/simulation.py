@@ -15,10 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fusetile.cluster import Cluster, Device, MESSAGE_seconds, Node, Speed
+from fusetile.cluster import Cluster, MESSAGE_seconds, Node
 from fusetile.codegen.targets import host
 from fusetile.compile import Planned, for_target, imported, plan_graph, write_planned
 from fusetile.cost import Cost, cost_of, is_convolution, seconds_on
+from fusetile.device import Device, Speed
 from fusetile.explain import megabytes
 from fusetile.graph import Graph
 from fusetile.options import Training

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fusetile.cluster import PROFILES, Link, PARALLEL_efficiency, local_cluster, read_cluster
+from fusetile.cluster import Link, local_cluster, read_cluster
+from fusetile.device import PROFILES, PARALLEL_efficiency
 from fusetile.errors import UserError
 
 GOOD = """

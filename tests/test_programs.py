@@ -12,11 +12,12 @@ import onnx
 import pytest
 
 import fusetile.compile as compile_module
-from fusetile.cluster import PROFILES, Cluster, Node, local_cluster
+from fusetile.cluster import Cluster, Node, local_cluster
 from fusetile.codegen import bands
 from fusetile.codegen.calls import KernelCall
 from fusetile.codegen.targets import host
 from fusetile.compile import compile_graph
+from fusetile.device import PROFILES
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.options import Training

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fusetile.cluster import PROFILES, Cluster, Node, local_cluster
+from fusetile.cluster import Cluster, Node, local_cluster
+from fusetile.device import PROFILES
 from fusetile.graph import Graph
 from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.assign import assign

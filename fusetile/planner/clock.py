@@ -14,7 +14,8 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusetile.cluster import Link, MESSAGE_seconds, Messaging
+from fusetile.cluster import Link, MESSAGE_seconds
+from fusetile.device import Messaging
 
 CHUNK_bytes = 1 << 14  # the runtime's
 BUFFERED_bytes = 4096

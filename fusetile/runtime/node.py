@@ -77,9 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit status: 0 when all is done, 2 for a user's mistake, 128 + n when stopped by signal n."""
     sys.setswitchinterval(_SWITCH_seconds)
     signals = Signals()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with signals.installed():
-            run(_options(parser().parse_args(arguments)), signals)
+            if words[:1] == ["profile"]:
+                from fusetile.runtime.profile import main as profile  # which needs this module
+
+                profile(words[1:], signals)
+            else:
+                run(_options(parser().parse_args(words)), signals)
     except FusetileError as error:
         print(f"fusetile-runtime: error: {error}", file=sys.stderr, flush=True)
         return error.exit_status
@@ -111,7 +117,7 @@ def run(options: Options, signals: Signals) -> None:
             meeting = _meet(program, options, terms | {"steps": total, "resume": options.resume}, list(there))
             transport = Transport(program, meeting.links, deadline=options.deadline)
             transport.step = meeting.wants["start"]  # peers may begin before this node does
-            stack.enter_context(_running(transport, signals))
+            stack.enter_context(running(transport, signals))
         executor = Executor(program, library=library, arena=arena, transport=transport)
         start = there[meeting.wants["start"]]
         if start is not None:
@@ -194,7 +200,7 @@ def _meet(program: Program, options: Options, terms: Mapping[str, Any], starts: 
 
 
 @contextmanager
-def _running(transport: Transport, signals: Signals) -> Iterator[None]:
+def running(transport: Transport, signals: Signals) -> Iterator[None]:
     """A running transport: an error of this node is told to the others, and the thread ends in any case."""
     signals.raising = False
     transport.start(catch_signals=True)
@@ -275,7 +281,8 @@ def parser() -> argparse.ArgumentParser:
     lines = argparse.ArgumentParser(
         prog="fusetile-runtime",
         description="Train on this device, together with the other devices of the plan. Start it on every device, "
-        "in any order, each with its own bundle and the same options; they find each other and begin together.",
+        "in any order, each with its own bundle and the same options; they find each other and begin together. "
+        "`fusetile-runtime profile --help`: measure a device instead.",
         epilog="Exit status: 0 when all is done, 2 for a mistake in files or options, 1 for a fault here or on another "
         "device, 130 or 143 when stopped with Ctrl-C or SIGTERM.",
     )
@@ -285,23 +292,23 @@ def parser() -> argparse.ArgumentParser:
         "folder of .npy files: inputs under the model's "
         "input names (or x), targets under y, or y0, y1, ...; the first dimension counts the samples")  # fmt: skip
     length = lines.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=_count, metavar="N", help="train N batches")
-    length.add_argument("--epochs", type=_count, metavar="E", default=1, help="go E times through the data (default 1)")
+    length.add_argument("--steps", type=count, metavar="N", help="train N batches")
+    length.add_argument("--epochs", type=count, metavar="E", default=1, help="go E times through the data (default 1)")
     add("--no-shuffle", dest="shuffle", action="store_false", help="take the samples in their order")
     add("--mean", type=_numbers, default=(), metavar="M,...", help="per channel, subtracted from inputs (bytes become "
         "numbers from 0 to 1 first)")  # fmt: skip
     add("--std", type=_numbers, default=(), metavar="S,...", help="per channel, what they are then divided by")
-    add("--threads", type=_count, metavar="T", default=len(os.sched_getaffinity(0)), help="default: all cores")
+    add("--threads", type=count, metavar="T", default=len(os.sched_getaffinity(0)), help="default: all cores")
     add("--log", type=Path, metavar="FILE.jsonl", help="write one JSON object per step")
     add("--save-gradients", type=Path, metavar="FILE.npz", help="on the lowest rank: write the last step's gradients")
-    add("--checkpoint-every", type=_count, default=0, metavar="N", help="write this node's checkpoint after every N "
+    add("--checkpoint-every", type=count, default=0, metavar="N", help="write this node's checkpoint after every N "
         "steps, and at the end; the two newest are kept")  # fmt: skip
     add("--checkpoints", type=Path, metavar="DIR", help="where they are (default OUT/checkpoints)")
     add("--resume", action="store_true", help="go on from the newest checkpoint that all nodes have")
     add("--out", type=Path, metavar="DIR", help="on the lowest rank: where the result goes (default BUNDLE/run)")
-    add("--deadline", type=_seconds, metavar="S", default=30.0,
+    add("--deadline", type=seconds, metavar="S", default=30.0,
         help="give up when another device is silent for S seconds (default 30)")  # fmt: skip
-    add("--connect-timeout", type=_seconds, metavar="S", default=60.0,
+    add("--connect-timeout", type=seconds, metavar="S", default=60.0,
         help="give up when not all devices are there after S seconds (default 60)")  # fmt: skip
     add("--quiet", action="store_true", help="print nothing but errors")
     return lines
@@ -324,13 +331,15 @@ def _numbers(text: str) -> tuple[float, ...]:
     return values
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
     if not text.isdecimal() or not 1 <= int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
+    """A time above 0, for argparse."""
     try:
         value = float(text)
     except ValueError:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
-from fusetile.cluster import PROFILES
+from fusetile.device import PROFILES
 from fusetile.local import free_ports
 from models import lenet, resnet18, vgg_small
 from tests.arm import transformer
