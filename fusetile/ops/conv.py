@@ -277,11 +277,12 @@ def _channel_sum_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequenc
 
 
 def _flops(attrs: Attrs, inputs: Sequence[Tensor]) -> float:
-    window = float(np.prod(attrs.get("kernel_shape", inputs[1].shape[2:])))
-    groups = attrs.get("groups", 1)
-    if groups == 1:
+    window, groups = float(np.prod(attrs.get("kernel_shape", inputs[1].shape[2:]))), attrs.get("groups", 1)
+    if "input_shape" in attrs:  # each iteration meets those taps that the stride brings to it
+        window /= float(np.prod(attrs.get("strides", (1,))))
+    if groups == 1 and not attrs.get("activation"):
         return 2 * window
-    # the channels of a group that one iteration adds up
+    # the channels, of a group, that one iteration adds up
     inner = inputs[0].shape[1] // groups if "kernel_shape" in attrs or "input_shape" in attrs else inputs[1].shape[1]
     return 2 * window * inner
 
