@@ -73,7 +73,14 @@ def imported(model: Path, *, training: Training, trace: Trace) -> Graph:
     """The forward graph of an ONNX file."""
     with trace.stage("import_onnx") as seen:
         graph = seen(
-            import_onnx(model, batch=training.batch, bn=training.bn, dropout=training.dropout, seed=training.seed)
+            import_onnx(
+                model,
+                batch=training.batch,
+                bn=training.bn,
+                dropout=training.dropout,
+                seed=training.seed,
+                loss=training.loss_model,
+            )
         )
         for note in graph.notes:
             trace.on_note(note)
@@ -107,7 +114,15 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
     with trace.stage("freeze") as seen:
         graph = seen(freeze(graph, frozen=training.freeze, trained=training.train))
     with trace.stage("differentiate") as seen:
-        graph = seen(differentiate(graph, loss=training.loss, classes=training.classes, boxes=training.boxes))
+        graph = seen(
+            differentiate(
+                graph,
+                loss=training.objective,
+                classes=training.classes,
+                boxes=training.boxes,
+                weights=training.weights,
+            )
+        )
     with trace.stage("add_optimizer") as seen:
         graph = seen(add_optimizer(graph, training.update))
     with trace.stage("prune") as seen:

@@ -17,7 +17,7 @@ import typer
 
 from fusetile.errors import UserError
 from fusetile.passes.add_optimizer import Kind, Optimizer
-from fusetile.passes.differentiate import BoxOptions, ClassOptions
+from fusetile.passes.differentiate import MODEL, BoxOptions, ClassOptions
 from fusetile.rates import Rates, Schedule
 
 Loss = Literal["cross-entropy", "nll", "mse", "l1", "smooth-l1", "bce-with-logits", "dice", "yolov2", "model"]
@@ -53,6 +53,18 @@ class Training:
             "pixel; yolov2: boxes; model: the first output is the loss; the others: arrays shaped like the output.",
         ),
     ] = "cross-entropy"
+    loss_model: Annotated[
+        Path | None,
+        _training(
+            "--loss-model",
+            "Instead of --loss: an ONNX file whose inputs are the model's outputs, by name or in order, then targets; "
+            "its first output is the loss.",
+            metavar="LOSS.onnx",
+        ),
+    ] = None
+    loss_weights: Annotated[
+        str, _training("--loss-weights", "Factors of the losses, if there are several outputs.", metavar="W0,W1,...")
+    ] = ""
     ignore_index: Annotated[
         int | None, _training("--ignore-index", "Label of samples or pixels that do not count.", metavar="LABEL")
     ] = None
@@ -178,6 +190,16 @@ class Training:
     ] = False
 
     @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the losses of several outputs."""
+        return _numbers("--loss-weights", self.loss_weights)
+
+    @property
+    def objective(self) -> str:
+        """The loss as the graph has it: that of --loss-model is a part of it."""
+        return MODEL if self.loss_model else self.loss
+
+    @property
     def classes(self) -> ClassOptions:
         """What the loss of classes counts how much."""
         weights = _numbers("--class-weights", self.class_weights)
@@ -252,6 +274,10 @@ class Training:
             raise UserError("--schedule multistep needs --milestones")
         if not self.ema < 1:
             raise UserError(f"--ema {self.ema}: must be below 1, or no weight would ever count")
+        if self.loss_model and self.loss not in ("cross-entropy", MODEL):
+            raise UserError(f"--loss-model {self.loss_model} is the loss: leave out --loss {self.loss}")
+        if any(weight < 0 for weight in self.weights):
+            raise UserError(f"--loss-weights {self.loss_weights}: must be at least 0")
         boxes = self.boxes
         if len(boxes.anchors) % 2 or min(boxes.anchors) <= 0:
             raise UserError(f"--anchors {self.anchors!r}: give pairs of numbers above 0, such as '1.3,1.7 3.2,4.0'")

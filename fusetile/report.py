@@ -46,7 +46,12 @@ def describe(
     return {
         "schema": SCHEMA_VERSION,
         "model": graph.name,
-        "training": asdict(training) | {"batch": graph.tensors[graph.inputs[0]].shape[0]},
+        "training": asdict(training)
+        | {
+            "batch": graph.tensors[graph.inputs[0]].shape[0],
+            "loss": training.objective,
+            "loss_model": training.loss_model and training.loss_model.name,
+        },
         "channel_block": block,
         "link": asdict(cluster.link),
         "step_seconds": timeline.seconds,

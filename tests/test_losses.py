@@ -10,6 +10,7 @@ import pytest
 
 from fusetile.errors import UserError
 from fusetile.graph import Graph, Parameter
+from fusetile.ops.loss import LOSSES
 from fusetile.passes.differentiate import ClassOptions, differentiate
 from fusetile.reference import evaluate
 from tests.graphs import Net, feeds
@@ -127,6 +128,26 @@ def test_a_loss_in_the_model(nodes: int) -> None:
         assert error < 1e-5, f"{plan}: {where} is off by {error}"
 
 
+@pytest.mark.parametrize("loss", [*LOSSES, "dice"])
+def test_losses_of_two_outputs_have_weights(loss: str) -> None:
+    """The gradient of each output is its own loss's, times the weight."""
+    graph = differentiate(network(2), loss=loss, weights=(0.5, 3.0))
+    fed = feeds(graph)
+    values = evaluate(graph, fed, exact=True)
+    alone = {}
+    for i, weight in enumerate((0.5, 3.0)):
+        one = network(2)
+        output = one.outputs = one.outputs[i : i + 1]
+        one = differentiate(one, loss=loss)
+        found = evaluate(one, {"x": fed["x"], "y": fed[f"y{i}"]}, exact=True)
+        alone[output[0]] = weight * found[one.loss][0]
+        weights = one.producers()[output[0]].inputs[1]
+        np.testing.assert_allclose(
+            values[graph.gradients[weights]], weight * found[one.gradients[weights]], rtol=1e-6, atol=1e-12
+        )
+    assert values[graph.loss][0] == pytest.approx(sum(alone.values()))
+
+
 def test_a_loss_op_within_a_larger_loss() -> None:
     """Half of a mean squared error, plus another: gradients are those of the parts, scaled."""
     graph = Graph()
@@ -156,3 +177,9 @@ def test_a_loss_op_within_a_larger_loss() -> None:
 def test_losses_that_do_not_fit(loss: str, options: ClassOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
         differentiate(network(1), loss=loss, classes=options)
+
+
+def test_weights_that_do_not_fit() -> None:
+    for loss, message in (("mse", "1 numbers for the losses of 2"), ("model", "a loss that is in the model")):
+        with pytest.raises(UserError, match=message):
+            differentiate(network(2), loss=loss, weights=(1.0,))

@@ -60,6 +60,7 @@ def import_onnx(
     bn: Literal["train", "frozen"] = "train",
     dropout: float | None = None,
     seed: int = 0,
+    loss: str | Path | None = None,
 ) -> Graph:
     """The forward graph of an ONNX file, with the running statistics' updates of its BatchNormalizations.
 
@@ -69,6 +70,7 @@ def import_onnx(
              The nodes' own training_mode does not matter.
     dropout  overrides the ratio of every Dropout. Dropout always drops, whatever training_mode says.
     seed     of the dropout masks; their step counter is the control tensor "step".
+    loss     an ONNX file that follows the model: its first output is the graph's only one (see appended.py).
 
     Tensors keep their ONNX names; `notes` say what an export for inference lacks. Raises UserError if the file can't be
     read, is no valid model, or has a dynamic dimension other than the batch; UnsupportedOp, naming all nodes concerned,
@@ -85,6 +87,10 @@ def import_onnx(
     importer.bind_inputs(batch)
     importer.run()
     importer.graph.notes = notes_of(model.graph, where=where, bn=bn)
+    if loss is not None:
+        from fusetile.onnx_import.appended import append_loss  # which needs Importer
+
+        append_loss(importer, loss)
     return importer.graph
 
 
@@ -147,7 +153,7 @@ class Importer:
         inputs = [value for value in self.proto.input if value.name not in self.initializers]
         if not inputs or not self.proto.output:
             raise UserError(f"{self.where}: the model has no {'outputs' if inputs else 'inputs for data'}")
-        shapes = {value.name: self._input_dims(value) for value in inputs}
+        shapes = {value.name: self.input_dims(value) for value in inputs}
         baked = {name: shape[0] for name, shape in shapes.items() if shape[0] is not None}
         if len(set(baked.values())) > 1:
             raise UserError(
@@ -421,6 +427,28 @@ class Importer:
             if self.uses[name]:
                 raise self.refuse(node, f"its output {name!r} is used; only the first output is supported")
 
+    def input_dims(self, value: onnx.ValueInfoProto, *, ranks: tuple[int, ...] = (2, 4)) -> list[int | None]:
+        """Sizes of an input, None for a dynamic batch. `ranks`: what it may have of dimensions if it has no labels."""
+        tensor = value.type.tensor_type
+        place = f"{self.where}: input {value.name!r}"
+        labels = value.name in self.labels
+        if tensor.elem_type not in (_INTEGERS if labels else (onnx.TensorProto.FLOAT,)):
+            kinds = {number: kind.lower() for kind, number in onnx.TensorProto.DataType.items()}
+            kind = kinds.get(tensor.elem_type, f"of the unknown type {tensor.elem_type}")
+            raise UserError(f"{place} is {kind}; fusetile's inputs are float32: export the model in float32")
+        dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
+        if len(dims) not in ((1, 3) if labels else ranks):
+            raise UserError(f"{place} has {len(dims)} dimensions; supported are [N, C, H, W] and [N, C]")
+        dynamic = [
+            f"{(tensor.shape.dim[i].dim_param or '?')!r} (dimension {i})" for i in range(1, len(dims)) if not dims[i]
+        ]
+        if dynamic:
+            raise UserError(
+                f"{place} has the dynamic dimensions {', '.join(dynamic)}; only the batch may be dynamic: export with "
+                "fixed sizes, or fix them with `python -m onnxruntime.tools.make_dynamic_shape_fixed`"
+            )
+        return dims
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _read_initializers(self) -> dict[str, Array]:
@@ -436,28 +464,6 @@ class Importer:
                     f"{self.where}: initializer {tensor.name!r} is damaged ({error}); copy or export the model again"
                 ) from None
         return arrays
-
-    def _input_dims(self, value: onnx.ValueInfoProto) -> list[int | None]:
-        """Sizes of an input, None for a dynamic batch."""
-        tensor = value.type.tensor_type
-        place = f"{self.where}: input {value.name!r}"
-        labels = value.name in self.labels
-        if tensor.elem_type not in (_INTEGERS if labels else (onnx.TensorProto.FLOAT,)):
-            kinds = {number: kind.lower() for kind, number in onnx.TensorProto.DataType.items()}
-            kind = kinds.get(tensor.elem_type, f"of the unknown type {tensor.elem_type}")
-            raise UserError(f"{place} is {kind}; fusetile's inputs are float32: export the model in float32")
-        dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
-        if len(dims) not in ((1, 3) if labels else (2, 4)):
-            raise UserError(f"{place} has {len(dims)} dimensions; supported are [N, C, H, W] and [N, C]")
-        dynamic = [
-            f"{(tensor.shape.dim[i].dim_param or '?')!r} (dimension {i})" for i in range(1, len(dims)) if not dims[i]
-        ]
-        if dynamic:
-            raise UserError(
-                f"{place} has the dynamic dimensions {', '.join(dynamic)}; only the batch may be dynamic: export with "
-                "fixed sizes, or fix them with `python -m onnxruntime.tools.make_dynamic_shape_fixed`"
-            )
-        return dims
 
     def _node(self, proto: onnx.NodeProto) -> Node:
         attrs = {attribute.name: helper.get_attribute_value(attribute) for attribute in proto.attribute}

@@ -51,10 +51,15 @@ class BoxOptions:
 
 
 def differentiate(
-    graph: Graph, *, loss: str, classes: ClassOptions | None = None, boxes: BoxOptions | None = None
+    graph: Graph,
+    *,
+    loss: str,
+    classes: ClassOptions | None = None,
+    boxes: BoxOptions | None = None,
+    weights: Sequence[float] = (),
 ) -> Graph:
-    """`loss`: a name in `LOSSES`, applied to every output with its own target; several are added up. Or "model": the
-    first output is the loss, and the others do not matter.
+    """`loss`: a name in `LOSSES`, applied to every output with its own target; several are added up, times their
+    `weights` if there are some. Or "model": the first output is the loss, and the others do not matter.
 
     Targets are named `y`, or `y0`, `y1`, ... in the order of the outputs. Raises UserError where there is nothing to
     train or the loss does not fit an output.
@@ -73,6 +78,8 @@ def differentiate(
         raise UserError(f"--label-smoothing needs --loss cross-entropy, not {loss}")
     if boxes not in (None, BoxOptions()) and loss != YOLO:
         raise UserError(f"--anchors, --lambdas and --max-boxes don't fit --loss {loss}: it has no boxes")
+    if weights and (loss == MODEL or len(weights) != len(graph.outputs)):
+        raise UserError(f"--loss-weights: {len(weights)} numbers for {_losses_of(graph, loss)}")
     if loss == MODEL:
         graph.outputs = graph.outputs[:1]
         graph.loss, shape = graph.outputs[0], graph.tensors[graph.outputs[0]].shape
@@ -84,11 +91,17 @@ def differentiate(
             YOLO: lambda i: _add_yolo(graph, i, boxes or BoxOptions()),
         }.get(loss, lambda i: _add_loss(graph, i, LOSSES[loss], classes))
         parts = [add(i) for i in range(len(graph.outputs))]
+        for i, weight in enumerate(weights):
+            (parts[i],) = graph.add("Scale", [parts[i]], attrs={"factor": weight}, origin="the weight of a loss")
         graph.loss = parts[0]
         for part in parts[1:]:
             (graph.loss,) = graph.add("Add", [graph.loss, part], stem="loss.sum", origin="the sum of the losses")
-    _add_gradients(graph, _seed(graph) if loss in (DICE, MODEL) else graph.loss)
+    _add_gradients(graph, _seed(graph) if loss in (DICE, MODEL) or weights else graph.loss)
     return graph
+
+
+def _losses_of(graph: Graph, loss: str) -> str:
+    return "a loss that is in the model" if loss == MODEL else f"the losses of {len(graph.outputs)} output(s)"
 
 
 def _seed(graph: Graph) -> str:

@@ -188,8 +188,8 @@ def _boxes(path: Path, feeds: list[Feed]) -> dict[str, Any]:
 
 def _find(arrays: Mapping[str, np.ndarray], feed: Feed, feeds: list[Feed], path: Path) -> np.ndarray:
     """The array of a feed, checked against what the feed wants."""
-    inputs = {other.key for other in feeds if other.role == "input"}
-    names = [feed.key, "x"] if feed.role == "input" and len(inputs) == 1 else [feed.key]
+    alike = {other.key for other in feeds if other.role == feed.role}
+    names = [feed.key, *([{"input": "x", "target": "y"}[feed.role]] if len(alike) == 1 else [])]
     name = next((name for name in names if name in arrays), None)
     if name is None:
         there = ", ".join(repr(name) for name in arrays) or "nothing"

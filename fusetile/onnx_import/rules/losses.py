@@ -17,7 +17,7 @@ def of_classes(kind: str) -> Rule:
     def rule(importer: Importer, node: Node) -> None:
         scores, labels = importer.data(node), importer.data(node, 1)
         importer.require_unused(node, node.outputs[1:])
-        if labels not in importer.graph.inputs:
+        if labels not in importer.graph.fed():
             raise importer.refuse(node, f"its labels {node.inputs[1]!r} must be an input of the model")
         classes, reduction = importer.shape(scores)[1], str(node.attrs.get("reduction", "mean"))
         attrs = {"count": prod(importer.shape(labels)) if reduction == "mean" else 1}
