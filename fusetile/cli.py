@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +14,12 @@ import typer
 from rich.console import Console
 
 from fusetile.cluster import Cluster, local_cluster, read_cluster
+from fusetile.codegen.assemble import sample_feeds
 from fusetile.compile import PASSES, compile_model
 from fusetile.errors import FusetileError, UserError
 from fusetile.explain import devices_table, explain_build, read_plan, recomputed_text
-from fusetile.local import check_paths, export_run, free_ports, train_locally
+from fusetile.graph import Graph
+from fusetile.local import check_data, check_paths, export_run, free_ports, train_locally
 from fusetile.options import RunOptions, Training, spread
 from fusetile.progress import CompileProgress
 from fusetile.trace import Stopped, Trace
@@ -114,8 +117,13 @@ def train_command(
     devices = local_cluster(nodes, ports=free_ports(nodes))
     for number in (signal.SIGTERM, signal.SIGHUP):  # the node processes must end, and the folder must go
         signal.signal(number, lambda received, frame: sys.exit(128 + received))
+
+    def look(name: str, graph: Graph) -> None:
+        if name == "prune":
+            check_data(run, sample_feeds(graph))
+
     with tempfile.TemporaryDirectory(prefix="fusetile-") as folder:
-        build = _compile(model, devices, training, Path(folder) / "build", verbose=verbose)
+        build = _compile(model, devices, training, Path(folder) / "build", verbose=verbose, on_graph=look)
         train_locally(build, devices, run, out)
     _say(f"Trained model: {out / 'trained.onnx'} (passes onnx.checker)")
 
@@ -236,11 +244,12 @@ def _compile(
     dump: Path | None = None,
     stop_after: str | None = None,
     verbose: bool = False,
+    on_graph: Callable[[str, Graph], None] = lambda name, graph: None,
 ) -> Path:
     if stop_after and stop_after not in PASSES:
         raise UserError(f"--stop-after {stop_after!r}: choose one of {', '.join(PASSES)}")
     with _progress(f"Compiling {model.name} for {len(devices.nodes)} node(s)") as progress:
-        trace = Trace(progress.stage, progress.advance, dump, stop_after or "", _say)
+        trace = Trace(progress.stage, progress.advance, dump, stop_after or "", _say, on_graph)
         try:
             compile_model(model, cluster=devices, training=training, build=build, trace=trace)
         finally:

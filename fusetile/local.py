@@ -20,7 +20,11 @@ from fusetile.cluster import Cluster
 from fusetile.errors import PeerFailure, UserError
 from fusetile.onnx_export import export_onnx
 from fusetile.options import RunOptions
+from fusetile.program import Feed
 from fusetile.runtime import checkpoint, safetensors
+from fusetile.runtime.augment import Augmentation
+from fusetile.runtime.files import check_writable
+from fusetile.runtime.samples import Samples, Scaling
 
 RESULT, TRAINED, CHECKPOINTS = "trained.safetensors", "trained.onnx", "checkpoints"
 GRACE_seconds = 5.0
@@ -46,6 +50,13 @@ def check_paths(options: RunOptions, out: Path) -> None:
         raise UserError(f"-o {out}: there is a file of that name; choose a folder")
     if not options.data.exists():
         raise UserError(f"--data {options.data}: there is no such file or folder")
+    Augmentation.parse(options.augment)
+    check_writable(options.log, options.save_gradients)
+
+
+def check_data(options: RunOptions, feeds: Sequence[Feed]) -> None:
+    """The same for the data, when it is known what the model wants of them."""
+    Samples(options.data, feeds, feeds[0].shape[0], Scaling(*options.scaling), Augmentation.parse(options.augment))
 
 
 def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path) -> None:

@@ -307,6 +307,15 @@ class RunOptions:
         str, _run("--mean", "Per channel, subtracted from inputs; bytes become 0 to 1 first.", metavar="M,...")
     ] = ""
     std: Annotated[str, _run("--std", "Per channel, what inputs are then divided by.", metavar="S,...")] = ""
+    augment: Annotated[
+        str,
+        _run(
+            "--augment",
+            "Change every sample in each epoch anew: flip, crop, colour, brightness, contrast, saturation, hue, each "
+            "with a strength if you like, as in flip,crop=0.2.",
+            metavar="WHAT,...",
+        ),
+    ] = ""
     threads: Annotated[
         int | None,
         _run("--threads", "Threads per node. Default: this machine's cores shared among the nodes.", min=1),
@@ -327,9 +336,14 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
-        numbers = _numbers("--mean", self.mean), _numbers("--std", self.std)
-        if any(value <= 0 for value in numbers[1]):
+        _, deviations = self.scaling
+        if any(value <= 0 for value in deviations):
             raise UserError(f"--std {self.std}: must be above 0")
+
+    @property
+    def scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The numbers of --mean and --std."""
+        return _numbers("--mean", self.mean), _numbers("--std", self.std)
 
     def arguments(self) -> list[str]:
         """For fusetile-runtime on any node."""
@@ -337,6 +351,7 @@ class RunOptions:
             ("--data", self.data),
             ("--steps", self.steps),
             ("--epochs", self.epochs),
+            ("--augment", self.augment or None),
             ("--threads", self.threads),
             ("--checkpoint-every", self.checkpoint_every),
         ]

@@ -10,7 +10,8 @@ Every number is a function of where it is used and of nothing else. One block of
 `index` is the element's position in the whole tensor (row-major, canonical order), so a tile draws what the whole
 tensor would; `step` counts training steps from 1 (or epochs from 0, when shuffling); `site` tells apart the places that
 draw. A dropout mask takes the first word of the block: u = (word0 >> 8) * 2^-24 in [0, 1), and keeps the element if
-u >= ratio. Shuffling takes the first two words as a 64-bit sort key (word0 is the low half), at the site SHUFFLE.
+u >= ratio. Shuffling takes the first two words as a 64-bit sort key (word0 is the low half), at the site SHUFFLE. What
+happens to a sample in an epoch comes from a few blocks at the site AUGMENT, see `runtime.augment`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 SHUFFLE = 0xFFFFFFFF  # the site of `permutation`; dropout sites count from 0
+AUGMENT = 0xFFFFFFFE
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -18,14 +18,15 @@ class Stopped(Exception):
 @dataclass(slots=True)
 class Trace:
     """`on_stage(name)` is called when a pass starts, `on_progress(done, total)` inside long ones, `on_note(line)` with
-    what the user should know about the model. With `dump`, the
-    graph is written there after each pass that returns one, as text and Graphviz. `seconds` collects times."""
+    what the user should know about the model, `on_graph(name, graph)` with the graph after each pass that returns one.
+    With `dump`, that is written there, as text and Graphviz. `seconds` collects times."""
 
     on_stage: Callable[[str], None] = lambda name: None
     on_progress: Callable[[int, int], None] = lambda done, total: None
     dump: Path | None = None
     stop_after: str = ""
     on_note: Callable[[str], None] = lambda line: None
+    on_graph: Callable[[str, Graph], None] = lambda name, graph: None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -35,6 +36,7 @@ class Trace:
         start = time.perf_counter()
 
         def seen(graph: Graph) -> Graph:
+            self.on_graph(name, graph)
             if self.dump:
                 self.dump.mkdir(parents=True, exist_ok=True)
                 stem = self.dump / f"{len(self.seconds):02}-{name}"

@@ -192,6 +192,28 @@ def test_plans_for_a_single_node(here: Path, capfd: pytest.CaptureFixture[str], 
 def test_paths_are_looked_at_before_the_model_is(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     refused(capfd, "train", "nosuch.onnx", "--data", "nosuch.npz", "-o", "out", saying="--data nosuch.npz")
     refused(capfd, "train", "nosuch.onnx", "--data", "data.npz", "-o", "model.onnx", saying="-o model.onnx.*a file")
+    for option, value, saying in (
+        ("--log", "none/x", "to the folder none"),
+        ("--augment", "flop", "there is no 'flop'"),
+    ):
+        given = ("nosuch.onnx", "--data", "data.npz", option, value, "-o", "out")
+        refused(capfd, "train", *given, saying=saying)
+
+
+def test_data_are_looked_at_before_the_plan_is_made(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("a plan was made")
+
+    monkeypatch.setattr("fusetile.compile.assign", never)
+    np.savez("short.npz", x=X[:3], y=Y[:3])
+    for data, option, saying in (
+        ("data.npz", ("--mean", "1,2"), "--mean: 2 numbers for the 1 channels of 'x'"),
+        ("data.npz", ("--augment", "colour"), "colours of images and of uint8 arrays"),
+        ("short.npz", (), "3 samples, fewer than one batch of 4"),
+    ):
+        refused(capfd, "train", "model.onnx", "--data", data, "--batch", 4, *option, "-o", "out", saying=saying)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fusetile.box import volume
+from fusetile.box import volume, whole
 from fusetile.cluster import Cluster
 from fusetile.codegen.calls import KernelCall, Ref
 from fusetile.codegen.emit import Draft, DraftRecv, DraftSend
-from fusetile.graph import Graph
+from fusetile.graph import Graph, Op
 from fusetile.ops.loss import CLASS_LOSSES
 from fusetile.ops.yolo import classes_of
 from fusetile.passes.buffers import DeviceBuffers
@@ -185,17 +186,31 @@ def _feeds(graph: Graph, communication: Communication, storage: DeviceBuffers) -
         if name in graph.controls:
             feeds.append(Feed(graph.controls[name], "", shape, buffer))
             continue
-        role, key = ("target", graph.targets[name]) if name in graph.targets else ("input", name)
-        feed = Feed(role, key, shape, buffer)
-        for op in readers[name]:
-            channels = graph.tensors[op.inputs[0]].shape[1] if op.inputs[0] != name else 0
-            if op.kind in CLASS_LOSSES.values():
-                feed = replace(feed, classes=channels, ignore=op.attrs.get("ignore"))
-            elif op.kind == "YoloV2":
-                anchors = graph.tensors[op.inputs[2]].shape[0] // 2
-                feed = replace(feed, classes=classes_of(channels, anchors), boxes=True)
-        feeds.append(feed)
+        feeds.append(_sample_feed(graph, name, buffer, readers[name]))
     return feeds
+
+
+def _sample_feed(graph: Graph, name: str, buffer: Buffer, readers: Sequence[Op]) -> Feed:
+    role, key = ("target", graph.targets[name]) if name in graph.targets else ("input", name)
+    feed = Feed(role, key, graph.tensors[name].shape, buffer)
+    for op in readers:
+        channels = graph.tensors[op.inputs[0]].shape[1] if op.inputs[0] != name else 0
+        if op.kind in CLASS_LOSSES.values():
+            feed = replace(feed, classes=channels, ignore=op.attrs.get("ignore"))
+        elif op.kind == "YoloV2":
+            anchors = graph.tensors[op.inputs[2]].shape[0] // 2
+            feed = replace(feed, classes=classes_of(channels, anchors), boxes=True)
+    return feed
+
+
+def sample_feeds(graph: Graph) -> list[Feed]:
+    """What a graph with its loss is fed, as one device would get it."""
+    readers = graph.consumers()
+    return [
+        _sample_feed(graph, name, Buffer(name, whole(graph.tensors[name].shape)), readers[name])
+        for name in [*graph.inputs, *graph.targets]
+        if readers[name]
+    ]
 
 
 def _shards(graph: Graph, communication: Communication, storage: DeviceBuffers, rank: int) -> list[Shard]:

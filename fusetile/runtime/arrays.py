@@ -8,13 +8,15 @@ import math
 import mmap
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from fusetile.errors import UserError
+from fusetile.runtime.augment import SAME, Change, picked, resampled
 
 _LOCAL_HEADER_bytes = 30
 _ADDRESSABLE_bytes = sys.maxsize
@@ -34,13 +36,46 @@ def open_arrays(path: Path) -> Mapping[str, np.ndarray]:
     return _Archive(path)
 
 
-def let_go(array: Any) -> None:
-    """What was read of a mapped file counts no more as memory of this process; the system may still have it at hand."""
-    base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(array, np.memmap) and isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)
+class Kind(Enum):
+    """What the samples of an array are, if they are to be changed."""
+
+    OTHER = "nothing to change"
+    IMAGE = "[C,H,W]"
+    MASK = "[H,W], whole numbers"
+
+
+class Array:
+    """A mapped array, or one in memory."""
+
+    def __init__(self, values: np.ndarray, kind: Kind = Kind.OTHER) -> None:
+        self.values, self.kind = values, kind
+        self.shape, self.dtype, self.ndim = values.shape, values.dtype, values.ndim
+
+    def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
+        """A box of some samples."""
+        if self.kind is Kind.OTHER or all(change == SAME for change in changes):
+            index: Any = (rows, *inside)
+            found = np.asarray(self.values[index])
+        else:
+            found = np.stack([self._changed(*each, inside) for each in zip(rows, changes, strict=True)])
+        self._let_go()
+        return found
+
+    def _changed(self, row: int, change: Change, inside: tuple[slice, ...]) -> np.ndarray:
+        if self.kind is Kind.MASK:
+            return picked(self.values[row], change, *inside)
+        channels, *part = inside
+        found = resampled(self.values[row], change, *part)
+        return (change.colours(found) if self.dtype == np.uint8 else found)[channels]
+
+    def _let_go(self) -> None:
+        """What was read of a mapped file counts no more as memory of this process; the system may still have it at
+        hand."""
+        base: Any = self.values
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(self.values, np.memmap) and isinstance(base, mmap.mmap):
+            base.madvise(mmap.MADV_DONTNEED)
 
 
 def _load(file: Path) -> np.ndarray:

@@ -2,7 +2,7 @@
 or FOLDER/images/train with FOLDER/labels/train, when the former is given. Pictures need Pillow.
 
 Each line of a .txt is an object: its class (0, 1, ...), then its centre's x and y, its width and its height, as parts
-of the picture's width and height. A picture without objects has an empty file. The names of the classes, if there are
+of the image's width and height. An image without objects has an empty file. The names of the classes, if there are
 any, are the lines of classes.txt, or `names` in data.yaml.
 
 A sample's boxes are an array [most, 5] of float32, rows of (class, centre x, centre y, width, height), of which those
@@ -12,17 +12,16 @@ size, which boxes do not notice.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fusetile.errors import UserError
-from fusetile.runtime.images import ImageFolder, Images, image_files
+from fusetile.runtime.augment import SAME, Change
+from fusetile.runtime.images import ImageFolder, image_files
 
 NOTHING = (-1.0, 0.0, 0.0, 0.0, 0.0)
 """The row of no object."""
@@ -58,17 +57,15 @@ class Detection:
         """Boxes in the picture that has most."""
         return max(map(len, self.boxes))
 
-    def images(self, sample: tuple[int, ...]) -> Images:
-        """The pictures as an array of samples [C,H,W]."""
-        return Images(self.files, sample, stretched=True)
-
     def targets(self, most: int, classes: int) -> Boxes:
         """The boxes as an array [samples, most, 5]. Raises UserError if a picture has more, or one of another class."""
         if self.names and len(self.names) != classes:
             raise UserError(f"{self.folder} has {len(self.names)} names of classes, the model {classes} classes")
         for text, boxes in zip(self.texts, self.boxes, strict=True):
             if len(boxes) > most:
-                raise UserError(f"{text} has {len(boxes)} boxes, and the model was compiled for {most} at most")
+                raise UserError(
+                    f"{text} has {len(boxes)} boxes, and the model room for {most}: say --max-boxes {self.most}"
+                )
             if len(boxes) and boxes[:, 0].max() >= classes:
                 line, box = next(each for each in _read(text, text) if each[1][0] >= classes)
                 raise UserError(f"{text}, line {line}: class {box[0]:.0f}; the model has 0 to {classes - 1}")
@@ -79,46 +76,35 @@ class Detection:
 
 
 class Boxes:
-    """Looks like an array [samples, most, 5] of float32."""
+    """Looks like an array [samples, most, 5] of float32; `boxes` are those [n, 5] of each sample."""
 
-    dtype = np.dtype(np.float32)
+    dtype, ndim = np.dtype(np.float32), 3
 
     def __init__(self, boxes: Sequence[np.ndarray], most: int) -> None:
-        self._ends = np.cumsum([len(each) for each in boxes])
+        self._ends = np.cumsum([0, *map(len, boxes)])
         self._rows = np.concatenate([each.reshape(-1, 5) for each in boxes])
         self.shape = (len(boxes), most, 5)
-        self.ndim, self.size = 3, math.prod(self.shape)
 
-    def __len__(self) -> int:
-        return self.shape[0]
+    def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
+        """A box of some samples."""
+        found = np.tile(np.array(NOTHING, np.float32), (len(rows), self.shape[1], 1))
+        for filled, row, change in zip(found, rows, changes, strict=True):
+            boxes = self._rows[self._ends[row] : self._ends[row + 1]]
+            boxes = boxes if change == SAME else change.boxes(boxes)
+            filled[: len(boxes)] = boxes
+        return found[(slice(None), *inside)]
 
-    def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
-        rows, *inside = index
-        return padded([self.of(row) for row in rows], self.shape[1])[(slice(None), *inside)]
-
-    def of(self, row: int) -> np.ndarray:
-        """The boxes [n, 5] of a sample."""
-        return self._rows[self._ends[row - 1] if row else 0 : self._ends[row]]
-
-
-def padded(boxes: Sequence[np.ndarray], most: int) -> np.ndarray:
-    """Boxes [n, 5] of each sample as one array [samples, most, 5]."""
-    array = np.tile(np.array(NOTHING, np.float32), (len(boxes), most, 1))
-    for row, each in zip(array, boxes, strict=True):
-        row[: len(each)] = each
-    return array
-
-
-def check_boxes(array: np.ndarray, classes: int, path: Path) -> None:
-    """Raises UserError for boxes [samples, n, 5] that are none."""
-    kinds, sizes = array[..., 0], array[..., 1:]
-    bad = (kinds < -1) | (kinds >= classes) | (kinds % 1 != 0)
-    bad |= (kinds >= 0) & ~((sizes >= 0) & (sizes <= 1 + _OVER)).all(-1)
-    for sample, row in np.argwhere(bad)[:1]:
-        raise UserError(
-            f"{path}: box {row} of sample {sample} is {array[sample, row].tolist()}; give class (0 to {classes - 1}, "
-            "or -1 for no box), centre x, centre y, width and height, as parts of the picture from 0 to 1"
-        )
+    def check(self, classes: int, path: Path) -> None:
+        """Raises UserError for boxes that are none."""
+        kinds, sizes = self._rows[:, 0], self._rows[:, 1:]
+        good = (kinds >= 0) & (kinds < classes) & (kinds % 1 == 0) & ((sizes >= 0) & (sizes <= 1 + _OVER)).all(1)
+        for row in np.flatnonzero(~good)[:1].tolist():
+            sample = int(np.searchsorted(self._ends, row, "right")) - 1
+            raise UserError(
+                f"{path}: box {row - self._ends[sample]} of sample {sample} is {self._rows[row].tolist()}; give class "
+                f"(0 to {classes - 1}, or -1 for no box), centre x, centre y, width and height, as parts of the image "
+                "from 0 to 1"
+            )
 
 
 def _folders(folder: Path) -> tuple[Path, Path]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from fusetile.errors import FusetileError
+from fusetile.errors import FusetileError, UserError
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
@@ -32,3 +32,14 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def check_writable(*files: Path | None, folder: Path | None = None) -> None:
+    """Find out before the work, not after it, whether files can be written, and into a folder. Raises UserError."""
+    paths = [path for path in files if path is not None]
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"can't write {path}: there is a folder of that name; name a file")
+    for each in [path.parent for path in paths] + ([folder] if folder else []):
+        if not os.access(each, os.W_OK | os.X_OK):
+            raise UserError(f"can't write to the folder {each}" + ("" if each.exists() else ": there is none"))

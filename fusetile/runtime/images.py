@@ -1,17 +1,18 @@
-"""A folder of images with a folder per class: FOLDER/cat/1.jpg, FOLDER/dog/1.jpg, ... Needs Pillow.
-
-Classes are numbered in the order of their folders' names, samples go by class and name. An image is scaled and cut at
-its middle to the model's size, colours are those of its channels: one (grey) or three (red, green, blue), as uint8.
-"""
+"""Image files as arrays; needs Pillow. And a folder of images with a folder per class: FOLDER/cat/1.jpg,
+FOLDER/dog/1.jpg, ... Classes are numbered in the order of their folders' names, samples go by class and name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from fusetile.errors import UserError
+from fusetile.runtime.augment import Change, Size
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _MODES = {1: "L", 3: "RGB"}
@@ -28,7 +29,9 @@ class ImageFolder:
         for number, name in enumerate(self.classes):
             found = image_files(folder / name)
             if not found:
-                raise UserError(f"{folder / name}: there is no image in this folder of a class ({_listed()})")
+                raise UserError(
+                    f"{folder / name}: there is no image in this folder of a class ({', '.join(sorted(SUFFIXES))})"
+                )
             self.files += found
             labels += [number] * len(found)
         self.labels = np.array(labels, np.int64)
@@ -38,62 +41,143 @@ class ImageFolder:
         """Whether there is an image in a folder of this folder."""
         return path.is_dir() and any(image_files(folder) for folder in path.iterdir() if folder.is_dir())
 
-    def images(self, sample: tuple[int, ...]) -> Images:
-        """The images as an array of samples [C,H,W]."""
-        return Images(self.files, sample)
-
 
 def image_files(folder: Path) -> list[Path]:
     """The images in a folder, by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
+class Fit(Enum):
+    """What of an image becomes a sample, if it is not changed."""
+
+    CUT = "its middle, as large as it can be with the sample's proportions, scaled"
+    STRETCHED = "all of it, stretched"
+    PATCH = "as many pixels from its middle as a sample has"
+
+
 class Images:
-    """Looks like an array [samples, C, H, W] of uint8; files are read when their samples are. They are scaled, and cut
-    at the middle or stretched, to [H,W]. Raises UserError if there is no such image, or no Pillow."""
+    """Looks like an array [samples, C, H, W] of uint8; files are read when their samples are. Patches start at
+    multiples of `unit` pixels. Raises UserError if there is no such image, or no Pillow."""
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, files: list[Path], sample: tuple[int, ...], *, stretched: bool = False) -> None:
+    def __init__(self, files: Sequence[Path], sample: tuple[int, ...], fit: Fit, unit: Size = (1, 1)) -> None:
         if len(sample) != 3 or sample[0] not in _MODES:
             raise UserError(f"{files[0].parent}: images have 1 or 3 channels, the model wants samples {sample}")
-        try:
-            from PIL import Image
-        except ImportError:
-            raise UserError("reading images needs Pillow: pip install 'fusetile[images]'") from None
-        self._open, self._files, self._stretched = Image.open, files, stretched
+        self._files, self._fit, self._unit = files, fit, unit
         self.shape = (len(files), *sample)
-        self.ndim, self.size = len(self.shape), int(np.prod(self.shape))
-        for path in files:  # a file that is no image is found now and not after an hour
-            with self._opened(path):
-                pass
+        self.ndim = len(self.shape)
+        self.sizes = [looked_at(path) for path in files]  # what is no image is found now and not after an hour
 
-    def __len__(self) -> int:
-        return len(self._files)
+    def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
+        """A box of some samples."""
+        return np.stack([self._sample(*each)[inside] for each in zip(rows, changes, strict=True)])
 
-    def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
-        rows, *inside = index
-        return np.stack([self._read(self._files[row])[tuple(inside)] for row in rows])
-
-    def _read(self, path: Path) -> np.ndarray:
-        from PIL import ImageOps
-
+    def _sample(self, row: int, change: Change) -> np.ndarray:
+        """A whole sample [C,H,W]."""
         _, channels, height, width = self.shape
-        try:
-            with self._opened(path) as image:
-                upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
-                size = width, height
-                fitted = np.asarray(upright.resize(size) if self._stretched else ImageOps.fit(upright, size))
-        except OSError as error:
-            raise UserError(f"{path} is damaged ({error}): remove it, or replace it") from error
-        return fitted.reshape(height, width, channels).transpose(2, 0, 1)
 
-    def _opened(self, path: Path) -> Any:
-        try:
-            return self._open(path)
-        except OSError as error:
-            raise UserError(f"can't read {path} as an image ({error}): remove it, or replace it") from error
+        def pixels(image: Any) -> np.ndarray:
+            from PIL import ImageOps
+
+            upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
+            return np.asarray(upright.resize((width, height), box=self._window(upright.size, change)))
+
+        found = decoded(self._files[row], pixels).reshape(height, width, channels).transpose(2, 0, 1)
+        return change.colours(found[:, :, ::-1] if change.flip else found)
+
+    def _window(self, size: Size, change: Change) -> tuple[float, float, float, float]:
+        height, width = self.shape[2:]
+        if self._fit is Fit.STRETCHED:
+            return change.window(size, size)
+        if self._fit is Fit.CUT:
+            part = min(size[0] / width, size[1] / height)
+            return change.window(size, (width * part, height * part))
+        left, top = (
+            round(at * (whole // unit - side // unit)) * unit
+            for at, whole, unit, side in zip(change.at, size, self._unit, (width, height), strict=True)
+        )
+        return left, top, left + width, top + height
 
 
-def _listed() -> str:
-    return ", ".join(sorted(SUFFIXES))
+class Masks:
+    """Looks like an array [samples, H, W] of classes, the values of grey or palette images. They are stretched; each
+    pixel is that which is next. Raises UserError if there is no such image, or no Pillow."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, files: Sequence[Path], sample: tuple[int, ...], classes: int, ignore: int | None) -> None:
+        self._files, self._classes, self._ignore = files, classes, ignore
+        self.shape = (len(files), *sample)
+        self.ndim = len(self.shape)
+        for path in files:
+            looked_at(path)
+
+    def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
+        """A box of some samples. Raises UserError for a value that is no class."""
+        return np.stack([self._sample(*each)[inside] for each in zip(rows, changes, strict=True)])
+
+    def _sample(self, row: int, change: Change) -> np.ndarray:
+        _, height, width = self.shape
+        path = self._files[row]
+
+        def pixels(image: Any) -> np.ndarray:
+            if image.mode not in ("1", "L", "P") or image.format == "JPEG":
+                raise UserError(
+                    f"{path} is an image of kind {image.format} {image.mode}; a mask is a grey or palette PNG, whose "
+                    "values are the numbers of classes"
+                )
+            self._check(np.asarray(image), path)
+            nearest = _pillow().Resampling.NEAREST
+            return np.asarray(image.resize((width, height), nearest, change.window(image.size, image.size)))
+
+        found = decoded(path, pixels)
+        return found[:, ::-1] if change.flip else found
+
+    def _check(self, values: np.ndarray, path: Path) -> None:
+        bad = np.argwhere((values >= self._classes) & (values != (-1 if self._ignore is None else self._ignore)))
+        if len(bad):
+            row, column = bad[0].tolist()
+            raise UserError(
+                f"{path} has class {values[row, column]} at row {row}, column {column}; the model has {self._classes} "
+                f"classes, 0 to {self._classes - 1}; --ignore-index is for pixels that do not count"
+            )
+
+
+def _pillow() -> ModuleType:
+    """PIL.Image. Raises UserError if it is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise UserError("reading images needs Pillow: pip install 'fusetile[images]'") from None
+    return Image
+
+
+def looked_at(path: Path) -> Size:
+    """Width and height of an image. Raises UserError."""
+    image = _pillow()
+    try:
+        with image.open(path) as opened:
+            if opened.mode[0] in "IF":
+                raise UserError(f"{path} has pixels of kind {opened.mode}: convert it to 8 bits per channel")
+            return opened.size
+    except (OSError, image.DecompressionBombError) as error:
+        raise UserError(f"can't read {path} as an image ({error}): remove it, or replace it") from error
+
+
+def decoded(path: Path, pixels: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """`pixels` of an opened image. Raises UserError if it is damaged."""
+    try:
+        with _pillow().open(path) as image:
+            return pixels(image)
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # as Pillow's decoders have it
+        raise UserError(f"{path} is damaged ({error}): remove it, or replace it") from error
+
+
+def partners(files: Sequence[Path], folder: Path, what: str) -> list[Path]:
+    """For each image that of its name, but for the end, in another folder. Raises UserError if there is none."""
+    there: Mapping[str, Path] = {path.stem: path for path in image_files(folder)}
+    for path in files:
+        if path.stem not in there:
+            raise UserError(f"{path} has no {what}: there is no {folder / path.stem}.png")
+    return [there[path.stem] for path in files]

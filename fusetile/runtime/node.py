@@ -26,10 +26,11 @@ from fusetile.errors import FusetileError, UserError
 from fusetile.program import Program, from_json
 from fusetile.rates import Rates
 from fusetile.runtime import checkpoint
-from fusetile.runtime.data import Data, Scaling
+from fusetile.runtime.augment import Augmentation
+from fusetile.runtime.data import Data
 from fusetile.runtime.executor import Executor, Snapshot
 from fusetile.runtime.faults import Stopped
-from fusetile.runtime.files import atomic_write
+from fusetile.runtime.files import atomic_write, check_writable
 from fusetile.runtime.native import Library
 from fusetile.runtime.progress import Progress, StepRecord
 from fusetile.runtime.rendezvous import LOWEST, Meeting, meet, partners
@@ -44,6 +45,7 @@ from fusetile.runtime.result import (
     write_gradients,
     write_parameters,
 )
+from fusetile.runtime.samples import Scaling
 from fusetile.runtime.storage import make_arena, release
 from fusetile.runtime.transport import Transport
 
@@ -61,6 +63,7 @@ class Options:
     shuffle: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    augment: Augmentation
     threads: int
     log: Path | None
     save_gradients: Path | None
@@ -101,7 +104,7 @@ def run(options: Options, signals: Signals) -> None:
     lowest = program.rank == LOWEST
     _check_outputs(options, lowest)
     scaling = Scaling(options.mean, options.std)
-    data = Data(options.data, program, shuffle=options.shuffle, scaling=scaling)
+    data = Data(options.data, program, shuffle=options.shuffle, scaling=scaling, augmentation=options.augment)
     total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch
     terms = {"samples": data.count, "shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
     there = _checkpoints(options, program, total)
@@ -114,7 +117,9 @@ def run(options: Options, signals: Signals) -> None:
         meeting = Meeting(wants={"gradients": options.save_gradients is not None, "start": max(there)})
         transport = None
         if program.nodes > 1:
-            meeting = _meet(program, options, terms | {"steps": total, "resume": options.resume}, list(there))
+            same = {"steps": total, "resume": options.resume, "augment": options.augment.text}
+            same |= {"mean": list(options.mean), "std": list(options.std)}
+            meeting = _meet(program, options, terms | same, list(there))
             transport = Transport(program, meeting.links, deadline=options.deadline)
             transport.step = meeting.wants["start"]  # peers may begin before this node does
             stack.enter_context(running(transport, signals))
@@ -241,13 +246,7 @@ def _check_outputs(options: Options, lowest: bool) -> None:
             options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can't make the folder {options.out}: {error.strerror}") from error
-    files = [path for path in (options.save_gradients, options.log) if path is not None]
-    for path in files:
-        if path.is_dir():
-            raise UserError(f"can't write {path}: there is a folder of that name; name a file")
-    for folder in [options.out] * lowest + [path.parent for path in files]:
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"can't write to the folder {folder}")
+    check_writable(options.save_gradients, options.log, folder=options.out if lowest else None)
 
 
 class Signals:
@@ -298,6 +297,9 @@ def parser() -> argparse.ArgumentParser:
     add("--mean", type=_numbers, default=(), metavar="M,...", help="per channel, subtracted from inputs (bytes become "
         "numbers from 0 to 1 first)")  # fmt: skip
     add("--std", type=_numbers, default=(), metavar="S,...", help="per channel, what they are then divided by")
+    add("--augment", type=Augmentation.parse, default=Augmentation(), metavar="WHAT,...", help="change every sample in "
+        "each epoch anew: flip, crop, colour, brightness, contrast, saturation, hue, each with a strength if you like, "
+        "as in flip,crop=0.2")  # fmt: skip
     add("--threads", type=count, metavar="T", default=len(os.sched_getaffinity(0)), help="default: all cores")
     add("--log", type=Path, metavar="FILE.jsonl", help="write one JSON object per step")
     add("--save-gradients", type=Path, metavar="FILE.npz", help="on the lowest rank: write the last step's gradients")

@@ -14,8 +14,10 @@ from fusetile.errors import UserError
 from fusetile.philox import permutation
 from fusetile.program import Buffer, Feed, Program
 from fusetile.rates import Rates
-from fusetile.runtime.data import Data, Scaling
-from fusetile.runtime.images import ImageFolder
+from fusetile.runtime.augment import SAME
+from fusetile.runtime.data import Data
+from fusetile.runtime.images import Fit, Images
+from fusetile.runtime.samples import Scaling
 from fusetile.runtime.storage import make_arena, unpack
 from tests.runtime import toy
 
@@ -96,7 +98,7 @@ def test_in_order_and_fortran_and_other_floats(tmp_path: Path) -> None:
 
 def test_uncompressed_arrays_are_mapped_not_loaded(tmp_path: Path) -> None:
     data = Data(save(tmp_path / "d", "npz", image=X, y=Y), program(), shuffle=False)
-    assert all(isinstance(array, np.memmap) for array in data._arrays.values())
+    assert all(isinstance(getattr(column, "values", None), np.memmap) for column in data._columns.values())
 
 
 def test_a_node_without_feeds_counts_the_samples(tmp_path: Path) -> None:
@@ -214,7 +216,8 @@ def test_images_of_another_size_are_fitted(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "a").mkdir()
     image.new("L", (40, 10), 255).save(tmp_path / "a" / "1.png")
-    (values,) = ImageFolder(tmp_path).images((3, 5, 4))[np.array([0]), :, :, :]
+    whole = (slice(None),) * 3
+    (values,) = Images([tmp_path / "a" / "1.png"], (3, 5, 4), Fit.CUT).read(np.array([0]), whole, [SAME])
     assert values.shape == (3, 5, 4) and (values == 255).all()
 
 

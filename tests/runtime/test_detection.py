@@ -10,8 +10,9 @@ import pytest
 
 from fusetile.errors import UserError
 from fusetile.program import Buffer, Feed, Program
-from fusetile.runtime.data import Data, most_boxes
+from fusetile.runtime.data import Data
 from fusetile.runtime.detection import Detection
+from fusetile.runtime.samples import most_boxes
 from fusetile.runtime.storage import make_arena, unpack
 from tests.runtime import toy
 
@@ -95,7 +96,7 @@ def test_boxes_in_an_array_are_filled_up(tmp_path: Path) -> None:
         ("0 0.5 0.5 0 0.1", "sizes above 0"),
         ("0 nan 0.5 0.1 0.1", "line 2: nan"),
         ("3 0.5 0.5 0.1 0.1", "line 2: class 3; the model has 0 to 2"),
-        ("\n".join(["0 0.5 0.5 0.1 0.1"] * 3), "a.txt has 4 boxes, and the model was compiled for 3 at most"),
+        ("\n".join(["0 0.5 0.5 0.1 0.1"] * 3), "a.txt has 4 boxes, and the model room for 3: say --max-boxes 4"),
     ],
 )
 def test_lines_that_are_no_boxes(tmp_path: Path, line: str, message: str) -> None:
