@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from fusetile.box import slices
 from fusetile.cluster import Cluster
-from fusetile.codegen.assemble import Identity, assemble
+from fusetile.codegen.assemble import Identity, LaidOut, assemble
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import Kernel, KernelCall
 from fusetile.codegen.emit import Draft
@@ -23,11 +23,7 @@ from fusetile.errors import UserError
 from fusetile.graph import Graph
 from fusetile.onnx_import.files import self_contained
 from fusetile.options import Training
-from fusetile.passes.buffers import DeviceBuffers
-from fusetile.passes.communicate import Communication
-from fusetile.passes.plan_memory import MemoryPlan
 from fusetile.picture import report_html
-from fusetile.plan import Plan
 from fusetile.program import Program, to_json
 from fusetile.report import Description, hash_of
 
@@ -36,32 +32,32 @@ def write_bundle(
     build: Path,
     *,
     model: Path,
-    graph: Graph,
-    plan: Plan,
-    communication: Communication,
-    storage: Sequence[DeviceBuffers],
-    drafts: Sequence[Draft],
-    memories: Sequence[MemoryPlan],
+    laid: LaidOut,
+    others: Mapping[str, LaidOut],
     description: Description,
     cluster: Cluster,
     targets: Sequence[Target],
     training: Training,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Everything is written aside and renamed at the end; an earlier build of the same name is replaced."""
+    """Everything is written aside and renamed at the end; an earlier build of the same name is replaced. `others`: the
+    routines besides the training step."""
     check_replaceable(build)
     content = self_contained(model)
     model_hash = hashlib.sha256(content).hexdigest()
+    graph = laid.graph
     identity = Identity(
         plan_hash=hash_of(description, content),
         model_hash=model_hash,
         batch=graph.tensors[graph.inputs[0]].shape[0],
         seed=training.seed,
         rates=training.rates,
+        accumulate=training.accumulate,
     )
     build.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{build.name}.", dir=build.parent))
     try:
+        drafts = [[each.drafts[rank] for each in (laid, *others.values())] for rank in range(laid.plan.nodes)]
         libraries = _libraries(drafts, targets, aside, on_progress)
         for rank, node in enumerate(cluster.nodes):
             folder = aside / "nodes" / node.name
@@ -69,17 +65,13 @@ def write_bundle(
             library = libraries[targets[rank].name]
             shutil.copy(library, folder)
             program = assemble(
-                graph,
-                plan,
-                communication,
-                drafts[rank],
-                storage[rank],
-                memories[rank],
+                laid,
                 cluster=cluster,
                 rank=rank,
                 library=library.name,
                 identity=identity,
                 seconds=description["nodes"][rank]["compute_seconds"],
+                others=others,
             )
             (folder / "program.json").write_text(to_json(program))
             _write_weights(folder / "weights.safetensors", graph, program)
@@ -104,13 +96,14 @@ def check_replaceable(build: Path) -> None:
 
 
 def _libraries(
-    drafts: Sequence[Draft], targets: Sequence[Target], aside: Path, on_progress: Callable[[int, int], None]
+    drafts: Sequence[Sequence[Draft]], targets: Sequence[Target], aside: Path, on_progress: Callable[[int, int], None]
 ) -> dict[str, Path]:
-    """One kernel library per kind of device."""
+    """One kernel library per kind of device, for the drafts of all its routines."""
     kernels: dict[str, dict[str, Kernel]] = {}
-    for draft, target in zip(drafts, targets, strict=True):
+    for routines, target in zip(drafts, targets, strict=True):
         found = kernels.setdefault(target.name, {})
-        found.update({step.kernel.symbol: step.kernel for step in draft.steps if isinstance(step, KernelCall)})
+        calls = [step for draft in routines for step in draft.steps if isinstance(step, KernelCall)]
+        found.update({call.kernel.symbol: call.kernel for call in calls})
     by_name = {target.name: target for target in targets}
     total = sum(map(len, kernels.values()))
     before, libraries = 0, {}

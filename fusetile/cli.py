@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -114,6 +115,7 @@ def train_command(
 ) -> None:
     """Compile for this machine, train on N local node processes, and write OUT/trained.onnx."""
     check_paths(run, out)
+    training = replace(training, validation=run.val is not None)
     devices = local_cluster(nodes, ports=free_ports(nodes))
     for number in (signal.SIGTERM, signal.SIGHUP):  # the node processes must end, and the folder must go
         signal.signal(number, lambda received, frame: sys.exit(128 + received))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,26 +10,27 @@ import numpy as np
 
 from fusetile.bundle import write_bundle
 from fusetile.cluster import Cluster
-from fusetile.codegen.assemble import memory_of
-from fusetile.codegen.emit import Draft, emit, layers_of
+from fusetile.codegen.assemble import LaidOut, memory_beside, memory_of
+from fusetile.codegen.emit import emit, layers_of
 from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.options import Training
 from fusetile.passes.add_optimizer import add_optimizer
 from fusetile.passes.assign import assign
-from fusetile.passes.buffers import DeviceBuffers, buffers
-from fusetile.passes.communicate import Communication, communicate
-from fusetile.passes.differentiate import differentiate
+from fusetile.passes.buffers import buffers
+from fusetile.passes.communicate import Held, communicate
+from fusetile.passes.differentiate import add_loss, differentiate
 from fusetile.passes.economize import Books, Saving, economize
 from fusetile.passes.fit import fit, room_bytes
 from fusetile.passes.freeze import freeze
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import group
+from fusetile.passes.infer import infer
 from fusetile.passes.plan_memory import MemoryPlan
 from fusetile.passes.prune import prune
 from fusetile.passes.rematerialize import cheap, place_copies, rematerialize
-from fusetile.passes.schedule import Schedule, schedule
+from fusetile.passes.schedule import schedule
 from fusetile.plan import Plan
 from fusetile.report import Description, describe, predicted_seconds
 from fusetile.trace import Trace
@@ -50,6 +51,7 @@ PASSES = (
     "emit",
     "plan_memory",
     "economize",
+    "infer",
     "bundle",
 )
 FREE_share = 0.01
@@ -100,10 +102,12 @@ def compile_graph(
 @dataclass(frozen=True, slots=True)
 class Planned:
     """All that is decided before kernels are compiled. `whole` is the graph in which nothing is computed twice;
-    `description` is what plan.json will say."""
+    `others` are the routines besides the training step, `memories` the larger arenas of all; `description` is what
+    plan.json will say."""
 
     whole: Graph
     laid: LaidOut
+    others: Mapping[str, LaidOut]
     memories: Sequence[MemoryPlan]
     description: Description
 
@@ -113,16 +117,9 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
     block = block_of(cluster)
     with trace.stage("freeze") as seen:
         graph = seen(freeze(graph, frozen=training.freeze, trained=training.train))
+    forward, criterion = graph, training.criterion
     with trace.stage("differentiate") as seen:
-        graph = seen(
-            differentiate(
-                graph,
-                loss=training.objective,
-                classes=training.classes,
-                boxes=training.boxes,
-                weights=training.weights,
-            )
-        )
+        graph = seen(differentiate(graph, **criterion))
     with trace.stage("add_optimizer") as seen:
         graph = seen(add_optimizer(graph, training.update))
     with trace.stage("prune") as seen:
@@ -143,7 +140,17 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
         )
     laid = _lay_out(graph, plan, cluster=cluster, training=training, trace=trace)
     laid, saving = _economize(whole, plan, laid, cluster=cluster, training=training, trace=trace)
-    memories = fit(laid.memories, cluster=cluster, layers=[layers_of(laid.graph, draft) for draft in laid.drafts])
+    others: dict[str, LaidOut] = {}
+    if training.validation:
+        with trace.stage("infer") as seen:
+            validation = seen(fuse(prune(infer(add_loss(forward, **criterion), trained=laid.graph))))
+            others["validation"] = _lay_out_beside(validation, laid, cluster=cluster, training=training)
+    for each in (laid, *others.values()):
+        fit(each.memories, cluster=cluster, layers=[layers_of(each.graph, draft) for draft in each.drafts])
+    memories = [
+        max((each.memories[rank] for each in (laid, *others.values())), key=lambda memory: memory.arena_bytes)
+        for rank in range(len(cluster.nodes))
+    ]
     description = describe(
         laid.graph,
         laid.plan,
@@ -155,26 +162,21 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
         training=training,
         block=block,
     )
-    return Planned(whole, laid, memories, description)
+    return Planned(whole, laid, others, memories, description)
 
 
 def write_planned(
     planned: Planned, build: Path, *, model: Path, cluster: Cluster, training: Training, trace: Trace
 ) -> None:
     """Compile the kernels and write the bundles."""
-    laid = planned.laid
     write_bundle(
         build,
         model=model,
-        graph=laid.graph,
-        plan=laid.plan,
-        communication=laid.communication,
-        storage=laid.storage,
-        drafts=laid.drafts,
-        memories=planned.memories,
+        laid=planned.laid,
+        others=planned.others,
         description=planned.description,
         cluster=cluster,
-        targets=laid.targets,
+        targets=planned.laid.targets,
         training=training,
         on_progress=trace.on_progress,
     )
@@ -186,7 +188,7 @@ def block_of(cluster: Cluster) -> int:
 
 
 def for_target(planned: Planned, target: Target, *, cluster: Cluster, training: Training) -> Planned:
-    """The same plan with kernels for another CPU on all devices."""
+    """The same plan, of training steps alone, with kernels for another CPU on all devices."""
     laid, targets = planned.laid, [target] * len(cluster.nodes)
     drafts = emit(
         laid.graph,
@@ -199,39 +201,32 @@ def for_target(planned: Planned, target: Target, *, cluster: Cluster, training: 
         numerics=training.numerics,
     )
     memories = [memory_of(draft, guard=training.guard) for draft in drafts]
-    return replace(planned, laid=replace(laid, targets=targets, drafts=drafts, memories=memories), memories=memories)
+    laid = replace(laid, targets=targets, drafts=drafts, memories=memories)
+    return replace(planned, laid=laid, others={}, memories=memories)
 
 
-@dataclass(frozen=True, slots=True)
-class LaidOut:
-    """A plan with all that follows from it, down to the arenas."""
-
-    graph: Graph
-    plan: Plan
-    communication: Communication
-    order: Schedule
-    storage: Sequence[DeviceBuffers]
-    targets: Sequence[Target]
-    drafts: Sequence[Draft]
-    memories: Sequence[MemoryPlan]
-
-    @property
-    def arena_bytes(self) -> np.ndarray:
-        """Per device."""
-        return np.array([memory.arena_bytes for memory in self.memories], float)
+def _lay_out_beside(graph: Graph, laid: LaidOut, *, cluster: Cluster, training: Training) -> LaidOut:
+    """Another routine of the same programs: its ops are where those of the same names are in the training step."""
+    placements = {op.name: laid.plan.placements[op.name] for op in graph.ops.values()}
+    plan = replace(laid.plan, placements=placements)
+    other = _lay_out(graph, plan, cluster=cluster, training=training, trace=Trace(), held=laid.held())
+    memories = list(map(memory_beside, other.drafts, laid.drafts, laid.memories))
+    return replace(other, memories=memories)
 
 
-def _lay_out(graph: Graph, plan: Plan, *, cluster: Cluster, training: Training, trace: Trace) -> LaidOut:
+def _lay_out(
+    graph: Graph, plan: Plan, *, cluster: Cluster, training: Training, trace: Trace, held: Held | None = None
+) -> LaidOut:
     targets = [target_named(node.device.target) for node in cluster.nodes]
     block = block_of(cluster)
     with trace.stage("group"):
         plan = group(graph, plan, cluster=cluster, halo=training.halo)
     with trace.stage("communicate"):
-        communication = communicate(graph, plan, block=block)
+        communication = communicate(graph, plan, block=block, held=held)
     with trace.stage("schedule"):
         order = schedule(graph, plan, communication, cluster=cluster)
     with trace.stage("buffers"):
-        storage = buffers(graph, plan, communication, order.order, block=block)
+        storage = buffers(graph, plan, communication, order.order, block=block, held=held)
     with trace.stage("emit"):
         drafts = emit(
             graph, plan, communication, order, storage, targets=targets, block=block, numerics=training.numerics

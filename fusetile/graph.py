@@ -65,11 +65,24 @@ class Parameter:
     average_of: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """The loss of one output: a mean over the batch; over what the labels of the batch weigh (`weight`), if they are
+    weighed. `op` compares the output (its first input) with the target (its second): the metrics do the same. Both may
+    be "". It has been multiplied by `factor`."""
+
+    loss: str
+    weight: str = ""
+    op: str = ""
+    factor: float = 1.0
+
+
 class Graph:
     """Ops over named tensors. Fed each step: `inputs`; `targets` (tensor -> its key in the data: y, or y0, y1, ...);
     `controls` (tensor -> what it holds: "step", or a role in `rates`, shape (1,)). `outputs` are the model's,
     `parameters` persist, `next_value` maps a parameter to the tensor that becomes its value for the next step,
-    `gradients` maps a trained parameter to its gradient tensor, `loss` names the loss (shape (1,)). `repeats`: ops
+    `gradients` maps a trained parameter to its gradient tensor, `loss` names the loss (shape (1,)), the sum of `terms`.
+    `logged`: what else the lowest rank reads at the end. `repeats`: ops
     of the backward pass that only compute a forward op again -> that op. `notes`: lines for the user."""
 
     def __init__(self, name: str = "model") -> None:
@@ -84,6 +97,8 @@ class Graph:
         self.next_value: dict[str, str] = {}
         self.gradients: dict[str, str] = {}
         self.loss: str = ""
+        self.terms: list[LossTerm] = []
+        self.logged: list[str] = []
         self.domains: dict[str, tuple[Op, Domain]] = {}  # iteration domains that were asked for, by op
         self.repeats: dict[str, str] = {}
         self.notes: list[str] = []
@@ -228,7 +243,13 @@ class Graph:
 
     def kept(self) -> set[str]:
         """Tensors that must exist whether or not an op reads them."""
-        return {*self.outputs, *self.next_value.values(), *self.gradients.values(), *([self.loss] if self.loss else [])}
+        ends = [self.loss] if self.loss else []
+        return {*self.outputs, *self.next_value.values(), *self.gradients.values(), *self.logged, *ends}
+
+    def compared(self) -> set[str]:
+        """Of a validation, whose terms are logged: tensors that metrics are made of, at the end."""
+        ops = [self.ops[term.op] for term in self.terms if term.op and term.loss in self.logged]
+        return {name for op in ops for name in op.inputs[:2]}
 
     def shapes(self, names: Iterable[str]) -> list[tuple[int, ...]]:
         """Shapes of several tensors."""

@@ -26,7 +26,7 @@ from fusetile.runtime.augment import Augmentation
 from fusetile.runtime.files import check_writable
 from fusetile.runtime.samples import Samples, Scaling
 
-RESULT, TRAINED, CHECKPOINTS = "trained.safetensors", "trained.onnx", "checkpoints"
+RESULT, TRAINED, CHECKPOINTS, BEST = "trained.safetensors", "trained.onnx", "checkpoints", "best"
 GRACE_seconds = 5.0
 """So long after one node has failed the others may take to say what they saw of it."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -48,15 +48,19 @@ def check_paths(options: RunOptions, out: Path) -> None:
     """Find out before a model is compiled what can't work afterwards. Raises UserError."""
     if out.exists() and not out.is_dir():
         raise UserError(f"-o {out}: there is a file of that name; choose a folder")
-    if not options.data.exists():
-        raise UserError(f"--data {options.data}: there is no such file or folder")
+    for flag, path in (("--data", options.data), ("--val", options.val)):
+        if path is not None and not path.exists():
+            raise UserError(f"{flag} {path}: there is no such file or folder")
     Augmentation.parse(options.augment)
     check_writable(options.log, options.save_gradients)
 
 
 def check_data(options: RunOptions, feeds: Sequence[Feed]) -> None:
     """The same for the data, when it is known what the model wants of them."""
-    Samples(options.data, feeds, feeds[0].shape[0], Scaling(*options.scaling), Augmentation.parse(options.augment))
+    scaling = Scaling(*options.scaling)
+    Samples(options.data, feeds, feeds[0].shape[0], scaling, Augmentation.parse(options.augment))
+    if options.val is not None:
+        Samples(options.val, feeds, 1, scaling, Augmentation())
 
 
 def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path) -> None:
@@ -70,7 +74,7 @@ def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path)
             first = rank == 0
             command = [sys.executable, "-m", "fusetile.runtime.node", str(build / "nodes" / node.name)]
             command += replace(options, threads=threads).arguments()
-            command += ["--checkpoints", str(out / CHECKPOINTS)]
+            command += ["--checkpoints", str(out / CHECKPOINTS), "--best", str(out / BEST)]
             command += ["--out", str(out)] if first else ["--quiet"]
             command += ["--log", str(options.log)] if first and options.log else []
             command += ["--save-gradients", str(options.save_gradients)] if options.save_gradients else []
@@ -85,6 +89,8 @@ def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path)
         if not existed and not any(out.iterdir()):
             out.rmdir()  # nothing came of it
     export_run(out, out / TRAINED, model=build / "model.onnx")
+    if options.val and (out / f"{BEST}.safetensors").is_file():
+        export_run(out / f"{BEST}.safetensors", out / f"{BEST}.onnx", model=build / "model.onnx")
 
 
 def _end_with_parent() -> None:
@@ -146,8 +152,11 @@ def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
 
 def export_run(run: Path, out: Path, *, model: Path | None = None) -> None:
     """Write `out`: a model with the weights of a finished run, or of a checkpoint. `run` is the run's folder or its
-    bundle (its result, or else its newest checkpoint), the folder of checkpoints, or a file in it."""
-    if run.is_file() or run.name == CHECKPOINTS:
+    bundle (its result, or else its newest checkpoint), a folder of checkpoints, or a file in one of these."""
+    if run.is_file() and not checkpoint.is_file(run):
+        folder, (weights, metadata) = run.parent, safetensors.load(run)
+        wanted = metadata.get("model_hash")
+    elif run.is_file() or (run.is_dir() and any(map(checkpoint.is_file, run.iterdir()))):
         weights, wanted, folder = _from_checkpoint(run)
     else:
         folders = [folder for folder in (run, run / "run") if (folder / RESULT).is_file()]

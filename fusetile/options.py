@@ -164,6 +164,17 @@ class Training:
         ),
     ] = "fast"
     seed: Annotated[int, _training("--seed", "Of shuffling and dropout masks.", min=0)] = 0
+    accumulate: Annotated[
+        int,
+        _training(
+            "--accumulate",
+            "Batches per step: their gradients' mean is what the optimizer takes. BatchNormalization sees one batch at "
+            "a time.",
+            min=1,
+            metavar="K",
+        ),
+    ] = 1
+    validation: Annotated[bool, _training("--validation", "Also compile what --val of fusetile-runtime runs.")] = False
     plan: Annotated[
         str,
         _plan(
@@ -212,6 +223,11 @@ class Training:
         anchors = _numbers("--anchors", ",".join(self.anchors.replace(",", " ").split())) or usual.anchors
         factors = _numbers("--lambdas", self.lambdas) or usual.factors
         return BoxOptions(anchors=anchors, factors=factors, most=self.max_boxes)
+
+    @property
+    def criterion(self) -> dict[str, Any]:
+        """The arguments of `differentiate`: the loss and all about it."""
+        return {"loss": self.objective, "classes": self.classes, "boxes": self.boxes, "weights": self.weights}
 
     @property
     def update(self) -> Optimizer:
@@ -300,6 +316,17 @@ class RunOptions:
             "input names (or x), targets under y (or y0, y1, ...).",
         ),
     ]
+    val: Annotated[
+        Path | None,
+        _run("--val", "Held-back data of the same kind: validate, and keep the best weights.", metavar="DATA"),
+    ] = None
+    val_every: Annotated[
+        int | None, _run("--val-every", "Validate after every N steps. Default: an epoch.", min=1, metavar="N")
+    ] = None
+    patience: Annotated[
+        int | None,
+        _run("--patience", "Stop when N validations in a row were not better than the best.", min=1, metavar="N"),
+    ] = None
     steps: Annotated[int | None, _run("--steps", "Stop after this many steps.", min=1)] = None
     epochs: Annotated[int | None, _run("--epochs", "Passes over the data. Default: 1.", min=1)] = None
     no_shuffle: Annotated[bool, _run("--no-shuffle", "Take the samples in order.")] = False
@@ -336,6 +363,9 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
+        for flag, value in (("--val-every", self.val_every), ("--patience", self.patience)):
+            if value is not None and self.val is None:
+                raise UserError(f"{flag} {value} needs --val DATA")
         _, deviations = self.scaling
         if any(value <= 0 for value in deviations):
             raise UserError(f"--std {self.std}: must be above 0")
@@ -349,6 +379,9 @@ class RunOptions:
         """For fusetile-runtime on any node."""
         given = [
             ("--data", self.data),
+            ("--val", self.val),
+            ("--val-every", self.val_every),
+            ("--patience", self.patience),
             ("--steps", self.steps),
             ("--epochs", self.epochs),
             ("--augment", self.augment or None),

@@ -17,6 +17,7 @@ last block. Boxes start at multiples of the block. The border is zero whenever t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any
@@ -28,7 +29,7 @@ from fusetile.rates import Rates
 
 ALIGNMENT_bytes = 64
 REDZONE_bytes = 256  # before and behind every buffer of a program with guards
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,8 @@ class Wait:
 
 Step = Run | Send | Recv | Wait
 _STEPS = {"run": Run, "send": Send, "recv": Recv, "wait": Wait}
+_NAMES = {cls: name for name, cls in _STEPS.items()}
+_ROUTINES = ("micro", "validation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +185,35 @@ class Zone:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """What a device knows of the loss of one output after a batch of a validation: on the lowest rank the loss itself,
+    and what the batch's labels weigh if they are weighed; on devices that compare a part of the output with the target,
+    those (their boxes are `output_box` and `target_box`). `kind` and `attrs` are those of the op that compares."""
+
+    kind: str
+    attrs: Mapping[str, Any]
+    shape: tuple[int, ...]  # of the output, for the whole batch; () where nothing is compared
+    factor: float = 1.0  # by which the loss was multiplied
+    loss: Buffer | None = None
+    weight: Buffer | None = None
+    output: Buffer | None = None
+    target: Buffer | None = None
+    output_box: Box = ()
+    target_box: Box = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Routine:
+    """What a device runs for a batch: a training step, or something else with the same arena and parameters."""
+
+    steps: tuple[Step, ...]
+    feeds: tuple[Feed, ...]
+    loss: Buffer | None = None
+    zones: tuple[Zone, ...] = ()
+    measures: tuple[Measure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """Everything that one device needs to know."""
 
@@ -204,15 +236,33 @@ class Program:
     rates: Rates = field(default_factory=lambda: Rates(learning_rate=0.0))
     peers: tuple[int, ...] = ()  # ranks with which this device exchanges something (besides the gathering at the end)
     zones: tuple[Zone, ...] = ()  # with --guard: all buffers, each between redzones
+    validation: Routine | None = None  # the forward pass of a trained model, and its loss
+    accumulate: int = 1  # batches per training step
+    micro: Routine | None = None  # one of those that come before the last, which is a training step
     schema: int = field(default=SCHEMA_VERSION)
+
+    @property
+    def training(self) -> Routine:
+        """The training step."""
+        return Routine(self.steps, self.feeds, self.loss, self.zones)
+
+    def routines(self) -> tuple[Routine, ...]:
+        """All there are, the training step first."""
+        return (self.training, *(each for each in (self.micro, self.validation) if each is not None))
 
 
 def to_json(program: Program) -> str:
     """The text of program.json: one step per line."""
     rest = {key: value for key, value in _as_dict(program).items() if key != "steps"}
-    names = {cls: name for name, cls in _STEPS.items()}
-    steps = ",\n".join(json.dumps({names[type(step)]: step}, default=_as_dict) for step in program.steps)
+    for name in _ROUTINES:
+        if rest[name] is not None:
+            rest[name] = _as_dict(rest[name]) | {"steps": list(map(_named, rest[name].steps))}
+    steps = ",\n".join(json.dumps(_named(step), default=_as_dict) for step in program.steps)
     return json.dumps(rest, indent=1, default=_as_dict)[:-2] + f',\n "steps": [\n{steps}\n]\n}}\n'
+
+
+def _named(step: Step) -> dict[str, Step]:
+    return {_NAMES[type(step)]: step}
 
 
 def _as_dict(item: Any) -> dict[str, Any]:
@@ -225,14 +275,30 @@ def from_json(source: str) -> Program:
     found = json.loads(source)
     if found.get("schema") != SCHEMA_VERSION:
         raise ValueError(f"schema version {found.get('schema')} where this fusetile reads {SCHEMA_VERSION}")
-    found["steps"] = tuple(_step(*next(iter(item.items()))) for item in found["steps"])
-    found["feeds"] = tuple(Feed(**_with_buffer(item)) for item in found["feeds"])
+    found |= _routine(found)
+    for name in _ROUTINES:
+        found[name] = Routine(**_routine(found[name])) if found[name] else None
     found["shards"] = tuple(Shard(**_with_buffer(item)) for item in found["shards"])
     found["gradients"] = tuple(Gradient(**_with_buffer(item)) for item in found["gradients"])
-    found["zones"] = tuple(Zone(**{key: _tuples(value) for key, value in item.items()}) for item in found["zones"])
     found["rates"] = Rates(**{key: _tuples(value) for key, value in found["rates"].items()})
-    found["loss"] = _buffer(found["loss"]) if found["loss"] else None
     return Program(**{key: _tuples(value) for key, value in found.items()})
+
+
+def _routine(item: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a routine, wherever they stand."""
+    measures = {"measures": tuple(map(_measure, item["measures"]))} if "measures" in item else {}
+    return {
+        "steps": tuple(_step(*next(iter(step.items()))) for step in item["steps"]),
+        "feeds": tuple(Feed(**_with_buffer(feed)) for feed in item["feeds"]),
+        "zones": tuple(Zone(**{key: _tuples(value) for key, value in zone.items()}) for zone in item["zones"]),
+        "loss": _buffer(item["loss"]) if item["loss"] else None,
+        **measures,
+    }
+
+
+def _measure(item: dict[str, Any]) -> Measure:
+    buffers = {key: _buffer(item[key]) for key in ("loss", "weight", "output", "target") if item[key]}
+    return Measure(**{key: _tuples(value) for key, value in item.items()} | buffers)
 
 
 def _step(name: str, item: dict[str, Any]) -> Step:

@@ -35,7 +35,7 @@ class Device:
         for shard in self.program.shards:
             pack(self.arena, shard.buffer, shard.box, weights[shard.parameter])
         self.library = Library(folder / self.program.library, threads=threads)
-        self.guard = Guard(self.program, self.arena) if self.program.zones else None
+        self.guard = Guard(self.program.training, self.arena) if self.program.zones else None
 
     def guarded(self, index: int, action: Callable[..., None]) -> Callable[..., None]:
         """A step of the program, watched if the program has guards."""

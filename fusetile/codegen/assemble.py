@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fusetile.box import volume, whole
+import numpy as np
+
+from fusetile.box import Box, volume, whole
 from fusetile.cluster import Cluster
 from fusetile.codegen.calls import KernelCall, Ref
 from fusetile.codegen.emit import Draft, DraftRecv, DraftSend
+from fusetile.codegen.targets import Target
 from fusetile.graph import Graph, Op
+from fusetile.ops import domain_of
 from fusetile.ops.loss import CLASS_LOSSES
 from fusetile.ops.yolo import classes_of
 from fusetile.passes.buffers import DeviceBuffers
-from fusetile.passes.communicate import Communication
+from fusetile.passes.communicate import LOGGED, Communication, Held
 from fusetile.passes.plan_memory import MemoryPlan, plan_memory
+from fusetile.passes.schedule import Schedule
 from fusetile.plan import Plan
 from fusetile.program import (
     Buffer,
     Call,
     Feed,
     Gradient,
+    Measure,
     Program,
     Recv,
     REDZONE_bytes,
+    Routine,
     Run,
     Send,
     Shard,
@@ -43,6 +50,38 @@ class Identity:
     batch: int
     seed: int
     rates: Rates
+    accumulate: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A plan with all that follows from it, down to the arenas."""
+
+    graph: Graph
+    plan: Plan
+    communication: Communication
+    order: Schedule
+    storage: Sequence[DeviceBuffers]
+    targets: Sequence[Target]
+    drafts: Sequence[Draft]
+    memories: Sequence[MemoryPlan]
+
+    @property
+    def arena_bytes(self) -> np.ndarray:
+        """Per device."""
+        return np.array([memory.arena_bytes for memory in self.memories], float)
+
+    def held(self) -> Held:
+        """The parameters, for another routine of the same programs."""
+        layouts = {name: self.communication.layouts[name] for name in self.graph.next_value}
+        found = []
+        for storage in self.storage:
+            there = {name: buffer for name, buffer in storage.home.items() if name in self.graph.parameters}
+            for index, delivery in enumerate(self.communication.deliveries):
+                if delivery.tensor in self.graph.parameters and delivery.tensor not in layouts:
+                    there |= {delivery.tensor: storage.delivered[index]} if index in storage.delivered else {}
+            found.append(there)
+        return Held(layouts, tuple(found))
 
 
 def lifetimes(draft: Draft) -> dict[str, tuple[int, int]]:
@@ -80,22 +119,39 @@ def memory_of(draft: Draft, *, guard: bool = False) -> MemoryPlan:
     return plan_memory(draft.buffers.values(), lifetimes(draft), redzone_bytes=REDZONE_bytes if guard else 0)
 
 
+def memory_beside(draft: Draft, first: Draft, memory: MemoryPlan) -> MemoryPlan:
+    """The arena of another routine's draft, in which everything that `first` keeps between steps stays where it is."""
+    live, buffers = lifetimes(draft), dict(draft.buffers)
+    fixed: dict[str, int] = {}
+    for name in sorted(first.persistent):
+        kept = first.buffers[name]
+        label = name if buffers.get(name) == kept else f"{name} between steps"
+        buffers[label] = replace(kept, name=label)
+        live[label], fixed[label] = (-1, len(draft.steps)), memory.offsets[name]
+    return plan_memory(buffers.values(), live, redzone_bytes=memory.redzone_bytes, fixed=fixed)
+
+
 def assemble(
-    graph: Graph,
-    plan: Plan,
-    communication: Communication,
-    draft: Draft,
-    storage: DeviceBuffers,
-    memory: MemoryPlan,
+    laid: LaidOut,
     *,
     cluster: Cluster,
     rank: int,
     library: str,
     identity: Identity,
     seconds: float,
+    others: Mapping[str, LaidOut],
 ) -> Program:
-    """The program of one device; `seconds` of computation are predicted for a step."""
+    """The program of one device; `seconds` of computation are predicted for a step. `others`: "micro" and "validation",
+    if there are such routines."""
+    graph, communication = laid.graph, laid.communication
+    draft, storage, memory = laid.drafts[rank], laid.storage[rank], laid.memories[rank]
     steps, where = _steps(draft, memory)
+    first_tag = len(laid.order.transfers)
+    routines: dict[str, Routine] = {}
+    for name, other in others.items():
+        routines[name] = _routine(other, rank, first_tag)
+        first_tag += len(other.order.transfers)
+    moving = [step for each in (steps, *(other.steps for other in routines.values())) for step in each]
 
     def placed(buffer: Buffer) -> Buffer:
         return replace(buffer, offset_bytes=memory.offsets[buffer.name])
@@ -103,7 +159,7 @@ def assemble(
     loss = next(i for i, d in enumerate(communication.deliveries) if d.tensor == graph.loss)
     return Program(
         rank=rank,
-        nodes=plan.nodes,
+        nodes=laid.plan.nodes,
         name=cluster.nodes[rank].name,
         addresses=tuple(node.address for node in cluster.nodes),
         plan_hash=identity.plan_hash,
@@ -111,13 +167,9 @@ def assemble(
         library=library,
         batch=identity.batch,
         seed=identity.seed,
-        arena_bytes=memory.arena_bytes,
+        arena_bytes=max(each.memories[rank].arena_bytes for each in (laid, *others.values())),
         steps=steps,
-        feeds=tuple(
-            replace(feed, buffer=placed(feed.buffer))
-            for feed in _feeds(graph, communication, storage)
-            if feed.buffer.name in memory.offsets
-        ),
+        feeds=_placed_feeds(graph, communication, storage, memory),
         shards=tuple(
             replace(shard, buffer=placed(shard.buffer)) for shard in _shards(graph, communication, storage, rank)
         ),
@@ -127,12 +179,75 @@ def assemble(
         loss=placed(storage.delivered[loss]),
         segment_seconds=seconds,
         rates=identity.rates,
-        peers=tuple(sorted({step.peer for step in steps if isinstance(step, Send | Recv)})),
+        peers=tuple(sorted({step.peer for step in moving if isinstance(step, Send | Recv)})),
         zones=_zones(draft, memory, where, len(steps)) if memory.redzone_bytes else (),
+        accumulate=identity.accumulate,
+        micro=routines.get("micro"),
+        validation=routines.get("validation"),
     )
 
 
-def _steps(draft: Draft, memory: MemoryPlan) -> tuple[tuple[Step, ...], list[tuple[int, int]]]:
+def _routine(laid: LaidOut, rank: int, first_tag: int) -> Routine:
+    """A routine besides the training step; its transfers' tags begin at `first_tag`."""
+    graph, communication = laid.graph, laid.communication
+    draft, storage, memory = laid.drafts[rank], laid.storage[rank], laid.memories[rank]
+    steps, where = _steps(draft, memory, first_tag)
+    losses = [i for i, d in enumerate(communication.deliveries) if d.tensor == graph.loss]
+
+    def placed(buffer: Buffer) -> Buffer:
+        return replace(buffer, offset_bytes=memory.offsets[buffer.name])
+
+    def compared(op: Op, i: int) -> tuple[Buffer, Box] | None:
+        box = laid.plan.placements[op.name].compute[rank]
+        buffer = storage.delivered.get(communication.reads[op.name, op.inputs[i]])
+        return (placed(buffer), domain_of(graph, op).need(box, i)) if buffer and volume(box) else None
+
+    measures = []
+    for term in graph.terms if graph.logged else ():
+        op = graph.ops[term.op] if term.op else None
+        output, target = (compared(op, 0), compared(op, 1)) if op else (None, None)
+        loss = _logged(communication, storage, term.loss) if rank == 0 else None
+        weight = _logged(communication, storage, term.weight) if rank == 0 else None
+        measures.append(
+            Measure(
+                op.kind if op else "",
+                dict(op.attrs) if op else {},
+                graph.tensors[op.inputs[0]].shape if op else (),
+                factor=term.factor,
+                loss=placed(loss) if loss else None,
+                weight=placed(weight) if weight else None,
+                output=output[0] if output else None,
+                target=target[0] if target else None,
+                output_box=output[1] if output else (),
+                target_box=target[1] if target else (),
+            )
+        )
+    return Routine(
+        steps,
+        _placed_feeds(graph, communication, storage, memory),
+        placed(storage.delivered[losses[0]]) if losses else None,
+        _zones(draft, memory, where, len(steps)) if memory.redzone_bytes else (),
+        tuple(measures),
+    )
+
+
+def _logged(communication: Communication, storage: DeviceBuffers, name: str) -> Buffer | None:
+    """Where a tensor is that is read at the end."""
+    found = [i for i, d in enumerate(communication.deliveries) if d.tensor == name and LOGGED in d.readers]
+    return storage.delivered[found[0]] if found else None
+
+
+def _placed_feeds(
+    graph: Graph, communication: Communication, storage: DeviceBuffers, memory: MemoryPlan
+) -> tuple[Feed, ...]:
+    return tuple(
+        replace(feed, buffer=replace(feed.buffer, offset_bytes=memory.offsets[feed.buffer.name]))
+        for feed in _feeds(graph, communication, storage)
+        if feed.buffer.name in memory.offsets
+    )
+
+
+def _steps(draft: Draft, memory: MemoryPlan, first_tag: int = 0) -> tuple[tuple[Step, ...], list[tuple[int, int]]]:
     """The steps, and for every step of the draft its (step, call)."""
 
     def address(at: Ref) -> int:
@@ -157,11 +272,11 @@ def _steps(draft: Draft, memory: MemoryPlan) -> tuple[tuple[Step, ...], list[tup
         where.append((len(steps), 0))
         match step:
             case DraftSend(peer, tag, at, size_bytes, priority):
-                steps.append(Send(peer, tag, address(at), size_bytes, priority))
+                steps.append(Send(peer, first_tag + tag, address(at), size_bytes, priority))
             case DraftRecv(peer, tag, at, size_bytes):
-                steps.append(Recv(peer, tag, address(at), size_bytes))
-            case Wait():
-                steps.append(step)
+                steps.append(Recv(peer, first_tag + tag, address(at), size_bytes))
+            case Wait(tags):
+                steps.append(Wait(tuple(first_tag + tag for tag in tags)))
     close()
     return tuple(steps), where
 
@@ -171,9 +286,16 @@ def _zones(draft: Draft, memory: MemoryPlan, where: list[tuple[int, int]], end: 
         return (-1, 0) if at < 0 else where[at] if at < len(where) else (end, 0)
 
     return tuple(
-        Zone(name, offset, draft.buffers[name].size_bytes, *map(moment, memory.live[name]))
+        Zone(name, offset, _size_bytes(draft, memory, name), *map(moment, memory.live[name]))
         for name, offset in memory.offsets.items()
     )
+
+
+def _size_bytes(draft: Draft, memory: MemoryPlan, name: str) -> int:
+    """Of a buffer of a draft, or of something that is kept beside it."""
+    if name in draft.buffers:
+        return draft.buffers[name].size_bytes
+    return memory.sizes_bytes[name] - 2 * memory.redzone_bytes
 
 
 def _feeds(graph: Graph, communication: Communication, storage: DeviceBuffers) -> list[Feed]:

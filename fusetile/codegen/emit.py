@@ -19,7 +19,7 @@ from fusetile.codegen.targets import Target
 from fusetile.graph import Graph
 from fusetile.ops import domain_of
 from fusetile.passes.buffers import DeviceBuffers, channel_block
-from fusetile.passes.communicate import Communication
+from fusetile.passes.communicate import LOGGED, Communication
 from fusetile.passes.schedule import Action, Await, Compute, Pack, Part, Place, Post, Schedule, Ship, Transfer
 from fusetile.plan import Plan
 from fusetile.program import ALIGNMENT_bytes, Buffer, Wait
@@ -106,6 +106,7 @@ class _Emitter:
         self.graph, self.plan, self.communication = graph, plan, communication
         self.schedule, self.storage, self.device = schedule, storage, device
         self.target, self.block, self.numerics = target, block, numerics
+        self.compared = graph.compared()
         self.draft = Draft()
         self.actions = schedule.actions[device]
         self.banded = banded(graph, plan, communication, storage, self.actions, device)
@@ -121,8 +122,10 @@ class _Emitter:
             self._act(action)
         deliveries = self.communication.deliveries
         self.draft.logged = {
-            buffer.name for i, buffer in self.storage.delivered.items() if deliveries[i].tensor == self.graph.loss
-        }
+            buffer.name
+            for i, buffer in self.storage.delivered.items()
+            if LOGGED in deliveries[i].readers or deliveries[i].tensor in self.compared
+        } & set(self.draft.buffers)
         return self.draft
 
     def _adopt(self, name: str, *, parameter: bool) -> None:

@@ -10,13 +10,14 @@ normalization is one of 50 MB behind it, not both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fusetile.box import Box, hull, volume
+from fusetile.box import Box, contains, hull, volume
+from fusetile.errors import PlanError
 from fusetile.graph import Graph, Op, Tensor
 from fusetile.ops import domain_of, overwritten, row
-from fusetile.passes.communicate import Communication, aligned
+from fusetile.passes.communicate import Communication, Delivery, Held, aligned
 from fusetile.plan import Plan
 from fusetile.program import Buffer
 
@@ -32,36 +33,56 @@ class DeviceBuffers:
 
 
 def buffers(
-    graph: Graph, plan: Plan, communication: Communication, order: Sequence[str], *, block: int
+    graph: Graph,
+    plan: Plan,
+    communication: Communication,
+    order: Sequence[str],
+    *,
+    block: int,
+    held: Held | None = None,
 ) -> tuple[DeviceBuffers, ...]:
-    """For every device; `order` is that of the ops."""
+    """For every device; `order` is that of the ops. `held`: what is there already. Raises PlanError if a device
+    lacks part of a constant."""
     borders = _borders(graph, plan, communication)
     above = _overwritten(graph, communication, order)
     same_home = {new: old for old, new in graph.next_value.items()}
     result = []
     for device in range(plan.nodes):
         homes = _Homes(graph, block)
+        there = held.buffers[device] if held else {}
         delivered: dict[int, str] = {}  # in which home
         for name, layout in communication.layouts.items():
             if name in same_home:
                 continue
             indices = [i for i, d in enumerate(communication.deliveries) if d.tensor == name and d.in_place[device]]
             boxes = [layout.have[device], *(communication.deliveries[i].need[device] for i in indices)]
-            homes.add(name, hull(boxes), _widest([borders.get((i, device), (0, 0)) for i in indices]))
+            if name not in there:
+                homes.add(name, hull(boxes), _widest([borders.get((i, device), (0, 0)) for i in indices]))
             delivered.update(dict.fromkeys(indices, name))
         for new, (old, index) in above.items():
             if delivered.get(index) == old:
                 homes.join(new, old)
-        home = homes.buffers()
+        home = homes.buffers() | {name: there[name] for name in communication.layouts if name in there}
         found = {index: home[name] for index, name in delivered.items() if name in home}
         for index, delivery in enumerate(communication.deliveries):
-            if index not in delivered and volume(delivery.need[device]):
+            if index in delivered or not volume(delivery.need[device]):
+                continue
+            if held and delivery.tensor in graph.parameters and delivery.tensor not in communication.layouts:
+                found[index] = _constant(there, delivery, device)
+            else:
                 border = borders.get((index, device), (0, 0))
                 label = f"{delivery.tensor} for {delivery.readers[0]}"
                 found[index] = _buffer(graph, delivery.tensor, label, delivery.need[device], border, block)
         home.update({new: home[old] for new, old in same_home.items() if old in home})
         result.append(DeviceBuffers(home, found))
     return tuple(result)
+
+
+def _constant(there: Mapping[str, Buffer], delivery: Delivery, device: int) -> Buffer:
+    buffer = there.get(delivery.tensor)
+    if buffer is None or not contains(buffer.box, delivery.need[device]):
+        raise PlanError(f"device {device} lacks part of {delivery.tensor!r}, which never changes")
+    return buffer
 
 
 def _overwritten(graph: Graph, communication: Communication, order: Sequence[str]) -> dict[str, tuple[str, int]]:
@@ -73,6 +94,7 @@ def _overwritten(graph: Graph, communication: Communication, order: Sequence[str
         reading = [position[reader] for reader in delivery.readers if reader in position]
         last[delivery.tensor] = max([*reading, last.get(delivery.tensor, 0)])
     lasting = {*graph.gradients.values(), *graph.next_value.values(), *graph.parameters, *graph.fed(), graph.loss}
+    lasting |= {*graph.logged, *graph.compared()}
     above: dict[str, tuple[str, int]] = {}
     for op in (graph.ops[name] for name in order):
         for read in overwritten(graph, op):

@@ -10,18 +10,20 @@ the delivery is *in place*: it fills up the producer's buffer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from fusetile.box import Box, empty, hull, volume, whole
+from fusetile.box import Box, contains, empty, hull, volume, whole
 from fusetile.graph import Graph, Op, Tensor
 from fusetile.ops import domain_of
 from fusetile.passes.keep import is_left_out, originals
 from fusetile.plan import Layout, Move, Plan, redistribute
+from fusetile.program import Buffer
 
 LOGGED = "(the log)"
-"""Stands among the readers of the loss: every device may log it at the end of the step."""
+"""Stands among the readers of the loss, which every device may log at the end of the step, and of `Graph.logged`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,28 @@ class Communication:
     reads: dict[tuple[str, str], int]
 
 
-def communicate(graph: Graph, plan: Plan, *, block: int) -> Communication:
-    """`graph` must be in topological order. Raises PlanError where a layout is not legal."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Parameters that a program holds for another routine of its: the layouts of those that change, and per device
+    the buffers of all."""
+
+    layouts: Mapping[str, Layout]
+    buffers: tuple[Mapping[str, Buffer], ...]
+
+    def room(self, name: str) -> tuple[Box, ...] | None:
+        """Per device, what there is of a parameter that changes; None if it is no such parameter."""
+        if name not in self.layouts:
+            return None
+        nothing = empty(len(self.layouts[name].own[0]))
+        return tuple(there[name].box if name in there else nothing for there in self.buffers)
+
+
+def communicate(graph: Graph, plan: Plan, *, block: int, held: Held | None = None) -> Communication:
+    """`graph` must be in topological order. `held`: what is where already when the routine begins. Raises PlanError
+    where a layout is not legal."""
     layouts = _layouts(graph, plan)
+    if held:
+        layouts |= {name: layout for name, layout in held.layouts.items() if name in graph.parameters}
     for name, layout in layouts.items():
         layout.check(whole(graph.tensors[name].shape), name)
     deliveries: list[Delivery] = []
@@ -64,11 +85,15 @@ def communicate(graph: Graph, plan: Plan, *, block: int) -> Communication:
         needs = {op: _needs(graph, plan, graph.ops[op], same, block) for op, same in read_as.items()}
         if name == graph.loss:
             needs[LOGGED] = (whole(graph.tensors[name].shape),) * plan.nodes
+        elif name in graph.logged:
+            everything = whole(graph.tensors[name].shape)
+            needs[LOGGED] = (everything, *[empty(len(everything))] * (plan.nodes - 1))
         constant = name in graph.parameters and name not in layouts
         for need, served in _merge(needs, force=constant):
             for op_name in served:
                 reads[op_name, read_as.get(op_name, name)] = len(deliveries)
-            deliveries.append(_delivery(name, layouts.get(name), need, served))
+            room = held.room(name) if held else None
+            deliveries.append(_delivery(name, layouts.get(name), need, served, room))
     return Communication(layouts, tuple(deliveries), reads)
 
 
@@ -139,14 +164,24 @@ def _merge(needs: dict[str, tuple[Box, ...]], *, force: bool) -> list[tuple[tupl
     return groups
 
 
-def _delivery(name: str, source: Layout | None, need: tuple[Box, ...], readers: tuple[str, ...]) -> Delivery:
+def _delivery(
+    name: str,
+    source: Layout | None,
+    need: tuple[Box, ...],
+    readers: tuple[str, ...],
+    room: tuple[Box, ...] | None = None,
+) -> Delivery:
+    """`room`: the boxes of the producer's buffer, if they are given and not to be chosen."""
     if source is None:  # fed by the runtime, or a constant: everybody has what he needs
         return Delivery(name, need, (False,) * len(need), (), readers)
     moves = redistribute(source, need)
-    in_place = tuple(
-        source.combine == "pick" and volume(hull([have, wanted])) <= volume(have) + volume(wanted)
-        for have, wanted in zip(source.have, need, strict=True)
-    )
+    if room is not None:
+        in_place = tuple(contains(box, wanted) for box, wanted in zip(room, need, strict=True))
+    else:
+        in_place = tuple(
+            source.combine == "pick" and volume(hull([have, wanted])) <= volume(have) + volume(wanted)
+            for have, wanted in zip(source.have, need, strict=True)
+        )
     moves = [move for move in moves if move.source != move.target or not in_place[move.target]]
     return Delivery(name, need, in_place, tuple(moves), readers)
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fusetile.errors import UserError
-from fusetile.graph import BACKWARD, Graph, Parameter
+from fusetile.graph import BACKWARD, Graph, LossTerm, Parameter
 from fusetile.ops import row
 from fusetile.ops.loss import CLASS_LOSSES, LOSSES
 from fusetile.ops.yolo import YOLO
@@ -58,17 +58,32 @@ def differentiate(
     boxes: BoxOptions | None = None,
     weights: Sequence[float] = (),
 ) -> Graph:
+    """The graph with its loss (see `add_loss`) and gradients. Raises UserError where there is nothing to train or the
+    loss does not fit an output."""
+    if not any(parameter.trainable for parameter in graph.parameters.values()):
+        raise UserError(f"{graph.name}: no float32 initializer is the weight of a layer, so there is nothing to train")
+    graph = add_loss(graph, loss=loss, classes=classes, boxes=boxes, weights=weights)
+    _add_gradients(graph, _seed(graph) if loss in (DICE, MODEL) or weights else graph.loss)
+    return graph
+
+
+def add_loss(
+    graph: Graph,
+    *,
+    loss: str,
+    classes: ClassOptions | None = None,
+    boxes: BoxOptions | None = None,
+    weights: Sequence[float] = (),
+) -> Graph:
     """`loss`: a name in `LOSSES`, applied to every output with its own target; several are added up, times their
     `weights` if there are some. Or "model": the first output is the loss, and the others do not matter.
 
-    Targets are named `y`, or `y0`, `y1`, ... in the order of the outputs. Raises UserError where there is nothing to
-    train or the loss does not fit an output.
+    Targets are named `y`, or `y0`, `y1`, ... in the order of the outputs. Raises UserError if the loss does not fit an
+    output.
     """
     graph = graph.copy()
     if loss not in (names := sorted((*LOSSES, DICE, YOLO, MODEL))):
         raise UserError(f"unknown loss {loss!r}: choose one of {', '.join(names)}")
-    if not any(parameter.trainable for parameter in graph.parameters.values()):
-        raise UserError(f"{graph.name}: no float32 initializer is the weight of a layer, so there is nothing to train")
     classes = classes or ClassOptions()
     if classes != ClassOptions() and loss not in CLASS_LOSSES:
         raise UserError(
@@ -85,18 +100,21 @@ def differentiate(
         graph.loss, shape = graph.outputs[0], graph.tensors[graph.outputs[0]].shape
         if math.prod(shape) != 1:
             raise UserError(f"--loss model: the first output, {graph.loss!r}, must be one number; it has shape {shape}")
+        graph.terms = [LossTerm(graph.loss)]
     else:
-        add: Callable[[int], str] = {
+        add: Callable[[int], LossTerm] = {
             DICE: lambda i: _add_dice(graph, i),
             YOLO: lambda i: _add_yolo(graph, i, boxes or BoxOptions()),
         }.get(loss, lambda i: _add_loss(graph, i, LOSSES[loss], classes))
-        parts = [add(i) for i in range(len(graph.outputs))]
+        graph.terms = [add(i) for i in range(len(graph.outputs))]
         for i, weight in enumerate(weights):
-            (parts[i],) = graph.add("Scale", [parts[i]], attrs={"factor": weight}, origin="the weight of a loss")
-        graph.loss = parts[0]
-        for part in parts[1:]:
-            (graph.loss,) = graph.add("Add", [graph.loss, part], stem="loss.sum", origin="the sum of the losses")
-    _add_gradients(graph, _seed(graph) if loss in (DICE, MODEL) or weights else graph.loss)
+            (scaled,) = graph.add(
+                "Scale", [graph.terms[i].loss], attrs={"factor": weight}, origin="the weight of a loss"
+            )
+            graph.terms[i] = replace(graph.terms[i], loss=scaled, factor=weight)
+        graph.loss = graph.terms[0].loss
+        for term in graph.terms[1:]:
+            (graph.loss,) = graph.add("Add", [graph.loss, term.loss], stem="loss.sum", origin="the sum of the losses")
     return graph
 
 
@@ -118,7 +136,7 @@ def _add_target(graph: Graph, i: int, shape: Sequence[int], dtype: str = "float3
     return target
 
 
-def _add_dice(graph: Graph, i: int) -> str:
+def _add_dice(graph: Graph, i: int) -> LossTerm:
     """1 - (2 sum of p t + 1) / (sum of p + sum of t + 1), p = sigmoid(y), per channel over the whole batch; the mean
     of all channels. Source: Milletari, Navab, Ahmadi, V-Net (2016), with 1 added for classes that are nowhere."""
     output, origin = graph.outputs[i], f"the loss of {graph.outputs[i]!r}"
@@ -131,13 +149,15 @@ def _add_dice(graph: Graph, i: int) -> str:
         return graph.add(kind, inputs, attrs=attrs, stem=f"dice.{kind.lower()}", origin=origin)[0]
 
     p = add("Sigmoid", [output])
-    common = add("Shift", [add("Scale", [add("SumTo", [p, target], shape=channels)], factor=2.0)], offset=1.0)
+    products = add("SumTo", [p, target], shape=channels)
+    common = add("Shift", [add("Scale", [products], factor=2.0)], offset=1.0)
     both = add("Add", [add("SumTo", [p], shape=channels), add("SumTo", [target], shape=channels)])
     score = add("SumTo", [add("Div", [common, add("Shift", [both], offset=1.0)])], shape=(1,))
-    return add("Shift", [add("Scale", [score], factor=-1 / shape[1])], offset=1.0)
+    loss = add("Shift", [add("Scale", [score], factor=-1 / shape[1])], offset=1.0)
+    return LossTerm(loss, op=graph.producers()[products].name)
 
 
-def _add_yolo(graph: Graph, i: int, options: BoxOptions) -> str:
+def _add_yolo(graph: Graph, i: int, options: BoxOptions) -> LossTerm:
     """The loss of output `i`, with its true boxes."""
     output, origin = graph.outputs[i], f"the loss of {graph.outputs[i]!r}"
     shape = graph.tensors[output].shape
@@ -148,12 +168,12 @@ def _add_yolo(graph: Graph, i: int, options: BoxOptions) -> str:
     boxes = _add_target(graph, i, (shape[0], options.most, 5))
     anchors = Parameter(np.array(options.anchors, np.float32), trainable=False)
     inputs = [output, boxes, graph.add_parameter(graph.fresh("anchors"), anchors)]
-    return graph.add(
-        "YoloV2", inputs, attrs={"factors": options.factors, "count": shape[0]}, stem="loss", origin=origin
-    )[0]
+    attrs = {"factors": options.factors, "count": shape[0]}
+    (loss,) = graph.add("YoloV2", inputs, attrs=attrs, stem="loss", origin=origin)
+    return LossTerm(loss, op=graph.producers()[loss].name)
 
 
-def _add_loss(graph: Graph, i: int, kind: str, classes: ClassOptions) -> str:
+def _add_loss(graph: Graph, i: int, kind: str, classes: ClassOptions) -> LossTerm:
     """The loss of output `i`, with its target."""
     output, origin = graph.outputs[i], f"the loss of {graph.outputs[i]!r}"
     shape = graph.tensors[output].shape
@@ -171,7 +191,8 @@ def _add_loss(graph: Graph, i: int, kind: str, classes: ClassOptions) -> str:
     else:
         inputs = [output, _add_target(graph, i, shape)]
     attrs["count"] = math.prod(graph.tensors[inputs[1]].shape)
-    return graph.add(kind, inputs, attrs=attrs, stem="loss", origin=origin)[0]
+    (loss,) = graph.add(kind, inputs, attrs=attrs, stem="loss", origin=origin)
+    return LossTerm(loss, weight=inputs[3] if len(inputs) > 2 else "", op=graph.producers()[loss].name)
 
 
 def _weighing(

@@ -10,9 +10,10 @@ offset where it fits (greedy by size: Pisarchyk and Lee, arXiv 2001.03288).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
 
 from fusetile.program import ALIGNMENT_bytes, Buffer
 
@@ -30,11 +31,18 @@ class MemoryPlan:
     peak_bytes: int = 0  # no arena can be smaller
 
 
-def plan_memory(buffers: Iterable[Buffer], live: dict[str, tuple[int, int]], *, redzone_bytes: int = 0) -> MemoryPlan:
-    """`live[name]`: the inclusive interval of steps in which a buffer must keep its content. Redzones live as long."""
+def plan_memory(
+    buffers: Iterable[Buffer],
+    live: dict[str, tuple[int, int]],
+    *,
+    redzone_bytes: int = 0,
+    fixed: Mapping[str, int] = MappingProxyType({}),
+) -> MemoryPlan:
+    """`live[name]`: the inclusive interval of steps in which a buffer must keep its content. Redzones live as long.
+    `fixed`: offsets of buffers that lie somewhere already."""
     sizes = {b.name: _round_up(b.size_bytes) + 2 * redzone_bytes for b in buffers if b.name in live}
-    offsets: dict[str, int] = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], live[name], name)):
+    offsets = {name: offset - redzone_bytes for name, offset in fixed.items()}
+    for name in sorted(sizes.keys() - fixed, key=lambda name: (-sizes[name], live[name], name)):
         start, stop = live[name]
         taken = sorted(
             (offsets[other], offsets[other] + sizes[other])

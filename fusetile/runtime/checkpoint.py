@@ -59,6 +59,7 @@ class Checkpoint:
     step: int
     run: Mapping[str, Any]
     parts: Mapping[str, tuple[Part, ...]]  # by parameter
+    validation: Mapping[str, Any] | None = None
 
     def covers(self, name: str, box: Box) -> bool:
         """Whether the files that are there have all of a parameter's box."""
@@ -95,8 +96,18 @@ def changing(program: Program) -> list[Shard]:
     return [shard for shard in program.shards if shard.updated]
 
 
-def write(folder: Path, program: Program, arena: np.ndarray, *, step: int, run: Mapping[str, Any]) -> Path:
-    """Write this node's file, and remove what is older than its two newest."""
+def write(
+    folder: Path,
+    program: Program,
+    arena: np.ndarray,
+    *,
+    step: int,
+    run: Mapping[str, Any],
+    validation: Mapping[str, Any] | None = None,
+    kept: int = KEPT,
+) -> Path:
+    """Write this node's file, and remove all its others but the newest `kept` in all. `validation`: what the run's
+    validations have shown."""
     arrays, described = {}, {}
     for shard in changing(program):
         values = unpack(arena, shard.buffer, shard.box)
@@ -110,9 +121,11 @@ def write(folder: Path, program: Program, arena: np.ndarray, *, step: int, run: 
         }
     path = folder / f"step-{step:08d}.rank-{program.rank}-of-{program.nodes}.safetensors"
     content = {"step": step, "model_hash": program.model_hash, "run": dict(run), "arrays": described}
+    content["validation"] = validation
     safetensors.save(path, arrays, {"checkpoint": json.dumps(content)})
-    mine = [file for number, rank, nodes, file in _files(folder) if (rank, nodes) == (program.rank, program.nodes)]
-    for file in mine[:-KEPT]:
+    mine = [file for _, rank, nodes, file in _files(folder) if (rank, nodes) == (program.rank, program.nodes)]
+    mine.remove(path)
+    for file in mine[: len(mine) + 1 - kept]:
         file.unlink()
     return path
 
@@ -147,6 +160,11 @@ def load(checkpoint: Checkpoint, program: Program, arena: np.ndarray, *, run: Ma
         pack(arena, shard.buffer, shard.box, checkpoint.read(shard.parameter, shard.box))
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is that of a checkpoint, by its name."""
+    return _NAME.fullmatch(path.name) is not None
+
+
 def _files(folder: Path) -> list[tuple[int, int, int, Path]]:
     """(step, rank, nodes, path) of every checkpoint's file, the oldest first."""
     names = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()] if folder.is_dir() else []
@@ -155,12 +173,13 @@ def _files(folder: Path) -> list[tuple[int, int, int, Path]]:
 
 def _read_group(paths: Iterable[Path]) -> Checkpoint:
     parts: dict[str, list[Part]] = {}
-    step, run = 0, {}
+    step, run, validation = 0, {}, None
     for path in paths:
         arrays, metadata = safetensors.load(path)
         try:
             content = json.loads(metadata["checkpoint"])
             step, run = int(content["step"]), content["run"] | {"model": content["model_hash"]}
+            validation = content.get("validation")
             for name, entry in content["arrays"].items():
                 box = tuple((int(start), int(stop)) for start, stop in entry["box"])
                 shape, onnx_name = tuple(map(int, entry["shape"])), str(entry["onnx_name"])
@@ -172,4 +191,4 @@ def _read_group(paths: Iterable[Path]) -> Checkpoint:
                 parts.setdefault(name, []).append(part)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no checkpoint ({error}): remove it") from error
-    return Checkpoint(step, run, {name: tuple(found) for name, found in parts.items()})
+    return Checkpoint(step, run, {name: tuple(found) for name, found in parts.items()}, validation)

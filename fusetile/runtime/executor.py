@@ -1,4 +1,4 @@
-"""Runs a program: its steps, once per training step."""
+"""Runs a routine of a program: its steps, once per batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from fusetile.errors import PlanError
-from fusetile.program import Gradient, Program, Recv, Run, Send, Step, Wait
+from fusetile.program import Gradient, Program, Recv, Routine, Run, Send, Step, Wait
 from fusetile.runtime.guard import Guard
 from fusetile.runtime.native import Library, Segment
 from fusetile.runtime.storage import Place, unpack
@@ -18,22 +18,31 @@ Snapshot = list[tuple[Gradient, np.ndarray]]
 
 
 class Executor:
-    """A program made ready to run: `transport` is None on a single device."""
+    """A routine made ready to run, by default the training step: `transport` is None on a single device."""
 
-    def __init__(self, program: Program, *, library: Library, arena: np.ndarray, transport: Transport | None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        routine: Routine | None = None,
+        *,
+        library: Library,
+        arena: np.ndarray,
+        transport: Transport | None,
+    ) -> None:
+        routine = routine or program.training
         self._program, self._arena, self._transport = program, arena, transport
         self._library = library
         self._posted: set[int] = set()
-        self._loss = Place(arena, program.loss, program.loss.box) if program.loss is not None else None
-        self._guard = Guard(program, arena) if program.zones else None
-        self._actions = [self._guarded(self._action(step), index) for index, step in enumerate(program.steps)]
+        self._loss = Place(arena, routine.loss, routine.loss.box) if routine.loss is not None else None
+        self._guard = Guard(routine, arena) if routine.zones else None
+        self._actions = [self._guarded(self._action(step), index) for index, step in enumerate(routine.steps)]
 
     def run(self, number: int, *, snapshot: Snapshot | None = None) -> float | None:
-        """Training step `number` (from 1); its loss, if this device has it. The feeds must be in place. With
-        `snapshot`, the gradients that this device holds are appended to it as canonical arrays."""
+        """A batch of training step `number` (from 1); its loss, if this device has it. The feeds must be in place. With
+        `snapshot`, of a training step, the gradients that this device holds are appended to it as canonical arrays."""
         transport = self._transport
         if transport is not None:
-            transport.step = number
+            transport.begin_turn(number)
         if self._guard is not None:
             self._guard.begin_step()
         pieces = self._gradients() if snapshot is not None else {}
@@ -46,7 +55,7 @@ class Executor:
                 transport.progress += 1
                 transport.check()
         if transport is not None:
-            transport.end_step()
+            transport.end_turn(self._posted)
         return None if self._loss is None else self._loss.read().item()
 
     def _guarded(self, action: Callable[[], None], index: int) -> Callable[[], None]:

@@ -1,4 +1,5 @@
-"""Arrays on their way from all ranks to the lowest one. Used by the I/O thread of the transport."""
+"""Arrays on their way from all ranks to the lowest one: the result at the end, metrics of a validation before.
+Used by the I/O thread of the transport."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ Shard = tuple[dict[str, Any], memoryview]  # a description, and the bytes of an 
 _LIMIT_bytes = 1 << 32
 
 
-def give(link: Link, shards: list[Shard]) -> None:
-    """Queue the arrays: how many there are, what they are, then their bytes."""
-    link.control(encode(Kind.GATHERED, tag=len(shards)))
+def give(link: Link, shards: list[Shard], *, last: bool) -> None:
+    """Queue the arrays: how many there are, what they are, then their bytes. `last`: nothing follows."""
+    link.control(encode(Kind.GATHERED, step=int(last), tag=len(shards)))
     for number, (description, view) in enumerate(shards):
         link.control(encode_json(Kind.SHARD, description | {"bytes": len(view)}, tag=number))
         link.data(Outgoing(Kind.SHARD_DATA, 0, number, view))
@@ -25,6 +26,7 @@ class Gathering:
     """What the lowest rank has of the others' arrays."""
 
     def __init__(self, ranks: Iterable[int]) -> None:
+        self.last = False
         self._shards: dict[int, list[Shard]] = {rank: [] for rank in ranks}
         self._done = dict.fromkeys(self._shards, 0)
         self._total: dict[int, int] = {}
@@ -32,6 +34,7 @@ class Gathering:
     def announce(self, link: Link, frame: Frame) -> None:
         """A GATHERED frame: how many arrays come from this peer."""
         self._total[link.rank] = frame.tag
+        self.last = frame.step == 1
 
     def expect(self, link: Link, frame: Frame) -> None:
         """A SHARD frame: make room for an array."""

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from fusetile.errors import PlanError
-from fusetile.program import Program, REDZONE_bytes, Run, Zone
+from fusetile.program import REDZONE_bytes, Routine, Run, Zone
 from fusetile.runtime.native import Segment
 
 _FILL = 0xFF
@@ -26,15 +26,16 @@ Moment = tuple[int, int]
 
 
 class Guard:
-    """Watches the arena of a program that was compiled with --guard. The arena must hold the parameters already."""
+    """Watches the arena in a routine of a program that was compiled with --guard. The arena must hold the parameters
+    already."""
 
-    def __init__(self, program: Program, arena: np.ndarray) -> None:
-        self._program, self._arena = program, arena
+    def __init__(self, routine: Routine, arena: np.ndarray) -> None:
+        self._routine, self._arena = routine, arena
         self._starts: dict[Moment, list[Zone]] = {}
         self._ends: dict[Moment, list[Zone]] = {}
         self._live: dict[str, Zone] = {}
         start = 0
-        for zone in sorted(program.zones, key=lambda zone: zone.offset_bytes):
+        for zone in sorted(routine.zones, key=lambda zone: zone.offset_bytes):
             self._starts.setdefault(zone.first, []).append(zone)
             self._ends.setdefault(zone.last, []).append(zone)
             if zone.first == _ALWAYS:
@@ -73,7 +74,7 @@ class Guard:
         changed = np.flatnonzero(self._arena[low : low + REDZONE_bytes] != _FILL) + low
         before, behind = zone.offset_bytes - changed[0], changed[-1] + 1 - _end(zone)
         where = f"up to {before} bytes before" if before > 0 else f"up to {behind} bytes behind"
-        step = self._program.steps[at[0]]
+        step = self._routine.steps[at[0]]
         what = f"kernel {step.calls[at[1]].kernel}" if isinstance(step, Run) else str(step)
         return f"{what} (step {at[0]}, call {at[1]}) wrote {where} the buffer {zone.name!r}"
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -35,8 +35,10 @@ from fusetile.runtime.native import Library
 from fusetile.runtime.progress import Progress, StepRecord
 from fusetile.runtime.rendezvous import LOWEST, Meeting, meet, partners
 from fusetile.runtime.result import (
+    BEST,
     GRADIENTS,
     PARAMETERS,
+    best_pieces,
     gather,
     give,
     load_weights,
@@ -48,6 +50,7 @@ from fusetile.runtime.result import (
 from fusetile.runtime.samples import Scaling
 from fusetile.runtime.storage import make_arena, release
 from fusetile.runtime.transport import Transport
+from fusetile.runtime.validation import History, Validation
 
 _SWITCH_seconds = 0.0005  # of Python's threads: the I/O thread must not wait 5 ms for the executor's Python
 
@@ -58,6 +61,9 @@ class Options:
 
     bundle: Path
     data: Path
+    val: Path | None
+    val_every: int | None
+    patience: int | None
     steps: int | None
     epochs: int
     shuffle: bool
@@ -69,6 +75,7 @@ class Options:
     save_gradients: Path | None
     checkpoint_every: int
     checkpoints: Path
+    best: Path
     resume: bool
     out: Path
     deadline: float
@@ -105,11 +112,16 @@ def run(options: Options, signals: Signals) -> None:
     _check_outputs(options, lowest)
     scaling = Scaling(options.mean, options.std)
     data = Data(options.data, program, shuffle=options.shuffle, scaling=scaling, augmentation=options.augment)
+    held_back = _held_back(options, program, scaling)
     total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch
     terms = {"samples": data.count, "shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
+    every = options.val_every or data.steps_per_epoch
+    validated = [held_back.count, every, options.patience] if held_back is not None else None
     there = _checkpoints(options, program, total)
     with ExitStack() as stack:
         stack.callback(data.close)
+        if held_back is not None:
+            stack.callback(held_back.close)
         progress = stack.enter_context(Progress(total, show=lowest and not options.quiet, log=options.log))
         library = stack.enter_context(Library(options.bundle / program.library, threads=options.threads))
         arena = make_arena(program.arena_bytes)
@@ -117,30 +129,48 @@ def run(options: Options, signals: Signals) -> None:
         meeting = Meeting(wants={"gradients": options.save_gradients is not None, "start": max(there)})
         transport = None
         if program.nodes > 1:
-            same = {"steps": total, "resume": options.resume, "augment": options.augment.text}
+            same = {"steps": total, "resume": options.resume, "augment": options.augment.text, "validation": validated}
             same |= {"mean": list(options.mean), "std": list(options.std)}
             meeting = _meet(program, options, terms | same, list(there))
             transport = Transport(program, meeting.links, deadline=options.deadline)
             transport.step = meeting.wants["start"]  # peers may begin before this node does
             stack.enter_context(running(transport, signals))
         executor = Executor(program, library=library, arena=arena, transport=transport)
-        start = there[meeting.wants["start"]]
+        validation = None
+        if held_back is not None:
+            own = Executor(program, program.validation, library=library, arena=arena, transport=transport)
+            validation = Validation(program, held_back, executor=own, arena=arena, transport=transport)
+        start, history = there[meeting.wants["start"]], History({})
         if start is not None:
             checkpoint.load(start, program, arena, run=terms)
+            history = History.from_json(start.validation) if start.validation else history
         snapshot: Snapshot = []
         losses = Losses(program.rates, total)
-        for step in range(meeting.wants["start"] + 1, total + 1):
+        step = meeting.wants["start"]
+        while step < total and not (options.patience and history.since >= options.patience):
+            step += 1
             began = time.monotonic()
+            due = validation is not None and (step % every == 0 or step == total)
+            may_end = step == total or (due and options.patience is not None)
+            snapshot.clear()
             data.fill(arena, step, total=total)
-            loss = executor.run(step, snapshot=snapshot if step == total and meeting.wants["gradients"] else None)
-            progress.step(StepRecord(step, loss, time.monotonic() - began, program.batch))
+            loss = executor.run(step, snapshot=snapshot if may_end and meeting.wants["gradients"] else None)
+            record = StepRecord(step, loss, time.monotonic() - began, program.batch)
             losses.check(step, loss)
+            if validation is not None and due:
+                history = validation.run(step, history)
+                record = replace(record, validation=history.values, best=history.best_step == step)
+            progress.step(record)
+            if record.best:
+                _write_checkpoint(options, options.best, program, arena, step, terms, history)
             if options.checkpoint_every and (step % options.checkpoint_every == 0 or step == total):
-                _write_checkpoint(options, program, arena, step, terms)
+                _write_checkpoint(options, options.checkpoints, program, arena, step, terms, history)
         release(arena, keep=results(program))  # the copies that follow take no more than a step did
         pieces = pieces_of(program, arena, snapshot)
+        if history.best_step:
+            pieces += best_pieces(program, checkpoint.usable(options.best, program).get(history.best_step))
         if lowest:
-            _write(options, program, gather(pieces, transport), total)
+            _write(options, program, gather(pieces, transport), step, history)
         elif transport is not None:
             give(pieces, transport)
         if transport is not None:
@@ -183,13 +213,35 @@ def _checkpoints(options: Options, program: Program, total: int) -> dict[int, ch
     return found
 
 
+def _held_back(options: Options, program: Program, scaling: Scaling) -> Data | None:
+    """The data for validation. Raises UserError."""
+    if options.val is None:
+        for flag, value in (("--val-every", options.val_every), ("--patience", options.patience)):
+            if value is not None:
+                raise UserError(f"{flag} {value} needs --val DATA")
+        return None
+    if program.validation is None:
+        raise UserError(
+            f"--val: the bundle {options.bundle} can't validate: compile with --validation, and copy it again"
+        )
+    return Data(options.val, program, shuffle=False, scaling=scaling, routine=program.validation)
+
+
 def _write_checkpoint(
-    options: Options, program: Program, arena: np.ndarray, step: int, terms: Mapping[str, Any]
+    options: Options,
+    folder: Path,
+    program: Program,
+    arena: np.ndarray,
+    step: int,
+    terms: Mapping[str, Any],
+    history: History,
 ) -> None:
     """This node's file; the lowest rank also puts the model there, for `fusetile export`."""
-    folder, model = options.checkpoints, options.bundle / "model.onnx"
+    model = options.bundle / "model.onnx"
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write(folder, program, arena, step=step, run=terms)
+    kept = 1 if folder == options.best else checkpoint.KEPT
+    shown = history.json() if history.best_step else None
+    checkpoint.write(folder, program, arena, step=step, run=terms, validation=shown, kept=kept)
     if program.rank == LOWEST and model.is_file() and not (folder / model.name).exists():
         with model.open("rb") as source:
             atomic_write(folder / model.name, partial(shutil.copyfileobj, source))
@@ -220,12 +272,22 @@ def running(transport: Transport, signals: Signals) -> Iterator[None]:
         transport.close()
 
 
-def _write(options: Options, program: Program, result: dict[str, dict[str, np.ndarray]], steps: int) -> None:
+def _write(
+    options: Options, program: Program, result: dict[str, dict[str, np.ndarray]], steps: int, history: History
+) -> None:
     if options.save_gradients is not None:
         write_gradients(options.save_gradients, result[GRADIENTS])
-    path = write_parameters(options.out, result[PARAMETERS], program, steps)
+    path = options.out / "trained.safetensors"
+    write_parameters(path, result[PARAMETERS], program, steps)
+    lines = [f"{len(result[PARAMETERS])} trained parameters: {path}"]
+    if options.patience and history.since >= options.patience:
+        lines.insert(0, f"stopped: no validation since step {history.best_step} was better")
+    if result[BEST]:
+        path = options.out / "best.safetensors"
+        write_parameters(path, result[BEST], program, history.best_step)
+        lines.append(f"the best of them, after step {history.best_step}: {path}")
     if not options.quiet:
-        print(f"{len(result[PARAMETERS])} trained parameters: {path}", flush=True)
+        print("\n".join(lines), flush=True)
 
 
 def load_program(bundle: Path) -> Program:
@@ -290,6 +352,10 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="a folder with a folder of images per class; or an .npz file or a "
         "folder of .npy files: inputs under the model's "
         "input names (or x), targets under y, or y0, y1, ...; the first dimension counts the samples")  # fmt: skip
+    add("--val", type=Path, metavar="DATA", help="held-back data of the same kind, for validation: the loss, and the "
+        "metrics that go with it, as of a trained model")  # fmt: skip
+    add("--val-every", type=count, metavar="N", help="validate after every N steps (default: an epoch), and at the end")
+    add("--patience", type=count, metavar="N", help="stop when N validations in a row were not better than the best")
     length = lines.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, metavar="N", help="train N batches")
     length.add_argument("--epochs", type=count, metavar="E", default=1, help="go E times through the data (default 1)")
@@ -306,6 +372,7 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint-every", type=count, default=0, metavar="N", help="write this node's checkpoint after every N "
         "steps, and at the end; the two newest are kept")  # fmt: skip
     add("--checkpoints", type=Path, metavar="DIR", help="where they are (default OUT/checkpoints)")
+    add("--best", type=Path, metavar="DIR", help="where the checkpoint of the best validation is (default OUT/best)")
     add("--resume", action="store_true", help="go on from the newest checkpoint that all nodes have")
     add("--out", type=Path, metavar="DIR", help="on the lowest rank: where the result goes (default BUNDLE/run)")
     add("--deadline", type=seconds, metavar="S", default=30.0,
@@ -320,6 +387,7 @@ def _options(parsed: argparse.Namespace) -> Options:
     fields = vars(parsed)
     fields["out"] = fields["out"] or fields["bundle"] / "run"
     fields["checkpoints"] = fields["checkpoints"] or fields["out"] / "checkpoints"
+    fields["best"] = fields["best"] or fields["out"] / "best"
     return Options(**fields)
 
 

@@ -161,7 +161,7 @@ def measure_link(program: Program, arena: np.ndarray, transport: Transport, scal
     small, large = sends[:-1], sends[-1]
     times: list[tuple[float, float, float, float]] = []
     for number in range(1, ROUNDS + 2):
-        transport.step = number
+        transport.begin_turn(number)
         for recv in recvs:
             transport.recv(recv.peer, recv.tag, _view(arena, recv))
         took, processor = [], []
@@ -172,7 +172,7 @@ def measure_link(program: Program, arena: np.ndarray, transport: Transport, scal
                 transport.wait([recvs[sends.index(send)].tag])
             took.append((time.perf_counter() - began) / len(some))
             processor.append((time.process_time() - began_cpu) / len(some))
-        transport.end_step()
+        transport.end_turn([step.tag for step in sends] + [step.tag for step in recvs])
         times.append((took[1], took[2], processor[1], processor[2]))
     each, whole, each_cpu, whole_cpu = np.median(times[1:], axis=0)
     return LinkSpeed(

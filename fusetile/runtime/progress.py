@@ -6,8 +6,9 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,23 +20,33 @@ _LINE_every_seconds = 5.0
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One training step; `loss` is None on a device that does not have it."""
+    """One training step; `loss` is None on a device that does not have it. `validation`: the loss and the metrics of
+    held-back data after it, if they were computed; `best` says whether they are the best so far."""
 
     step: int
     loss: float | None
     seconds: float
     samples: int
+    validation: Mapping[str, float] = field(default_factory=dict)
+    best: bool = False
 
     def json(self) -> str:
-        """One line of the log. A loss that is no number is null."""
-        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
-        return json.dumps({"step": self.step, "loss": loss, "seconds": round(self.seconds, 6), "samples": self.samples})
+        """One line of the log. What is no number is null."""
+        shown = {"step": self.step, "loss": self.loss, "seconds": round(self.seconds, 6), "samples": self.samples}
+        shown |= {f"val_{name}": value for name, value in self.validation.items()}
+        return json.dumps(
+            {key: value if value is not None and math.isfinite(value) else None for key, value in shown.items()}
+        )
 
     def text(self, total: int) -> str:
         """One line for people."""
         loss = "" if self.loss is None else f"loss {self.loss:.4f}  "
         rate = self.samples / max(self.seconds, 1e-9)
-        return f"step {self.step}/{total}  {loss}{self.seconds:.3g} s/step  {rate:.4g} samples/s"
+        line = f"step {self.step}/{total}  {loss}{self.seconds:.3g} s/step  {rate:.4g} samples/s"
+        if not self.validation:
+            return line
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.validation.items())
+        return f"{line}  validation: {shown}{' (best)' if self.best else ''}"
 
 
 class Progress:
@@ -74,12 +85,15 @@ class Progress:
         if self._bar is not None:
             if record.step == 1:
                 self._stack.enter_context(self._bar)
+            if record.validation:
+                self._bar.console.print(record.text(self._total), markup=False, highlight=False)
             self._bar.update(self._bar.task_ids[0], completed=record.step, text=record.text(self._total))
             if record.step == self._total:
                 self._bar.stop()  # what is printed afterwards comes below it
         elif self._show:
             now = time.monotonic()
-            if record.step in (1, self._total) or now - self._printed_at >= _LINE_every_seconds:
+            due = record.step in (1, self._total) or now - self._printed_at >= _LINE_every_seconds
+            if due or record.validation:
                 self._printed_at = now
                 print(record.text(self._total), flush=True)
 

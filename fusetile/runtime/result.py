@@ -19,11 +19,12 @@ from fusetile.errors import PlanError, ProtocolError, UserError
 from fusetile.plan import uncovered
 from fusetile.program import Buffer, Gradient, Program, Shard
 from fusetile.runtime import safetensors
+from fusetile.runtime.checkpoint import Checkpoint
 from fusetile.runtime.files import atomic_write
 from fusetile.runtime.storage import pack, unpack
 from fusetile.runtime.transport import Transport
 
-PARAMETERS, GRADIENTS = "parameters", "gradients"
+PARAMETERS, GRADIENTS, BEST = "parameters", "gradients", "best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,13 @@ def pieces_of(program: Program, arena: np.ndarray, gradients: Iterable[tuple[Gra
     return parameters + [_piece(GRADIENTS, gradient, values) for gradient, values in gradients]
 
 
+def best_pieces(program: Program, best: Checkpoint | None) -> list[Piece]:
+    """What this device has of the best weights: in its checkpoint of that step, if there is one."""
+    if best is None:
+        return []
+    return [_piece(BEST, shard, best.read(shard.parameter, shard.box)) for shard in _trained(program)]
+
+
 def _piece(group: str, part: Shard | Gradient, values: np.ndarray) -> Piece:
     return Piece(group, part.onnx_name, part.shape, part.transposed, part.box, values)
 
@@ -83,7 +91,8 @@ def gather(pieces: list[Piece], transport: Transport | None) -> dict[str, dict[s
     """On the lowest rank: group -> ONNX name -> whole array in ONNX orientation."""
     if transport is not None:
         pieces = pieces + [_from_description(*shard) for shard in transport.gather_shards()]
-    return {group: _join([piece for piece in pieces if piece.group == group]) for group in (PARAMETERS, GRADIENTS)}
+    groups = (PARAMETERS, GRADIENTS, BEST)
+    return {group: _join([piece for piece in pieces if piece.group == group]) for group in groups}
 
 
 def _describe(piece: Piece) -> dict[str, object]:
@@ -134,12 +143,10 @@ def _join_one(name: str, parts: list[Piece]) -> np.ndarray:
     return joined.swapaxes(0, 1) if first.transposed else joined
 
 
-def write_parameters(folder: Path, arrays: Mapping[str, np.ndarray], program: Program, steps: int) -> Path:
-    """Write FOLDER/trained.safetensors; its path."""
-    path = folder / "trained.safetensors"
+def write_parameters(path: Path, arrays: Mapping[str, np.ndarray], program: Program, steps: int) -> None:
+    """Write the weights after so many steps: trained.safetensors."""
     metadata = {"model_hash": program.model_hash, "plan_hash": program.plan_hash, "steps": str(steps)}
     safetensors.save(path, arrays, metadata)
-    return path
 
 
 def write_gradients(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -45,6 +45,11 @@ def _release_pages(pages: mmap.mmap, start: int, stop: int) -> None:
         pages.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
+def clear(arena: np.ndarray, buffer: Buffer) -> None:
+    """Fill a buffer with zeros, what pads it included."""
+    arena[buffer.offset_bytes :][: buffer.size_bytes] = 0
+
+
 class Place:
     """A box of a buffer in the arena, looked up once for what is written or read every step."""
 

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any
 
 from fusetile.errors import PeerFailure, PlanError, ProtocolError
@@ -25,9 +25,11 @@ from fusetile.runtime.gathering import Gathering, Shard, give
 from fusetile.runtime.link import Incoming, Link, Outgoing, part
 from fusetile.runtime.rendezvous import LOWEST
 from fusetile.runtime.watch import Activity, Watch
-from fusetile.runtime.wire import Frame, Kind, encode, encode_credit, encode_heartbeat
+from fusetile.runtime.wire import Frame, Kind, encode, encode_credit, encode_heartbeat, encode_json
 
 _PARTING_seconds = 1.0
+_VERDICT = ("verdict", LOWEST)
+_AWAITED = {"bye": "the end of", "gathered": "the arrays of", "verdict": "the verdict of"}
 
 
 class Transport:
@@ -38,7 +40,8 @@ class Transport:
     """
 
     def __init__(self, program: Program, links: Mapping[int, Link], *, deadline: float) -> None:
-        self.step = 0
+        self.step = 0  # of the training: for messages
+        self.turn = 0  # the routines that this node has begun, as all do in the same order
         self.progress = 0  # counted by the executor; the thread counts chunks
         self.activity = Activity.COMPUTING
         self._program, self._links = program, dict(links)
@@ -46,7 +49,8 @@ class Transport:
         self._watch = Watch(program, deadline)
         self._transfers: dict[Hashable, str] = {}  # tag -> what a message calls it
         self._sent_tags: set[tuple[int, int]] = set()
-        for step in program.steps:
+        self._ahead = program.accumulate
+        for step in (step for routine in program.routines() for step in routine.steps):
             if isinstance(step, Send | Recv):
                 if step.peer not in self._links or step.tag in self._transfers:
                     raise PlanError(f"{step} is with no peer of {sorted(self._links)}, or its tag is there twice")
@@ -68,6 +72,7 @@ class Transport:
         self._writing: set[Link] = set()
         self._chunks = 0
         self._gathering = Gathering(self._links)
+        self._verdict: dict[str, Any] = {}
         self._over = False  # the result is complete: nobody is needed any more
         self._leaving = self._catch_signals = False
         self._main_left = threading.Event()
@@ -87,15 +92,15 @@ class Transport:
     # -- for the executor -------------------------------------------------------------------------------------------
 
     def recv(self, peer: int, tag: int, view: memoryview) -> None:
-        """Let the peer send this step's transfer `tag` into `view`."""
-        self._post(self._do_recv, self._links[peer], self.step, tag, view)
+        """Let the peer send this turn's transfer `tag` into `view`."""
+        self._post(self._do_recv, self._links[peer], self.turn, tag, view)
 
     def send(self, peer: int, tag: int, view: memoryview, priority: int) -> None:
-        """Send `view` as this step's transfer `tag`, once the peer is ready for it."""
-        self._post(self._do_send, self._links[peer], Outgoing(Kind.DATA, self.step, tag, view, priority))
+        """Send `view` as this turn's transfer `tag`, once the peer is ready for it."""
+        self._post(self._do_send, self._links[peer], Outgoing(Kind.DATA, self.turn, tag, view, priority))
 
     def wait(self, keys: Iterable[Hashable]) -> None:
-        """Block until these transfers of the step are complete."""
+        """Block until these transfers of the turn are complete."""
         with self._condition:
             self._wanted = {key for key in keys if key not in self._done}
             self.activity = Activity.WAITING
@@ -109,23 +114,51 @@ class Transport:
         if self._failure is not None:
             raise self._failure
 
-    def end_step(self) -> None:
-        """Wait for all transfers of the step and forget them."""
-        self.wait(self._transfers)
-        with self._condition:
-            self._done.difference_update(self._transfers)
+    def begin_turn(self, step: int) -> None:
+        """The next routine begins, in this step of the training."""
+        self.step, self.turn = step, self.turn + 1
+
+    def end_turn(self, tags: Collection[int]) -> None:
+        """Wait for all transfers of the turn and forget them."""
+        self.wait(tags)
+        self._forget(tags)
 
     def give_shards(self, shards: list[Shard]) -> None:
         """Send these arrays to the lowest rank and wait until it has finished its work. (Not on the lowest rank.)"""
-        self._post(self._do_give_shards, self._links[LOWEST], shards)
+        self._post(self._do_give_shards, self._links[LOWEST], shards, True)
         self.wait([("bye", LOWEST)])
 
     def gather_shards(self) -> list[Shard]:
         """The arrays of all other ranks, by rank, then in the order they were given. (On the lowest rank.) Afterwards
         the others wait until `close`, however long that takes."""
-        self.wait([("gathered", rank) for rank in self._links])
+        shards = self._gathered_shards()
         self.activity = Activity.FINISHING
+        return shards
+
+    def ask(self, shards: list[Shard]) -> dict[str, Any]:
+        """Send these arrays to the lowest rank in the midst of the training, and wait for what it says to them."""
+        self._post(self._do_give_shards, self._links[LOWEST], shards, False)
+        self.wait([_VERDICT])
+        self._forget([_VERDICT])
+        return self._verdict
+
+    def answer(self, decide: Callable[[list[Shard]], dict[str, Any]]) -> dict[str, Any]:
+        """On the lowest rank: what `decide` says to what all the others `ask`; it is told to them."""
+        shards = self._gathered_shards()
+        keys = [("gathered", rank) for rank in self._links]
+        self._gathering = Gathering(self._links)
+        self._forget(keys)
+        verdict = decide(shards)
+        self._post(self._do_tell, encode_json(Kind.VERDICT, verdict))
+        return verdict
+
+    def _gathered_shards(self) -> list[Shard]:
+        self.wait([("gathered", rank) for rank in self._links])
         return self._gathering.shards()
+
+    def _forget(self, keys: Iterable[Hashable]) -> None:
+        with self._condition:
+            self._done.difference_update(keys)
 
     def close(self) -> None:
         """The end: say goodbye if all is well, wait for the others to do so, and end the thread."""
@@ -169,9 +202,14 @@ class Transport:
             )
         link.data(outgoing)
 
-    def _do_give_shards(self, link: Link, shards: list[Shard]) -> Link:
-        give(link, shards)
+    def _do_give_shards(self, link: Link, shards: list[Shard], last: bool) -> Link:
+        give(link, shards, last=last)
         return link
+
+    def _do_tell(self, frame: bytes) -> None:
+        for link in self._open():
+            link.control(frame)
+            self._flush(link)
 
     def _do_bye(self) -> None:
         self._leaving = True
@@ -291,6 +329,9 @@ class Transport:
                 if self._receive_chunk(link, frame):
                     self._gathering.arrived(link)
                     self._gathered(link)
+            case Kind.VERDICT if link.rank == LOWEST:
+                self._verdict = frame.json()
+                self._complete(_VERDICT)
             case Kind.BYE:
                 link.closed = True
                 self._over |= link.rank == LOWEST
@@ -311,9 +352,10 @@ class Transport:
 
     def _receive_credit(self, link: Link, frame: Frame) -> None:
         key = (frame.step, frame.tag)
-        # A peer can be one step ahead and no more: its receives of a step end only after this node's sends of it.
-        if (link.rank, frame.tag) not in self._sent_tags or not self.step <= frame.step <= self.step + 1:
-            raise ProtocolError(f"a credit for transfer {frame.tag} of step {frame.step} in step {self.step}")
+        # A peer can be one turn ahead and no more, because its receives of a turn end only after this node's sends of
+        # it; or by the batches of a step, if nothing goes between the two before the last of them.
+        if (link.rank, frame.tag) not in self._sent_tags or not self.turn <= frame.step <= self.turn + self._ahead:
+            raise ProtocolError(f"a credit for transfer {frame.tag} of turn {frame.step} in turn {self.turn}")
         if key in link.uncredited:
             self._match(link, link.uncredited.pop(key), frame.credit())
             self._flush(link)
@@ -322,7 +364,7 @@ class Transport:
 
     def _gathered(self, link: Link) -> None:
         if self._gathering.has_all_of(link.rank):
-            self._over |= self._gathering.has_all()
+            self._over |= self._gathering.last and self._gathering.has_all()
             self._complete(("gathered", link.rank))
 
     # -- the end ----------------------------------------------------------------------------------------------------
@@ -345,7 +387,7 @@ class Transport:
         with self._condition:
             wanted = sorted(self._wanted, key=str) if self.activity == Activity.WAITING else []
         texts = [
-            f"the end of {self._links[key[1]].name!r}" if isinstance(key, tuple) else self._transfers[key]
+            f"{_AWAITED[key[0]]} {self._links[key[1]].name!r}" if isinstance(key, tuple) else self._transfers[key]
             for key in wanted[:3]
         ]
         more = f" and {len(wanted) - 3} more" if len(wanted) > 3 else ""

@@ -23,7 +23,7 @@ from zlib import crc32
 from fusetile.errors import ProtocolError
 
 MAGIC = b"ftil"
-VERSION = 2
+VERSION = 3
 CHUNK_bytes = 1 << 14
 
 
@@ -33,14 +33,15 @@ class Kind(IntEnum):
     HELLO = 1  # JSON: who I am and what I run
     READY = 2  # to the lowest rank, JSON: all my connections are up, and I can start from these steps
     GO = 3  # from the lowest rank, JSON: everybody's are, and the start is this
-    CREDIT = 4  # step, tag; u64: so many bytes of this transfer may come
-    DATA = 5  # step, tag: the transfer's next bytes
+    CREDIT = 4  # step (here the number of the turn, see Transport), tag; u64: so many bytes of this transfer may come
+    DATA = 5  # step (the turn), tag: the transfer's next bytes
     HEARTBEAT = 6  # u64 progress, u8 state (Activity)
     SHARD = 7  # tag: number of the shard; JSON that describes an array of the result
     SHARD_DATA = 8  # tag: number of the shard; its next bytes
-    GATHERED = 9  # tag: how many shards I send
+    GATHERED = 9  # tag: how many shards I send; step: 1 if they are the last
     ABORT = 10  # JSON: why the run ends
     BYE = 11  # I have done all I had to; nothing follows
+    VERDICT = 12  # from the lowest rank, JSON: what follows from all shards that are not the last
 
 
 _LENGTHS = {  # bounds of the payload, in bytes
@@ -55,6 +56,7 @@ _LENGTHS = {  # bounds of the payload, in bytes
     Kind.GATHERED: (0, 0),
     Kind.ABORT: (2, 4096),
     Kind.BYE: (0, 0),
+    Kind.VERDICT: (2, 4096),
 }
 IN_PLACE = (Kind.DATA, Kind.SHARD_DATA)  # the receiver has a place for these payloads
 
@@ -92,7 +94,7 @@ class Frame:
     payload: memoryview
 
     def json(self) -> dict[str, Any]:
-        """The payload of a HELLO, READY, GO, SHARD or ABORT."""
+        """The payload of a frame of JSON."""
         try:
             value = json.loads(bytes(self.payload))
         except ValueError as error:
@@ -123,7 +125,7 @@ def encode(kind: Kind, payload: bytes = b"", *, step: int = 0, tag: int = 0) -> 
 
 
 def encode_json(kind: Kind, value: dict[str, Any], *, tag: int = 0) -> bytes:
-    """A HELLO, SHARD or ABORT frame."""
+    """A frame of JSON."""
     return encode(kind, json.dumps(value).encode(), tag=tag)
 
 

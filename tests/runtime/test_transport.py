@@ -30,7 +30,7 @@ def transport(rank: int, connection: socket.socket, *steps: Send | Recv, deadlin
     other = 1 - rank
     made = Transport(program(rank, *steps), {other: Link(connection, rank=other, name="ab"[other])}, deadline=deadline)
     made.start()
-    made.step = 1
+    made.begin_turn(1)
     return made
 
 
@@ -115,7 +115,7 @@ def test_a_receive_gives_credit_and_its_buffer_is_filled(ends: Ends) -> None:
     [
         (encode(Kind.DATA, b"x", step=1, tag=5), "nobody waits for"),
         (encode_credit(step=1, tag=99, size_bytes=1), "a credit for transfer 99"),
-        (encode_credit(step=5, tag=7, size_bytes=1), "of step 5 in step 1"),
+        (encode_credit(step=5, tag=7, size_bytes=1), "of turn 5 in turn 1"),
         (encode(Kind.GO, b"{}"), "a GO frame during the training"),
         (encode(Kind.SHARD_DATA, b"x"), "nobody waits for"),
         (encode_json(Kind.SHARD, {"bytes": 1 << 60}), "array 0 of 1152921504606846976 bytes"),
@@ -190,12 +190,13 @@ def test_steps_arrays_and_goodbyes_between_two(ends: Ends) -> None:
         try:
             place = np.zeros(300_000, np.uint8)
             for step in range(1, steps + 1):
-                made.step = step
+                if step > 1:
+                    made.begin_turn(step)
                 made.recv(1 - rank, 1 - rank, place.data)
                 made.send(1 - rank, rank, (arrays[rank] + np.uint8(step)).data, 0)
                 made.wait([1 - rank])
                 got[rank].append(place.copy())
-                made.end_step()
+                made.end_turn([0, 1])
             if rank == 0:
                 shards.extend(view.tobytes() for _, view in made.gather_shards())
                 time.sleep(0.2)  # it writes the result

@@ -137,7 +137,7 @@ def test_lengths_are_bounded_before_anything_is_allocated(kind: Kind, length: in
 def test_unknown_kinds_and_versions() -> None:
     with pytest.raises(ProtocolError, match="unknown kind 99"):
         Receiver().feed(forge(kind=99, length=0))
-    with pytest.raises(VersionMismatch, match=r"version 1 .* this device version 2") as caught:
+    with pytest.raises(VersionMismatch, match=r"version 1 .* this device version 3") as caught:
         Receiver().feed(forge(kind=Kind.HELLO, length=2, version=1))
     assert caught.value.exit_status == 2
 
