@@ -1,14 +1,15 @@
 """`--plan auto`: search the analytic model, play the most promising plans and those of the rules, improve the fastest.
 
 The search minimises (1 - l) A + l N for many l: whatever l is, its minimum is a lower bound of max(A, N) over all plans
-that are made of the candidates (Lagrangian duality), and the minimisers are plans to consider. If no plan fits into the
-devices' memory, a device's bytes get a price in the search.
+that are made of the candidates (Lagrangian duality). The minimisers are plans to consider, and so are those that small
+changes lead to from them. If no plan fits into the devices' memory, a device's bytes get a price in the search.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from fusetile.graph import Graph
 from fusetile.passes.group import Halo
 from fusetile.passes.rules import rule_splits
 from fusetile.plan import Estimate, Plan
+from fusetile.planner.descend import descend
 from fusetile.planner.improve import improve
 from fusetile.planner.model import Model
 from fusetile.planner.play import Played, Player, Splits
@@ -58,7 +60,8 @@ def best_plan(
 
 
 def _search(model: Model) -> tuple[float, list[Choice]]:
-    """A lower bound of max(A, N), and distinct choices, the best by the model first."""
+    """A lower bound of max(A, N), and distinct choices: by turns one that `descend` ends at and one of those that it
+    starts from, the best by the model first."""
     bound, choices = 0.0, []
     for weight in WEIGHTS:
         sums = model.weighed(weight)
@@ -68,7 +71,10 @@ def _search(model: Model) -> tuple[float, list[Choice]]:
     for waiting, busy in EMPHASES:
         sums = model.mixed(waiting, busy)
         choices.append(minimise(sums.nodes, sums.edges).choice)
-    return bound, sorted(dict.fromkeys(choices), key=model.seconds)
+    starts = sorted(dict.fromkeys(choices), key=model.seconds)
+    ends = sorted({descend(model, choice) for choice in starts}, key=model.seconds)
+    turns = (choice for pair in zip_longest(ends, starts) for choice in pair if choice is not None)
+    return bound, list(dict.fromkeys(turns))
 
 
 def _rules(graph: Graph, cluster: Cluster) -> Iterator[tuple[str, Splits]]:

@@ -73,6 +73,11 @@ class Model:
         edges = {pair: (1 - weight) * w + weight * self.busy.edges[pair] for pair, w in self.waiting.edges.items()}
         return Sums(nodes, edges)
 
+    @property
+    def critical(self) -> Sums:
+        """A."""
+        return self.mixed(1.0, 0.0)
+
     def seconds(self, choice: Sequence[int]) -> float:
         """max(A, N) of a plan."""
         critical = sum(float(table[i]) for table, i in zip(self.compute, choice, strict=True))
