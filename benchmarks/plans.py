@@ -2,7 +2,7 @@
 
 python -m benchmarks.plans            the table: model, batch, nodes; seconds, speedups, memory, gap, planning time
 python -m benchmarks.plans --mixed    2 Pi 4 and 2 Pi 3: parts in proportion to speed against equal parts
-python -m benchmarks.plans --curve    speedup against the speed of kernels, at 100 Mbit/s and 1 Gbit/s
+python -m benchmarks.plans --curve    speedup against the speed of kernels, at 100 Mbit/s and 1 Gbit/s, fp32 and fp16
 
 All times are the simulation's, for profiles of devices that are estimates (fusetile/cluster.py).
 """
@@ -148,20 +148,19 @@ def mixed(batch: int, console: Console) -> None:
 
 
 def curve(name: str, nodes: int, console: Console) -> None:
-    """Faster kernels make communication weigh more: step times and speedups."""
+    """Faster kernels make communication weigh more: step times and speedups, with float32 and float16 on the wire."""
     build, loss = MODELS[name]
-    table = Table("GFLOP/s per core", "link", "batch", "one device", f"{nodes} devices", "speedup")
+    table = Table("GFLOP/s per core", "link", "batch", "one device", f"{nodes} devices", "speedup", "fp16", "speedup")
     for batch in (1, 16):
         graph = training_graph(build, loss, batch)
         for core_flops in (1e9, 1.5e9, 2e9, 3e9, 5e9, 7e9, 10e9):
             for rate, text in ((94e6, "100 Mbit/s"), (940e6, "1 Gbit/s")):
                 cluster = of_devices(nodes, core_flops=core_flops, rate=rate)
                 one, _ = single(graph, cluster)
-                _, estimate, _ = planned(graph, cluster)
-                auto = estimate.step_seconds
-                table.add_row(
-                    f"{core_flops / 1e9:.1f}", text, str(batch), f"{one:.2f} s", f"{auto:.2f} s", f"{one / auto:.2f}"
-                )
+                steps = [planned(graph, cluster.with_wire(wire))[1].step_seconds for wire in ("fp32", "fp16")]
+                found = [cell for step in steps for cell in (f"{step:.2f} s", f"{one / step:.2f}")]
+                table.add_row(f"{core_flops / 1e9:.1f}", text, str(batch), f"{one:.2f} s", *found)
+                console.print(f"batch {batch}, {core_flops / 1e9:.1f} GFLOP/s, {text}", style="dim")
     console.print(table)
 
 

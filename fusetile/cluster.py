@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fusetile.device import (
     ABIS,
@@ -66,12 +66,17 @@ class Node:
         return measured or Speed(self.flops, self.device.bandwidth)
 
 
+Wire = Literal["fp32", "fp16"]
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What connects any two devices: bytes per second in each direction, seconds until a small message has arrived."""
+    """What connects any two devices: bytes per second in each direction, seconds until a small message has arrived.
+    `wire`: as what maps and gradients travel on it (see `communicate.wire_dtype`)."""
 
     bytes_per_second: float
     latency_seconds: float
+    wire: Wire = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,10 @@ class Cluster:
     def speeds(self) -> tuple[float, ...]:
         """Relative speed of each device, for proportional cuts."""
         return tuple(node.flops for node in self.nodes)
+
+    def with_wire(self, wire: Wire) -> Cluster:
+        """The same devices, between which maps and gradients travel like this."""
+        return replace(self, link=replace(self.link, wire=wire))
 
 
 def local_cluster(nodes: int, *, target: str = "host", ports: Sequence[int] = ()) -> Cluster:

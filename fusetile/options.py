@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from fusetile.cluster import Wire
 from fusetile.errors import UserError
 from fusetile.passes.add_optimizer import Kind, Optimizer
 from fusetile.passes.differentiate import MODEL, BoxOptions, ClassOptions
@@ -190,7 +191,14 @@ class Training:
             "What tiles need of their neighbours: exchange it, recompute it, or whichever is predicted to be faster.",
         ),
     ] = "auto"
-
+    wire: Annotated[
+        Wire,
+        _plan(
+            "--wire",
+            "As what maps and gradients travel between devices: fp16 halves their bytes and rounds every value to 11 "
+            "significant bits, at either end of a message only; weights, statistics and losses stay fp32.",
+        ),
+    ] = "fp32"
     guard: Annotated[
         bool,
         _option(

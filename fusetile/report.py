@@ -197,7 +197,7 @@ def _groups(
         groups[-1]["received_bytes"] += received
         groups[-1]["compute_seconds"] += max(schedule.seconds[name])
         groups[-1]["waited_seconds"] += waits.get(name, 0.0)
-        moved = sum(busiest(graph, communication.deliveries[i])[0] for i in maps)
+        moved = sum(busiest(graph, communication.deliveries[i], cluster.link)[0] for i in maps)
         groups[-1]["transfer_seconds"] += moved / cluster.link.bytes_per_second
         groups[-1]["needed_flops"] += _flops(graph, op, plan.placements[name].own)
         groups[-1]["computed_flops"] += _flops(graph, op, plan.placements[name].compute)

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": BASE | {"ops"},
     "ops": BASE | {"graph"},
     "trace": {"graph"},
-    "options": {"errors", "rates", "passes"},
+    "options": {"errors", "rates", "cluster", "passes"},
     "reference": BASE | {"graph", "ops"},
     "device": {"errors"},
     "cluster": {"errors", "device"},

@@ -15,6 +15,7 @@ from fusetile.codegen.calls import KernelCall, Ref, ref
 from fusetile.codegen.conv_choice import Numerics
 from fusetile.codegen.lower import lower
 from fusetile.codegen.move import accumulate, copy, zero, zero_border
+from fusetile.codegen.narrow import SCALE_bytes, decode, encode, partials_bytes
 from fusetile.codegen.targets import Target
 from fusetile.graph import Graph
 from fusetile.ops import domain_of
@@ -228,17 +229,18 @@ class _Emitter:
         return self.communication.deliveries[part.delivery].tensor
 
     def _parts(self, transfer: Transfer) -> Iterator[tuple[Part, Buffer, Ref]]:
-        """Each part with a buffer for exactly its box, which is what travels, and where that lies in the message."""
+        """Each part with a buffer for exactly its box, which is what travels, and where that lies in the message. A
+        part of float16 is followed by its scale."""
         offset = 0
         for i, (part, dtype) in enumerate(zip(transfer.parts, transfer.dtypes, strict=True)):
             block = channel_block(self.graph, self.graph.tensors[self._tensor(part)], self.block)
             stage = Buffer(f"part {i} of message {transfer.tag}", part.move.box, dtype, block)
             yield part, stage, Ref(f"message {transfer.tag}", offset)
-            offset += -(-stage.size_bytes // ALIGNMENT_bytes) * ALIGNMENT_bytes
+            offset += -(-_part_bytes(stage) // ALIGNMENT_bytes) * ALIGNMENT_bytes
 
     def _message(self, transfer: Transfer) -> Buffer:
         *_, (_, stage, at) = self._parts(transfer)
-        return Buffer(at.buffer, ((0, at.offset_bytes + stage.size_bytes),), "uint8")
+        return Buffer(at.buffer, ((0, at.offset_bytes + _part_bytes(stage)),), "uint8")
 
     def _end(self, transfer: Transfer, direct: Buffer | None) -> tuple[Ref, int]:
         """Where a message lies on this device, and its size."""
@@ -250,7 +252,7 @@ class _Emitter:
     def _direct_source(self, transfer: Transfer) -> Buffer | None:
         """The buffer that a message can be sent from without packing."""
         home = self.storage.home[self._tensor(transfer.parts[0])]
-        alone = len(transfer.parts) == 1
+        alone = len(transfer.parts) == 1 and transfer.dtypes[0] == home.dtype
         return home if alone and is_contiguous(home, transfer.parts[0].move.box) else None
 
     def _direct_target(self, transfer: Transfer) -> Buffer | None:
@@ -258,7 +260,7 @@ class _Emitter:
         part = transfer.parts[0]
         target = self.storage.delivered[part.delivery]
         picked = self.communication.layouts[self._tensor(part)].combine == "pick"
-        alone = picked and len(transfer.parts) == 1
+        alone = picked and len(transfer.parts) == 1 and transfer.dtypes[0] == target.dtype
         return target if alone and is_contiguous(target, part.move.box) else None
 
     def _pack(self, transfer: Transfer) -> None:
@@ -266,8 +268,13 @@ class _Emitter:
             return
         self._use(self._message(transfer))
         for part, stage, at in self._parts(transfer):
-            home = self.storage.home[self._tensor(part)]
-            self._call(copy(home, stage, part.move.box), {stage.name: at})
+            home, box = self.storage.home[self._tensor(part)], part.move.box
+            if stage.dtype == home.dtype:
+                self._call(copy(home, stage, box), {stage.name: at})
+                continue
+            partials = Buffer(f"partials of {stage.name}", ((0, partials_bytes(home, box)),), "uint8")
+            for call in encode(home, stage, box, ref(self._use(partials)), _scale(stage)):
+                self._call(call, {stage.name: at})
 
     def _place(self, index: int) -> None:
         delivery = self.communication.deliveries[index]
@@ -290,8 +297,19 @@ class _Emitter:
                 self._call(add(self.storage.home[delivery.tensor], target, move.box), {})
                 continue
             transfer, stage, at = came[move]
-            if not self._direct_target(transfer):
+            if stage.dtype != target.dtype:
+                self._call(decode(stage, target, move.box, _scale(stage), add=add is accumulate), {stage.name: at})
+            elif not self._direct_target(transfer):
                 self._call(add(stage, target, move.box), {stage.name: at})
+
+
+def _part_bytes(stage: Buffer) -> int:
+    """Bytes of a part of a message: its values, and the scale of values that were narrowed."""
+    return stage.size_bytes + (SCALE_bytes if stage.dtype == "float16" else 0)
+
+
+def _scale(stage: Buffer) -> Ref:
+    return Ref(stage.name, stage.size_bytes)
 
 
 def layers_of(graph: Graph, draft: Draft) -> list[str]:

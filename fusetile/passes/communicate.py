@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
 from fusetile.box import Box, contains, empty, hull, volume, whole
+from fusetile.cluster import Link
 from fusetile.graph import Graph, Op, Tensor
 from fusetile.ops import domain_of
 from fusetile.passes.keep import is_left_out, originals
@@ -186,9 +188,24 @@ def _delivery(
     return Delivery(name, need, in_place, tuple(moves), readers)
 
 
-def busiest(graph: Graph, delivery: Delivery) -> tuple[int, int]:
+def wire_dtype(graph: Graph, name: str, link: Link) -> str:
+    """As what a tensor's values travel: with a wire of fp16, maps and their gradients, and those of filters, as
+    float16; everything else (weights, sums over channels or pixels, statistics, losses) as it is."""
+    tensor = graph.tensors[name]
+    if link.wire == "fp32" or tensor.dtype != "float32":
+        return tensor.dtype
+    if tensor.kind == "filter":
+        narrow = name not in graph.parameters and name not in graph.next_value.values()
+    else:
+        images, *sizes = tensor.shape
+        batch = graph.tensors[graph.inputs[0]].shape[0]
+        narrow = images == batch and len(sizes) > 1 and sizes[0] > 1 and prod(sizes[1:]) > 1
+    return "float16" if narrow else tensor.dtype
+
+
+def busiest(graph: Graph, delivery: Delivery, link: Link) -> tuple[int, int]:
     """Bytes and messages of a delivery on the link direction that carries most."""
-    size = np.dtype(graph.tensors[delivery.tensor].dtype).itemsize
+    size = np.dtype(wire_dtype(graph, delivery.tensor, link)).itemsize
     sizes: dict[tuple[str, int], list[int]] = {}
     for move in delivery.transfers():
         for end in (("out", move.source), ("in", move.target)):
@@ -196,7 +213,7 @@ def busiest(graph: Graph, delivery: Delivery) -> tuple[int, int]:
     return max(map(sum, sizes.values()), default=0), max(map(len, sizes.values()), default=0)
 
 
-def moved_bytes(graph: Graph, delivery: Delivery) -> int:
+def moved_bytes(graph: Graph, delivery: Delivery, link: Link) -> int:
     """Bytes that a delivery puts on the wire, over all devices."""
-    size = np.dtype(graph.tensors[delivery.tensor].dtype).itemsize
+    size = np.dtype(wire_dtype(graph, delivery.tensor, link)).itemsize
     return sum(size * volume(move.box) for move in delivery.transfers())

@@ -195,7 +195,7 @@ def _seconds(graph: Graph, op: Op, plan: Plan, communication: Communication, clu
         seconds_on(cost_of(graph, op, box), node) if volume(box) else 0.0
         for box, node in zip(boxes, cluster.nodes, strict=True)
     )
-    moved = sum(moved_bytes(graph, d) for d in communication.deliveries if d.tensor in op.outputs)
+    moved = sum(moved_bytes(graph, d, cluster.link) for d in communication.deliveries if d.tensor in op.outputs)
     return computing + moved / (len(cluster.nodes) * cluster.link.bytes_per_second)
 
 

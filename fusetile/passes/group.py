@@ -21,6 +21,7 @@ from fusetile.cost import kind_of
 from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import Domain, domain_of, row
 from fusetile.ops.base import Along
+from fusetile.passes.communicate import wire_dtype
 from fusetile.passes.keep import keep
 from fusetile.plan import Placement, Plan
 
@@ -105,5 +106,6 @@ def _cheaper(graph: Graph, op: Op, domain: Domain, box: Box, larger: Box, cluste
     recompute -= speed.overhead_seconds  # the op is done anyway
     missing = subtract(domain.output(larger), domain.output(box))
     elements = sum(prod(extents(piece)) for piece in missing)
-    exchange = cluster.link.latency_seconds + 4 * elements / cluster.link.bytes_per_second
+    size = np.dtype(wire_dtype(graph, op.outputs[0], cluster.link)).itemsize
+    exchange = cluster.link.latency_seconds + size * elements / cluster.link.bytes_per_second
     return recompute < exchange

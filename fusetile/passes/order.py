@@ -127,7 +127,7 @@ class _Queue:
         for tensor in tensors:
             for index in self.crossing.get(tensor, []):
                 delivery = self.communication.deliveries[index]
-                size_bytes, messages = busiest(self.graph, delivery)
+                size_bytes, messages = busiest(self.graph, delivery, self.link)
                 seconds = size_bytes / self.link.bytes_per_second + messages * MESSAGE_seconds
                 begin = self.now if self._is_urgent(delivery.readers) else max(self.now, self.link_free)
                 self.link_free = max(self.link_free, self.now) + seconds

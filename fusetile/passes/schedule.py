@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusetile.box import Box, contains, hull, volume
-from fusetile.cluster import Cluster
+from fusetile.cluster import Cluster, Link
 from fusetile.cost import op_seconds
 from fusetile.errors import PlanError
 from fusetile.graph import Graph
 from fusetile.ops import domain_of
-from fusetile.passes.communicate import Communication
+from fusetile.passes.communicate import Communication, wire_dtype
 from fusetile.passes.order import order_ops
 from fusetile.plan import Move, Plan
 
@@ -115,14 +115,18 @@ def schedule(graph: Graph, plan: Plan, communication: Communication, *, cluster:
     order = order_ops(graph, communication, cluster.link, seconds)
     position = {name: i for i, name in enumerate(order)}
     readers = _first_readers(graph, plan, communication, position)
-    transfers = _transfers(graph, communication, position, readers)
+    transfers = _transfers(graph, communication, position, readers, cluster.link)
     result = Schedule(order, seconds, transfers, _actions(graph, plan, communication, order, transfers, readers))
     check(result, plan.nodes)
     return result
 
 
 def _transfers(
-    graph: Graph, communication: Communication, position: dict[str, int], readers: dict[tuple[int, int], int]
+    graph: Graph,
+    communication: Communication,
+    position: dict[str, int],
+    readers: dict[tuple[int, int], int],
+    link: Link,
 ) -> tuple[Transfer, ...]:
     """Moves as messages. Small ones with the same ends and the same moment of writing share one; of the parameters that
     a step begins with, those that are read soon after each other."""
@@ -134,7 +138,7 @@ def _transfers(
             moment = position[producers[tensor.name].name]
         else:
             moment = -1 - readers[part.delivery, part.move.target] // SOON_ops
-        small = _size_bytes(graph, communication, part) <= SMALL_bytes
+        small = _size_bytes(graph, communication, part, link) <= SMALL_bytes
         ends = (part.move.source, part.move.target, moment)
         messages.setdefault(ends if small else (*ends, number), []).append(part)
     return tuple(
@@ -143,16 +147,16 @@ def _transfers(
             source,
             target,
             tuple(parts),
-            tuple(graph.tensors[communication.deliveries[part.delivery].tensor].dtype for part in parts),
-            sum(_size_bytes(graph, communication, part) for part in parts),
+            tuple(wire_dtype(graph, communication.deliveries[part.delivery].tensor, link) for part in parts),
+            sum(_size_bytes(graph, communication, part, link) for part in parts),
             min(readers[part.delivery, target] for part in parts),
         )
         for tag, ((source, target, *_), parts) in enumerate(messages.items())
     )
 
 
-def _size_bytes(graph: Graph, communication: Communication, part: Part) -> int:
-    dtype = graph.tensors[communication.deliveries[part.delivery].tensor].dtype
+def _size_bytes(graph: Graph, communication: Communication, part: Part, link: Link) -> int:
+    dtype = wire_dtype(graph, communication.deliveries[part.delivery].tensor, link)
     return volume(part.move.box) * np.dtype(dtype).itemsize
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from fusetile.cluster import Cluster, MESSAGE_seconds
 from fusetile.cost import kind_of
 from fusetile.graph import FORWARD, UPDATE, Graph
+from fusetile.passes.communicate import wire_dtype
 from fusetile.passes.keep import originals
 from fusetile.planner.candidates import Candidate
 from fusetile.planner.geometry import Geometry, Home, Placed, placed_units, volumes
@@ -137,6 +138,7 @@ class _Builder:
         using = [op.name for op in readers if op.phase != UPDATE and self.geometry.ops[op.name].unit == home.unit]
         if home.persists and using:  # and twice more as gradient and velocity
             self.held[home.unit] += 3 * home.size * volumes(self.geometry.need(name, using))
+        size = np.dtype(wire_dtype(self.graph, name, self.link)).itemsize
         for unit in sorted({self.geometry.ops[reader.name].unit for reader in readers}):
             ops = [reader for reader in readers if self.geometry.ops[reader.name].unit == unit]
             if name in self.kept and unit != home.unit:
@@ -144,7 +146,7 @@ class _Builder:
             need = self.geometry.need(name, [op.name for op in ops])
             awaited = any(op.phase != UPDATE for op in ops)
             awaited &= not (home.forward and all(op.phase != FORWARD for op in ops)) and not home.persists
-            busy, messages = self._transfer(home, need, same=unit == home.unit)
+            busy, messages = self._transfer(home, need, size, same=unit == home.unit)
             wait = np.where(messages > 0, busy + self.link.latency_seconds, 0.0) if awaited else np.zeros_like(busy)
             if unit == home.unit:
                 self.busy[unit] += busy
@@ -161,10 +163,10 @@ class _Builder:
         self.edge_waits[pair] = self.edge_waits.get(pair, 0.0) + wait
         self.edge_busy[pair] = self.edge_busy.get(pair, 0.0) + busy
 
-    def _transfer(self, home: Home, need: Array, *, same: bool) -> tuple[Array, Array]:
+    def _transfer(self, home: Home, need: Array, element_bytes: int, *, same: bool) -> tuple[Array, Array]:
         """Seconds of the busiest link and messages of the busiest device: [candidates of the producer, candidates of
-        the reader], or one axis if they are the same unit."""
-        key = (home.have.tobytes(), home.own.tobytes(), need.tobytes(), bytes([same, home.size]))
+        the reader], or one axis if they are the same unit. `element_bytes` on the wire."""
+        key = (home.have.tobytes(), home.own.tobytes(), need.tobytes(), bytes([same, element_bytes]))
         if key not in self.known:
             have, own, partial = home.have, home.own, home.partial
             if not same:
@@ -173,7 +175,7 @@ class _Builder:
             there = _overlap(own[..., :, None, :, :], need[..., None, :, :, :], have[..., None, :, :, :])
             moved = moved - np.where(partial[..., None, None], 0, there)
             moved *= 1 - np.eye(moved.shape[-1], dtype=moved.dtype)
-            size = np.maximum(moved.sum(-1).max(-1), moved.sum(-2).max(-1)) * home.size
+            size = np.maximum(moved.sum(-1).max(-1), moved.sum(-2).max(-1)) * element_bytes
             some = moved > 0
             messages = np.maximum(some.sum(-1).max(-1), some.sum(-2).max(-1))
             self.known[key] = (size / self.link.bytes_per_second + messages * MESSAGE_seconds, messages)

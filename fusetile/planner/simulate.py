@@ -10,6 +10,9 @@ from fusetile.passes.communicate import Communication
 from fusetile.passes.schedule import Await, Compute, Pack, Place, Post, Schedule, Ship
 from fusetile.planner.clock import Message, Timeline, Work, play
 
+NARROWING = 2.5
+"""Of what copying its bytes takes: float32 values are read twice, for the largest and to be made half as long."""
+
 
 def simulate(communication: Communication, order: Schedule, cluster: Cluster) -> Timeline:
     """A step, from its start on all devices to the end of the last; works are numbered like the actions."""
@@ -30,7 +33,8 @@ def _works(
                 case Compute(name):
                     mine.append(Work(order.seconds[name][device]))
                 case Pack(tag):
-                    mine.append(Work(messages[tag].size_bytes * copied))
+                    narrow = all(dtype == "float16" for dtype in order.transfers[tag].dtypes)
+                    mine.append(Work(messages[tag].size_bytes * copied * (NARROWING if narrow else 1)))
                 case Ship(tag):
                     mine.append(Work(ships=(tag,)))
                 case Post(tag):

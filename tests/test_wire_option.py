@@ -1,0 +1,69 @@
+"""`--wire fp16`: maps and gradients take half the bytes, all else travels as it is, and training hardly differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusetile.cluster import Cluster, Link, local_cluster
+from fusetile.passes.assign import assign
+from tests.graphs import NETWORKS, feeds
+from tests.local_cluster import LocalCluster
+from tests.test_programs import build, by_key
+from tests.training import training_graph
+
+LOSS_error = 5e-4
+"""Relative, after a few steps of the small networks. Rounding is to 2^-11."""
+
+
+def trained(folder: Path, name: str, plan: str, nodes: int, wire: str) -> tuple[list[float], dict[str, Any]]:
+    """Losses of a few steps, and plan.json."""
+    graph = NETWORKS[name](4)
+    made = build(graph, folder / wire, plan, nodes, wire=wire)
+    cluster, graph = LocalCluster(made), training_graph(graph)
+    losses = [cluster.step(by_key(graph, feeds(graph, seed=step))) for step in range(1, 5)]
+    return losses, json.loads((made / "plan.json").read_text())
+
+
+@pytest.mark.parametrize(("plan", "nodes"), [("batch", 2), ("grid:2x1", 2), ("channel", 2), ("random:3", 3)])
+def test_losses_and_bytes(plan: str, nodes: int, tmp_path: Path) -> None:
+    wide, before = trained(tmp_path, "normalized", plan, nodes, "fp32")
+    losses, after = trained(tmp_path, "normalized", plan, nodes, "fp16")
+    assert losses == pytest.approx(wide, rel=LOSS_error) and losses != wide
+
+    first, second = moved(before), moved(after)
+    assert {key for key, _ in first} == {key for key, _ in second}
+    narrow = {key for key, dtype in second if dtype == "float16"}
+    assert narrow and second == {(key, "float16" if key in narrow else dtype) for key, dtype in first}
+    assert all(dtype == "float32" for key, dtype in first if key in narrow), "exactly half"
+    graph = training_graph(NETWORKS["normalized"](4))
+    lasting = {*graph.parameters, *graph.next_value.values()}
+    for (name, _), dtype in second:
+        tensor = graph.tensors[name]
+        pixels = len(tensor.shape) == 4 and tensor.shape[2] > 1  # not statistics, sums, the loss
+        large = tensor.dtype == "float32" and (tensor.kind == "filter" or pixels)
+        assert (dtype == "float16") == (name not in lasting and large), name
+
+
+def moved(document: dict[str, Any]) -> set[tuple[tuple[str, str], str]]:
+    """Tensor, ends and box, and dtype of everything that moves."""
+    return {
+        ((part["tensor"], json.dumps([transfer["source"], transfer["target"], part["box"]])), part["dtype"])
+        for transfer in document["transfers"]
+        for part in transfer["parts"]
+    }
+
+
+def test_the_planner_counts_half() -> None:
+    """On slow links a plan takes less time by simulation, its model says so too, and it may be another plan."""
+    graph = training_graph(NETWORKS["plain"](4))
+    slow = Cluster(local_cluster(2, target="pi3").nodes, Link(1e4, 1e-4))
+    wide, narrow = (
+        assign(graph, plan="auto", cluster=slow.with_wire(wire), block=8).estimate for wire in ("fp32", "fp16")
+    )
+    assert wide is not None and narrow is not None
+    assert narrow.others["grid"] < 0.9 * wide.others["grid"]
+    assert narrow.bound_seconds <= wide.bound_seconds
