@@ -16,7 +16,7 @@ from tests.training import GRIDS, planned, run_plan, training_graph, worst
 from tests.yolo import ANCHORS, random_boxes
 
 CLASSES = 4
-OPTIONS = BoxOptions(anchors=tuple(ANCHORS.tolist()), factors=(5.0, 1.5, 0.5, 2.0), most=7)
+OPTIONS = BoxOptions(anchors=ANCHORS, factors=(5.0, 1.5, 0.5, 2.0), most=7)
 
 
 def of_loss_alone(y: np.ndarray, options: BoxOptions) -> Graph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ANCHORS = np.array([1.2, 0.9, 2.5, 3.0, 4.0, 1.5], np.float32)
+ANCHORS = (1.2, 0.9, 2.5, 3.0, 4.0, 1.5)
 
 
 def random_boxes(random: np.random.Generator, *, images: int, most: int, classes: int) -> np.ndarray:

@@ -320,8 +320,7 @@ def _sample_feed(graph: Graph, name: str, buffer: Buffer, readers: Sequence[Op])
         if op.kind in CLASS_LOSSES.values():
             feed = replace(feed, classes=channels, ignore=op.attrs.get("ignore"))
         elif op.kind == "YoloV2":
-            anchors = graph.tensors[op.inputs[2]].shape[0] // 2
-            feed = replace(feed, classes=classes_of(channels, anchors), boxes=True)
+            feed = replace(feed, classes=classes_of(channels, len(op.attrs["anchors"]) // 2), boxes=True)
     return feed
 
 

@@ -19,9 +19,10 @@ from fusetile.program import Buffer
 _SIZES = ("rows", "columns", "first_row", "first_column", "grid_rows", "grid_columns", "anchors", "classes", "boxes")
 _STRIDES = ("x_image", "x_block", "x_row", "x_pixel", "t_image", "t_block", "t_number")
 _FACTORS = ("coord", "object", "noobject", "class_")
-_POINTERS = {"X": "float32", "BOXES": "float32", "ANCHORS": "float32"}
+_POINTERS = {"X": "float32", "BOXES": "float32"}
 # p: centre x and y in the cell, tw, th, confidence, width, height. g: centre, width and height of a true box, in cells
 # t: what p[0..3] should be, the IoU, the largest IoU with any box. top: the largest logit
+# size: widths and heights of the anchors
 _SCRATCH = {
     **dict.fromkeys(("p", "g", "t"), ((8,), "float32")),
     **dict.fromkeys(("top", "fit"), ((1,), "float32")),
@@ -44,11 +45,17 @@ def _overlap(axis: int) -> str:
     return f"T.max({ends[0]} - {ends[1]}, T.float32(0))"
 
 
-def _over_anchors(block: int, lanes: int, statements: str) -> str:
+def _scratch(op: Op) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {**_SCRATCH, "size": ((len(op.attrs["anchors"]),), "float32")}
+
+
+def _over_anchors(op: Op, block: int, lanes: int, statements: str) -> str:
     """Loops over cells and anchors: statements know p and t; label[0] is the class of the box that the anchor is
     responsible for, or -1. A work unit u is a row; `lanes` is the block of the boxes."""
     size = "BOXES[box + {} * t_number]"
+    anchors = "\n".join(f"size[{i}] = T.float32({value!r})" for i, value in enumerate(op.attrs["anchors"]))
     return f"""
+{anchors}
 for u in T.serial(lo, hi):
     n: T.int32 = u // rows
     h: T.int32 = u % rows
@@ -61,8 +68,8 @@ for u in T.serial(lo, hi):
             p[2] = {channel(block, "(first + 2)")}
             p[3] = {channel(block, "(first + 3)")}
             p[4] = {_sigmoid(channel(block, "(first + 4)"))}
-            p[5] = ANCHORS[2 * a] * T.exp(p[2])
-            p[6] = ANCHORS[2 * a + 1] * T.exp(p[3])
+            p[5] = size[2 * a] * T.exp(p[2])
+            p[6] = size[2 * a + 1] * T.exp(p[3])
             label[0] = -1
             t[5] = T.float32(0)
             for m in T.serial(boxes):
@@ -80,8 +87,8 @@ for u in T.serial(lo, hi):
                     if i == first_column + w and j == first_row + h:
                         fit[0] = T.float32(-1)
                         for b in T.serial(anchors):
-                            both: T.float32 = T.min(g[2], ANCHORS[2 * b]) * T.min(g[3], ANCHORS[2 * b + 1])
-                            alike: T.float32 = both / (g[2] * g[3] + ANCHORS[2 * b] * ANCHORS[2 * b + 1] - both)
+                            both: T.float32 = T.min(g[2], size[2 * b]) * T.min(g[3], size[2 * b + 1])
+                            alike: T.float32 = both / (g[2] * g[3] + size[2 * b] * size[2 * b + 1] - both)
                             if alike > fit[0]:
                                 fit[0] = alike
                                 chosen[0] = b
@@ -89,8 +96,8 @@ for u in T.serial(lo, hi):
                             label[0] = T.Cast("int32", BOXES[box])
                             t[0] = g[0] - T.Cast("float32", i)
                             t[1] = g[1] - T.Cast("float32", j)
-                            t[2] = T.log(g[2] / ANCHORS[2 * a])
-                            t[3] = T.log(g[3] / ANCHORS[2 * a + 1])
+                            t[2] = T.log(g[2] / size[2 * a])
+                            t[3] = T.log(g[3] / size[2 * a + 1])
                             t[4] = iou
             if label[0] >= 0:
                 top[0] = {channel(block, "(first + 5)")}
@@ -108,11 +115,11 @@ def channel(block: int, number: str) -> str:
     return f"X[at + {number} // {block} * x_block + {number} % {block}]"
 
 
-def _arguments(domain: Domain, box: Box, inputs: Sequence[Buffer]) -> tuple[int, ...]:
+def _arguments(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer]) -> tuple[int, ...]:
     """Values of _SIZES and _STRIDES."""
-    y, boxes, _ = inputs
+    y, boxes = inputs
     _, (row, _), (column, _) = box
-    anchors = domain.reads[2][0].size // 2
+    anchors = len(op.attrs["anchors"]) // 2
     sizes = (*extents(box)[1:], row, column, *(axis.size for axis in domain.axes[1:]), anchors)
     classes = classes_of(domain.reads[0][1].size, anchors)
     return (*sizes, classes, domain.reads[1][1].size, *y.strides, *boxes.strides[:3])
@@ -122,7 +129,7 @@ def lower_yolo(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
     """The sum over the box's cells, over the number of images."""
-    block, lanes = (buffer.block[1] for buffer in inputs[:2])
+    block, lanes = (buffer.block[1] for buffer in inputs)
     logit = channel(block, "(first + 5 + label[0])")
     squares = " + ".join(f"(p[{i}] - t[{i}]) * (p[{i}] - t[{i}])" for i in range(4))
     kernel = make_kernel(
@@ -130,8 +137,9 @@ def lower_yolo(
         pointers={**_POINTERS, "PARTIAL": "float64"},
         ints=(*_SIZES, *_STRIDES),
         floats=_FACTORS,
-        scratch=_SCRATCH,
+        scratch=_scratch(op),
         body=_over_anchors(
+            op,
             block,
             lanes,
             f"""
@@ -149,7 +157,7 @@ elif t[5] <= T.float32({IGNORED_above}):
     images, rows, _ = extents(box)
     partial = Buffer(f"{op.name}.partial", ((0, images * rows),), "float64")
     pointers = (*(ref(buffer, domain.need(box, i)) for i, buffer in enumerate(inputs)), ref(partial))
-    ints, factors = _arguments(domain, box, inputs), tuple(op.attrs["factors"])
+    ints, factors = _arguments(op, domain, box, inputs), tuple(op.attrs["factors"])
     call = KernelCall(kernel, images * rows, pointers, ints, factors)
     mean = mean_of_partials(ref(partial), images * rows, op.attrs["count"], outputs[0], domain.output(box))
     return Lowered((call, mean), (partial,))
@@ -159,7 +167,7 @@ def lower_yolo_grad(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
     """The gradient of all channels of the box's cells, pad lanes included."""
-    (block, lanes), made = (buffer.block[1] for buffer in inputs[:2]), outputs[0].block[1]
+    (block, lanes), made = (buffer.block[1] for buffer in inputs), outputs[0].block[1]
 
     def dy(number: str) -> str:
         return f"DX[to + {number} // {made} * y_block + {number} % {made}]"
@@ -169,8 +177,9 @@ def lower_yolo_grad(
         pointers={**_POINTERS, "DX": "float32"},
         ints=(*_SIZES, *_STRIDES, "y_image", "y_block", "y_row", "y_pixel", "padded", "count"),
         floats=_FACTORS,
-        scratch=_SCRATCH,
+        scratch=_scratch(op),
         body=_over_anchors(
+            op,
             block,
             lanes,
             f"""
@@ -199,5 +208,5 @@ if a == anchors - 1:
     written = domain.output(box)
     padded = -(-extents(written)[1] // made) * made
     pointers = (*(ref(buffer, domain.need(box, i)) for i, buffer in enumerate(inputs)), ref(outputs[0], written))
-    ints = (*_arguments(domain, box, inputs), *outputs[0].strides, padded, op.attrs["count"])
+    ints = (*_arguments(op, domain, box, inputs), *outputs[0].strides, padded, op.attrs["count"])
     return Lowered((KernelCall(kernel, images * rows, pointers, ints, tuple(op.attrs["factors"])),))

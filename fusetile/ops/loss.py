@@ -32,6 +32,7 @@ from fusetile.ops.base import (
     same_spec,
 )
 from fusetile.ops.functions import compute
+from fusetile.yolo import log_softmax
 
 NO_LABEL = -(2**31)
 """The label to ignore, where none is."""
@@ -79,11 +80,6 @@ def _classes_grad_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequen
     return Domain(axes, reads, (reads[0],))
 
 
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-
-
 def _weighed(op: Op, inputs: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
     """What each spot weighs in the loss for its label, and for each class (label smoothing): over the total."""
     logits, target, *more = inputs
@@ -104,14 +100,14 @@ def sum64(values: Array) -> list[Array]:
 
 def _cross_entropy(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
     label, chosen, each, _ = _weighed(op, inputs)
-    logs = _log_softmax(inputs[0])
+    logs = log_softmax(inputs[0], 1)
     return sum64(-np.take_along_axis(logs, label, 1) * chosen - (logs * each).sum(1, keepdims=True))
 
 
 def _cross_entropy_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
     label, chosen, each, classes = _weighed(op, inputs)
     picked = classes.reshape(1, -1, *[1] * (inputs[0].ndim - 2)) == label
-    softmax = np.exp(_log_softmax(inputs[0]))
+    softmax = np.exp(log_softmax(inputs[0], 1))
     return [(softmax - picked) * chosen + softmax * each.sum(1, keepdims=True) - each]
 
 

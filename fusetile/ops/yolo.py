@@ -1,12 +1,8 @@
-"""The loss of YOLOv2: a grid of cells, in each of which every anchor predicts a box.
+"""The loss of YOLOv2: a grid of cells, in each of which every anchor predicts a box (see fusetile/yolo.py).
 
-Output [N, A * (5 + C), H, W]: per anchor tx, ty, tw, th, to and the logits of C classes. In units of cells the box of
-anchor (aw, ah) in cell (i, j) has its centre at (i + s(tx), j + s(ty)) and the size (aw exp(tw), ah exp(th)), where s
-is the sigmoid; s(to) is its confidence. Boxes [N, M, 5]: class, centre and size, as parts of the image; those of
-class -1 are none. Anchors [2 A]: aw, ah of each.
-
-Responsible for a true box is, in the cell that holds its centre, the anchor whose shape has the largest IoU with it (of
-two boxes with the same cell and anchor the later counts). Over the batch, divided by N, the loss sums up
+Boxes [N, M, 5]: class, centre and size, as parts of the image; those of class -1 are none. Responsible for a true box
+is, in the cell that holds its centre, the anchor whose shape has the largest IoU with it (of two boxes with the same
+cell and anchor the later counts). Over the batch, divided by N, the loss sums up
 
     coord     (s(tx) - x)^2 + (s(ty) - y)^2 + (tw - log(w / aw))^2 + (th - log(h / ah))^2    where responsible
     object    (s(to) - IoU)^2                                                                where responsible
@@ -30,8 +26,8 @@ from fusetile.errors import UserError
 from fusetile.graph import Op, Tensor
 from fusetile.ops.base import Access, All, Along, Array, Attrs, Axis, Domain, Row, Spec, register, same_spec
 from fusetile.ops.loss import gradient_of_loss, sum64
+from fusetile.yolo import LOSS, box_iou, boxes_of, log_softmax, sigmoid
 
-YOLO = "yolov2"
 IGNORED_above = 0.6
 
 
@@ -39,25 +35,25 @@ def classes_of(channels: int, anchors: int) -> int:
     """How many classes the output's channels stand for. Raises UserError if they stand for none."""
     if channels % anchors or channels // anchors <= 5:
         raise UserError(
-            f"--loss {YOLO}: {channels} channels are not {anchors} anchors with 5 numbers and at least one class each; "
+            f"--loss {LOSS}: {channels} channels are not {anchors} anchors with 5 numbers and at least one class each; "
             "see --anchors"
         )
     return channels // anchors - 5
 
 
 def _shape(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
-    y, boxes, anchors = inputs
-    classes_of(y.shape[1], anchors.shape[0] // 2)
+    y, boxes = inputs
+    classes_of(y.shape[1], len(attrs["anchors"]) // 2)
     if len(boxes.shape) != 3 or boxes.shape[0] != y.shape[0] or boxes.shape[2] != 5:
         raise UserError(f"boxes {boxes.name!r} of shape {boxes.shape} are not [{y.shape[0]}, boxes per image, 5]")
     return [Spec((1,))]
 
 
 def _axes(inputs: Sequence[Tensor]) -> tuple[tuple[Axis, ...], tuple[Access, ...]]:
-    (n, channels, h, w), boxes, anchors = (tensor.shape for tensor in inputs)
+    (n, channels, h, w), boxes = (tensor.shape for tensor in inputs)
     spots = (Along("n", n), All(channels), Along("h", h), Along("w", w))
     truth = (Along("n", n), All(boxes[1]), All(5))
-    return tuple(Axis(*axis) for axis in (("n", n), ("h", h), ("w", w))), (spots, truth, (All(anchors[0]),))
+    return tuple(Axis(*axis) for axis in (("n", n), ("h", h), ("w", w))), (spots, truth)
 
 
 def _domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
@@ -72,29 +68,17 @@ def _grad_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tenso
 
 def _flops(attrs: Attrs, inputs: Sequence[Tensor]) -> float:
     """Per cell: every anchor's box with every true one, and functions of every channel."""
-    y, boxes, anchors = inputs
-    return 20.0 * anchors.shape[0] / 2 * boxes.shape[1] + 20.0 * y.shape[1]
+    y, boxes = inputs
+    return 10.0 * len(attrs["anchors"]) * boxes.shape[1] + 20.0 * y.shape[1]
 
 
 # -- in numpy ----------------------------------------------------------------------------------------------------------
-
-
-def sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), which overflows nowhere."""
-    return np.exp(-np.logaddexp(0, -x))
 
 
 def shape_iou(a: Array, b: Array) -> Array:
     """The IoU of boxes [..., 2] (width, height) with the same centre."""
     common = np.minimum(a, b).prod(-1)
     return common / (a.prod(-1) + b.prod(-1) - common)
-
-
-def box_iou(a: Array, b: Array) -> Array:
-    """The IoU of boxes [4, ...]: centre and size."""
-    low, high = np.maximum(a[:2] - a[2:] / 2, b[:2] - b[2:] / 2), np.minimum(a[:2] + a[2:] / 2, b[:2] + b[2:] / 2)
-    common = np.maximum(high - low, 0).prod(0)
-    return common / (a[2:].prod(0) + b[2:].prod(0) - common)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,25 +97,23 @@ class _Cells:
     label: Array
 
 
-def _cells(domain: Domain, box: Box, inputs: Sequence[Array]) -> _Cells:
-    y, boxes, anchors = inputs
-    sizes, (n, _, h, w) = anchors.reshape(-1, 2), y.shape
+def _cells(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> _Cells:
+    y, boxes = inputs
+    sizes, (n, _, h, w) = np.array(op.attrs["anchors"], y.dtype).reshape(-1, 2), y.shape
     y = y.reshape(n, len(sizes), -1, h, w)
     grid = np.array([domain.axes[2].size, domain.axes[1].size], y.dtype)  # columns, rows
-    first = np.array([box[2][0], box[1][0]], y.dtype)
-    corner = first[:, None, None] + np.stack(np.meshgrid(np.arange(w), np.arange(h))).astype(y.dtype)
-    centre = sigmoid(y[:, :, :2])
-    predicted = np.concatenate([centre + corner, np.exp(y[:, :, 2:4]) * sizes[:, :, None, None]], 2)
+    (row, _), (column, _) = box[1:]
+    first = np.array([column, row])
     true = boxes[:, :, 1:] * np.concatenate([grid, grid])
     exists = boxes[:, :, 0] >= 0
-    # [4, n, M, A, h, w]
-    iou = box_iou(np.moveaxis(predicted, 2, 0)[:, :, None], np.moveaxis(true, 2, 0)[..., None, None, None])
+    predicted = boxes_of(y, op.attrs["anchors"], row=row, column=column)
+    iou = box_iou(predicted[:, :, None], np.moveaxis(true, 2, 0)[..., None, None, None])  # [n, M, A, h, w]
     best = np.where(exists[..., None, None, None], iou, 0).max(1)
     responsible = np.zeros((n, len(sizes), h, w), bool)
     target, overlap, label = np.zeros((n, len(sizes), 4, h, w), y.dtype), np.zeros_like(best), np.zeros(best.shape, int)
     # a cell is found in float32, whatever the rest is computed in
     cells = (boxes[:, :, 1:3].astype(np.float32) * grid.astype(np.float32)).astype(int)
-    cells = np.minimum(cells, (grid - 1).astype(int)) - first.astype(int)
+    cells = np.minimum(cells, grid.astype(int) - 1) - first
     for sample, m in np.argwhere(exists):
         i, j = cells[sample, m]
         if 0 <= i < w and 0 <= j < h:
@@ -139,36 +121,30 @@ def _cells(domain: Domain, box: Box, inputs: Sequence[Array]) -> _Cells:
             at = (sample, int(shape_iou(size, sizes).argmax()))
             responsible[*at, j, i], overlap[*at, j, i] = True, iou[sample, m, at[1], j, i]
             label[*at, j, i] = boxes[sample, m, 0]
-            target[*at, :2, j, i] = true[sample, m, :2] - corner[:, j, i]
+            target[*at, :2, j, i] = true[sample, m, :2] - first - np.array([i, j])
             target[*at, 2:, j, i] = np.log(size / sizes[at[1]])
     nothing = ~responsible & (best <= IGNORED_above)
-    return _Cells(y, centre, sigmoid(y[:, :, 4]), responsible, nothing, target, overlap, label)
-
-
-def _log_softmax(y: Array) -> Array:
-    """Over the third dimension."""
-    shifted = y - y.max(2, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(2, keepdims=True))
+    return _Cells(y, sigmoid(y[:, :, :2]), sigmoid(y[:, :, 4]), responsible, nothing, target, overlap, label)
 
 
 def _loss(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    cells, (coord, obj, noobject, class_) = _cells(domain, box, inputs), op.attrs["factors"]
+    cells, (coord, obj, noobject, class_) = _cells(op, domain, box, inputs), op.attrs["factors"]
     off = np.concatenate([cells.centre, cells.y[:, :, 2:4]], 2) - cells.box
-    chosen = np.take_along_axis(_log_softmax(cells.y[:, :, 5:]), cells.label[:, :, None], 2)[:, :, 0]
+    chosen = np.take_along_axis(log_softmax(cells.y[:, :, 5:], 2), cells.label[:, :, None], 2)[:, :, 0]
     found = coord * (off**2).sum(2) + obj * (cells.confidence - cells.iou) ** 2 - class_ * chosen
     each = np.where(cells.responsible, found, cells.nothing * noobject * cells.confidence**2)
     return [sum64(each)[0] / op.attrs["count"]]
 
 
 def _gradient(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    cells, (coord, obj, noobject, class_) = _cells(domain, box, inputs), op.attrs["factors"]
+    cells, (coord, obj, noobject, class_) = _cells(op, domain, box, inputs), op.attrs["factors"]
     centre, confidence = cells.centre, cells.confidence
     dy = np.empty_like(cells.y)
     dy[:, :, :2] = 2 * coord * (centre - cells.box[:, :, :2]) * centre * (1 - centre)
     dy[:, :, 2:4] = 2 * coord * (cells.y[:, :, 2:4] - cells.box[:, :, 2:])
     dy[:, :, 4] = 2 * obj * (confidence - cells.iou) * confidence * (1 - confidence)
     classes = np.arange(dy.shape[2] - 5)[:, None, None]
-    dy[:, :, 5:] = class_ * (np.exp(_log_softmax(cells.y[:, :, 5:])) - (classes == cells.label[:, :, None]))
+    dy[:, :, 5:] = class_ * (np.exp(log_softmax(cells.y[:, :, 5:], 2)) - (classes == cells.label[:, :, None]))
     dy *= cells.responsible[:, :, None]
     dy[:, :, 4] += 2 * noobject * cells.nothing * confidence**2 * (1 - confidence)
     return [dy.reshape(inputs[0].shape) / op.attrs["count"]]

@@ -22,7 +22,7 @@ from fusetile.errors import UserError
 from fusetile.graph import BACKWARD, Graph, LossTerm, Parameter
 from fusetile.ops import row
 from fusetile.ops.loss import CLASS_LOSSES, LOSSES
-from fusetile.ops.yolo import YOLO
+from fusetile.yolo import LOSS as YOLO
 
 DICE, MODEL = "dice", "model"
 """Losses that are no op of their own: one is made of several, one is part of the model."""
@@ -166,10 +166,8 @@ def _add_yolo(graph: Graph, i: int, options: BoxOptions) -> LossTerm:
             f"--loss {YOLO} needs an output [N, anchors * (5 + classes), H, W]; {output!r} has shape {shape}"
         )
     boxes = _add_target(graph, i, (shape[0], options.most, 5))
-    anchors = Parameter(np.array(options.anchors, np.float32), trainable=False)
-    inputs = [output, boxes, graph.add_parameter(graph.fresh("anchors"), anchors)]
-    attrs = {"factors": options.factors, "count": shape[0]}
-    (loss,) = graph.add("YoloV2", inputs, attrs=attrs, stem="loss", origin=origin)
+    attrs = {"anchors": options.anchors, "factors": options.factors, "count": shape[0]}
+    (loss,) = graph.add("YoloV2", [output, boxes], attrs=attrs, stem="loss", origin=origin)
     return LossTerm(loss, op=graph.producers()[loss].name)
 
 

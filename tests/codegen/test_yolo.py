@@ -17,7 +17,7 @@ def test_yolo() -> None:
     boxes = random_boxes(random, images=3, most=11, classes=4)
     boxes[1, :, 0] = -1
     for kind in ("YoloV2", "YoloV2Grad"):
-        case = Case(kind, [y, boxes, ANCHORS], {"count": 3, "factors": (5.0, 1.0, 0.5, 2.0)})
+        case = Case(kind, [y, boxes], {"count": 3, "factors": (5.0, 1.0, 0.5, 2.0), "anchors": ANCHORS})
         case.check(rtol=3e-5, atol=1e-6)
         box = middle(case.domain.box, case.domain)
         case.check(((1, 3), *box[1:]), rtol=3e-5, atol=1e-6, **LAYOUT)

@@ -286,9 +286,9 @@ def _others() -> list[Case]:
             Case(
                 kind,
                 kind,
-                (((3, 27, 4, 5), V), ((3, 7, 5), V), ((6,), V)),
-                {"count": 3, "factors": (5.0, 1.0, 0.5, 2.0)},
-                {1: random_boxes(np.random.default_rng(1), images=3, most=7, classes=4), 2: ANCHORS},
+                (((3, 27, 4, 5), V), ((3, 7, 5), V)),
+                {"count": 3, "factors": (5.0, 1.0, 0.5, 2.0), "anchors": ANCHORS},
+                {1: random_boxes(np.random.default_rng(1), images=3, most=7, classes=4)},
             )
             for kind in ("YoloV2", "YoloV2Grad")
         ),
