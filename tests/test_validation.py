@@ -12,8 +12,12 @@ import onnx
 import onnxruntime
 import pytest
 
+from fusetile.passes.differentiate import BoxOptions
+from fusetile.reference import evaluate
+from fusetile.runtime.precision import detections, mean_average_precision, suppressed, true_boxes
 from models import vgg_small
 from tests.commands import fusetile, images, save
+from tests.yolo import ANCHORS, loss_alone, random_boxes
 
 Array = np.ndarray
 
@@ -117,12 +121,24 @@ def binary(output: Array, y: Array) -> dict[str, float]:
     return {"val_loss": losses.mean(), "val_accuracy": ((output > 0) == (y > 0.5)).mean()}
 
 
+def detector(output: Array, y: Array) -> dict[str, float]:
+    """The loss by the row's reference. A box may be right that is not where it is expected: see test_precision.py."""
+    graph = loss_alone(output, BoxOptions(anchors=ANCHORS[:4], most=y.shape[1]))
+    (target,) = graph.targets
+    found = detections(output, ANCHORS[:4], output.shape[2:], np.arange(len(output)))
+    average = mean_average_precision(suppressed(found), true_boxes(y, np.arange(len(y))))
+    assert average > 0
+    return {"val_loss": evaluate(graph, {target: y}, exact=True)[graph.loss][0], "val_map50": average}
+
+
 LABELS = np.random.default_rng(1).choice([0, 1, 2, 9], (17, 6, 5))
 MAPS = np.random.default_rng(2).random((17, 3, 6, 5)).astype(np.float32)
+BOXES = random_boxes(np.random.default_rng(4), images=17, most=5, classes=2)
 LOSSES: dict[str, tuple[Any, Array, tuple[object, ...]]] = {
     "cross-entropy": (pixels, LABELS, ("--ignore-index", 9, "--class-weights", "1,0.5,2", "--plan", "grid:2x1")),
     "mse": (regression, MAPS, ("--plan", "grid:1x2")),
     "dice": (dice, MAPS, ("--plan", "batch", "--ema", 0.5)),
+    "yolov2": (detector, BOXES, ("--anchors", "1.2,0.9 2.5,3", "--plan", "grid:2x1")),
     "bce-with-logits": (binary, MAPS, ("--plan", "channel")),
 }
 
@@ -134,7 +150,7 @@ def test_maps(loss: str, tmp_path: Path) -> None:
     x = np.random.default_rng(3).normal(size=(17, 2, 6, 5)).astype(np.float32)
     np.savez(tmp_path / "train.npz", x=x[:10], y=y[:10])
     np.savez(tmp_path / "val.npz", x=x[10:], y=y[10:])
-    model, out = one_layer(tmp_path), tmp_path / "out"
+    model, out = one_layer(tmp_path, outputs=14 if loss == "yolov2" else 3), tmp_path / "out"
     data = ("--data", tmp_path / "train.npz", "--val", tmp_path / "val.npz", "--log", tmp_path / "log.jsonl")
     run = ("--loss", loss, *options, "--nodes", 2, "--batch", 4, "--guard", "-o", out)
     assert fusetile("train", model, *data, *run) == 0

@@ -8,24 +8,15 @@ import numpy as np
 import pytest
 
 from fusetile.errors import UserError
-from fusetile.graph import Graph, Parameter
+from fusetile.graph import Graph
 from fusetile.passes.differentiate import BoxOptions, differentiate
 from fusetile.reference import evaluate
 from tests.graphs import Net, feeds
 from tests.training import GRIDS, planned, run_plan, training_graph, worst
-from tests.yolo import ANCHORS, random_boxes
+from tests.yolo import ANCHORS, loss_alone, random_boxes
 
 CLASSES = 4
 OPTIONS = BoxOptions(anchors=ANCHORS, factors=(5.0, 1.5, 0.5, 2.0), most=7)
-
-
-def of_loss_alone(y: np.ndarray, options: BoxOptions) -> Graph:
-    """A graph of which the output is a trained map."""
-    graph = Graph()
-    graph.add_tensor("y", y.shape)
-    graph.parameters["y"] = Parameter(y, trainable=True)
-    graph.outputs = [graph.add("Identity", ["y"], outputs=["out"])[0]]
-    return differentiate(graph, loss="yolov2", boxes=options)
 
 
 def by_torch(y: np.ndarray, boxes: np.ndarray, options: BoxOptions) -> tuple[float, np.ndarray]:
@@ -85,7 +76,7 @@ def example(seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 def test_yolov2_is_pytorchs() -> None:
     y, boxes = example()
-    graph = of_loss_alone(y, OPTIONS)
+    graph = loss_alone(y, OPTIONS)
     (target,) = graph.targets
     values = evaluate(graph, {target: boxes}, exact=True)
     expected, gradient = by_torch(y, boxes, OPTIONS)
@@ -100,7 +91,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     y, boxes = example(seed=4)
     coordinates = np.isin(np.arange(y.shape[1]) % (5 + CLASSES), range(4))[None, :, None, None]
     for factors, moved in (((5.0, 0.0, 0.0, 2.0), coordinates), (OPTIONS.factors, ~coordinates)):
-        graph = of_loss_alone(y.astype(np.float64), BoxOptions(anchors=OPTIONS.anchors, factors=factors, most=7))
+        graph = loss_alone(y.astype(np.float64), BoxOptions(anchors=OPTIONS.anchors, factors=factors, most=7))
         (target,) = graph.targets
         values = evaluate(graph, {target: boxes}, exact=True)
         random = np.random.default_rng(6)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from fusetile.graph import Graph, Parameter
+from fusetile.passes.differentiate import BoxOptions, differentiate
+
 ANCHORS = (1.2, 0.9, 2.5, 3.0, 4.0, 1.5)
 
 
@@ -18,3 +21,12 @@ def random_boxes(random: np.random.Generator, *, images: int, most: int, classes
     boxes[:, 3, 1:3] = 1
     boxes[:, :4, 0] = np.arange(4) % classes
     return boxes
+
+
+def loss_alone(y: np.ndarray, options: BoxOptions) -> Graph:
+    """A graph of which the output is a trained map."""
+    graph = Graph()
+    graph.add_tensor("y", y.shape)
+    graph.parameters["y"] = Parameter(y, trainable=True)
+    graph.outputs = [graph.add("Identity", ["y"], outputs=["out"])[0]]
+    return differentiate(graph, loss="yolov2", boxes=options)

@@ -14,6 +14,7 @@ import numpy as np
 
 from fusetile.box import Box
 from fusetile.errors import ProtocolError
+from fusetile.runtime import precision
 
 Array = np.ndarray
 TOP = 5
@@ -135,6 +136,28 @@ def _dice(counts: Array) -> dict[str, float]:
     return {"loss": float(1 - np.mean((2 * products + 1) / (p + t + 1)))}
 
 
+# -- boxes -----------------------------------------------------------------------------------------------------------
+
+
+def _boxes(part: Compared) -> Array:
+    """Rows [what, sample, ...]: 0 is a detection, 1 a true box, which the device with the first cell tells."""
+    row, column = part.output_box[2][0], part.output_box[3][0]
+    grid = part.shape[2], part.shape[3]
+    rows = [precision.detections(part.output, part.attrs["anchors"], grid, part.samples, row=row, column=column)]
+    if row == column == 0:
+        rows.append(precision.true_boxes(part.target, part.samples))
+    return np.concatenate([np.insert(kind, 0, what, axis=1) for what, kind in enumerate(rows)])
+
+
+def _joined(rows: Sequence[Array]) -> Array:
+    return np.concatenate([np.empty((0, 1 + precision.FIELDS)), *rows])
+
+
+def _precision(rows: Array) -> dict[str, float]:
+    found, true = (rows[rows[:, 0] == what, 1:] for what in (0, 1))
+    return {"map50": precision.mean_average_precision(precision.suppressed(precision.best(found)), true)}
+
+
 ANY = 0
 _CLASSES = Metric(_ranks, _accuracy, "accuracy")
 _PIXELS = Metric(_confusion, _overlap, "mean_iou")
@@ -148,6 +171,7 @@ METRICS: dict[tuple[str, int], Metric] = {
     ("MeanAbsoluteError", 4): _IMAGES,
     ("SmoothL1", 4): _IMAGES,
     ("BinaryCrossEntropy", ANY): Metric(_signs, lambda counts: {"accuracy": _ratio(*map(float, counts))}),
+    ("YoloV2", 4): Metric(_boxes, _precision, "map50", _joined),
     ("SumTo", ANY): Metric(_products, _dice),  # of dice: of p = sigmoid(output) and the target
 }
 """The op that compares, and the dimensions of the output -> the metric. An op without one has its loss alone."""

@@ -20,6 +20,7 @@ from fusetile.yolo import box_iou, boxes_of, log_softmax, sigmoid
 Array = np.ndarray
 FIELDS = 7
 LOWEST_score = 0.005  # a detection below it is none; darknet's, where it measures precision
+MOST = 500  # detections of an image: the best, before those that overlap are left out
 SAME_iou = 0.45  # a detection that overlaps more with a better one of its class is none; darknet's
 RIGHT_iou = 0.5
 
@@ -34,9 +35,9 @@ def detections(
     column: int = 0,
     lowest: float = LOWEST_score,
 ) -> Array:
-    """What a part [n, A * (5 + C), h, w] of YOLOv2's output says, before `suppressed`. `grid`: rows and columns of the
-    whole, `row` and `column`: where the part begins; `samples` are the numbers of its samples. A score is the
-    confidence times the probability of the class."""
+    """What a part [n, A * (5 + C), h, w] of YOLOv2's output says, before `suppressed`: the best of each image. `grid`:
+    rows and columns of the whole, `row` and `column`: where the part begins; `samples` are the numbers of its samples.
+    A score is the confidence times the probability of the class."""
     n, _, h, w = output.shape
     y = output.reshape(n, len(anchors) // 2, -1, h, w)
     scores = sigmoid(y[:, :, 4:5]) * np.exp(log_softmax(y[:, :, 5:], 2))
@@ -44,7 +45,15 @@ def detections(
     sample, anchor, label, j, i = at.T
     boxes = boxes_of(y, anchors, row=row, column=column)[:, sample, anchor, j, i]
     parts = boxes / np.array([grid[1], grid[0]] * 2).reshape(4, 1)
-    return np.column_stack([samples[sample], label, scores[tuple(at.T)], *parts]).astype(float)
+    return best(np.column_stack([samples[sample], label, scores[tuple(at.T)], *parts]).astype(float))
+
+
+def best(found: Array) -> Array:
+    """The `MOST` best of every image, which are among those of its parts; in an order that depends on nothing else."""
+    _, label, score, *box = found.T
+    found = found[np.lexsort((*box, label, -score, found[:, 0]))]
+    _, first, count = np.unique(found[:, 0], return_index=True, return_counts=True)
+    return found[np.arange(len(found)) - np.repeat(first, count) < MOST]
 
 
 def true_boxes(target: Array, samples: Array) -> Array:
@@ -83,13 +92,13 @@ def average_precision(found: Array, true: Array) -> float:
         (there,) = np.nonzero(true[:, 0] == row[0])
         if len(there):
             iou = box_iou(row[3:, None], true[there, 3:].T)
-            best = there[iou.argmax()]
-            right[i] = iou.max() >= RIGHT_iou and not taken[best]
-            taken[best] |= right[i]
+            nearest = there[iou.argmax()]
+            right[i] = iou.max() >= RIGHT_iou and not taken[nearest]
+            taken[nearest] |= right[i]
     recall = np.cumsum(right) / len(true)
     precision = np.cumsum(right) / np.arange(1, len(found) + 1)
-    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.sum(np.diff(recall, prepend=0.0) * best_from_here))
+    from_here = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0.0) * from_here))
 
 
 def _groups(found: Array) -> list[Array]:
