@@ -130,18 +130,20 @@ def write(
     return path
 
 
-def checkpoints(folder: Path) -> list[Checkpoint]:
-    """All steps of which there are files, the newest first. Raises UserError for a file that is none."""
+def checkpoints(folder: Path, *, step: int | None = None) -> list[Checkpoint]:
+    """All steps of which there are files, or just one, the newest first; other files may go away meanwhile. Raises
+    UserError for a file that is none."""
     groups: dict[tuple[int, int], list[Path]] = {}
-    for step, _, nodes, path in _files(folder):
-        groups.setdefault((step, nodes), []).append(path)
+    for found, _, nodes, path in _files(folder):
+        if step in (None, found):
+            groups.setdefault((found, nodes), []).append(path)
     return [_read_group(paths) for _, paths in sorted(groups.items(), reverse=True)]
 
 
-def usable(folder: Path, program: Program) -> dict[int, Checkpoint]:
-    """By step, what this node can go on from: the files here have all of its shards."""
+def usable(folder: Path, program: Program, *, step: int | None = None) -> dict[int, Checkpoint]:
+    """By step, or of just one, what this node can go on from: the files here have all of its shards."""
     found: dict[int, Checkpoint] = {}
-    for checkpoint in checkpoints(folder):
+    for checkpoint in checkpoints(folder, step=step):
         if all(checkpoint.covers(shard.parameter, shard.box) for shard in changing(program)):
             found.setdefault(checkpoint.step, checkpoint)
     return found

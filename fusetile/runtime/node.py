@@ -168,7 +168,8 @@ def run(options: Options, signals: Signals) -> None:
         release(arena, keep=results(program))  # the copies that follow take no more than a step did
         pieces = pieces_of(program, arena, snapshot)
         if history.best_step:
-            pieces += best_pieces(program, checkpoint.usable(options.best, program).get(history.best_step))
+            best = checkpoint.usable(options.best, program, step=history.best_step)
+            pieces += best_pieces(program, best.get(history.best_step))
         if lowest:
             _write(options, program, gather(pieces, transport), step, history)
         elif transport is not None:

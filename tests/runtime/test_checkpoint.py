@@ -56,6 +56,19 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
         checkpoint.checkpoints(tmp_path)[0].trained()
 
 
+def test_of_one_step_only_its_own_files_are_read(tmp_path: Path) -> None:
+    """Others may be about to be removed by the nodes that they belong to."""
+    for step in (5, 10):
+        written(tmp_path, 2, step)
+    gone = tmp_path / "step-00000005.rank-1-of-2.safetensors"
+    gone.unlink()
+    gone.symlink_to("nowhere")
+    program = toy.program(0, ("h:1",) * 2)
+    assert list(checkpoint.usable(tmp_path, program, step=10)) == [10]
+    with pytest.raises(UserError, match="can't read"):
+        checkpoint.usable(tmp_path, program)
+
+
 def test_damage_and_other_runs_are_told(tmp_path: Path) -> None:
     written(tmp_path, 1, 3)
     program = toy.program(0, ("h:1",))
