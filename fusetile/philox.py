@@ -26,6 +26,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 _ROUNDS = 10
+_AT_ONCE = 1 << 14  # keys that are drawn: each takes some 600 bytes meanwhile
 
 Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -56,5 +57,9 @@ def uniform(*, seed: int, site: int, step: int, index: np.ndarray) -> np.ndarray
 
 def permutation(*, seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of `count` samples in an epoch: indices, sorted by the samples' 64-bit keys."""
-    low, high, _, _ = draw(seed=seed, site=SHUFFLE, step=epoch, index=np.arange(count))
-    return np.argsort(low | high << _32, kind="stable")
+    keys = np.empty(count, np.uint64)
+    for start in range(0, count, _AT_ONCE):
+        part = slice(start, min(start + _AT_ONCE, count))
+        low, high, _, _ = draw(seed=seed, site=SHUFFLE, step=epoch, index=np.arange(part.start, part.stop))
+        keys[part] = low | high << _32
+    return np.argsort(keys, kind="stable")

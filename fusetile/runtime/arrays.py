@@ -20,6 +20,7 @@ from fusetile.runtime.augment import SAME, Change, picked, resampled
 
 _LOCAL_HEADER_bytes = 30
 _ADDRESSABLE_bytes = sys.maxsize
+_ROWS_at_once = 8  # of a mapped file: for each row the system may map 2 MB
 
 
 def open_arrays(path: Path) -> Mapping[str, np.ndarray]:
@@ -53,11 +54,20 @@ class Array:
 
     def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
         """A box of some samples."""
-        if self.kind is Kind.OTHER or all(change == SAME for change in changes):
-            index: Any = (rows, *inside)
-            found = np.asarray(self.values[index])
-        else:
-            found = np.stack([self._changed(*each, inside) for each in zip(rows, changes, strict=True)])
+        parts = []
+        for start in range(0, len(rows), _ROWS_at_once):
+            some = slice(start, start + _ROWS_at_once)
+            if self.kind is Kind.OTHER or all(change == SAME for change in changes[some]):
+                parts.append(self.part((rows[some], *inside)))
+            else:
+                pairs = zip(rows[some], changes[some], strict=True)
+                parts.append(np.stack([self._changed(*pair, inside) for pair in pairs]))
+                self._let_go()
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def part(self, index: Any) -> np.ndarray:
+        """A copy of what numpy finds there."""
+        found = np.array(self.values[index])
         self._let_go()
         return found
 

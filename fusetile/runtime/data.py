@@ -3,6 +3,7 @@ one computes."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -17,8 +18,7 @@ from fusetile.runtime.augment import SAME, Augmentation, Change
 from fusetile.runtime.samples import Samples, Scaling
 from fusetile.runtime.storage import Place
 
-_AHEAD_bytes = 1 << 18  # smaller batches are read faster than a thread is woken
-
+_AHEAD_seconds = 0.0005  # what is read in less is not worth waking a thread for
 
 Values = list[np.ndarray | None]
 """Per feed of samples, what it gets of a batch."""
@@ -48,7 +48,7 @@ class Data:
         self._places: dict[Buffer, Place] = {}  # of the feeds, in the arena that is being filled
         self._arena: np.ndarray | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._values: Values = []
+        self._read_seconds = 0.0  # what the last batch took
         self._ahead_key: int | bytes = 0
         self._ahead: Future[Values] | None = None
 
@@ -89,11 +89,10 @@ class Data:
         controls: Mapping[str, float],
     ) -> None:
         ahead = self._ahead.result() if self._ahead is not None else None
-        self._values = ahead if ahead is not None and self._ahead_key == key else read()
+        samples = iter(ahead if ahead is not None and self._ahead_key == key else read())
         self._ahead = None
         if self._arena is not arena:
             self._arena, self._places = arena, {}
-        samples = iter(self._values)
         for feed in feeds:
             place = self._places.get(feed.buffer)
             if place is None:
@@ -104,8 +103,8 @@ class Data:
                 place.write(values)
 
     def _read_ahead(self, key: int | bytes, read: Callable[[], Values]) -> None:
-        """Begin to read what the next batch needs, if this one is large enough for that to be worth it."""
-        if sum(values.nbytes for values in self._values if values is not None) >= _AHEAD_bytes:
+        """Begin to read what the next batch needs, if this one took long enough for that to be worth it."""
+        if self._read_seconds > _AHEAD_seconds:
             self._ahead_key, self._ahead = key, self._reader.submit(read)
 
     def close(self) -> None:
@@ -117,8 +116,10 @@ class Data:
         return self._read_rows(rows, self._augmentation.changes(rows, seed=self._program.seed, epoch=epoch))
 
     def _read_rows(self, rows: np.ndarray, changes: Sequence[Change] = ()) -> Values:
-        changes = changes or [SAME] * len(rows)
-        return [self._read_feed(feed, rows, changes) for feed in self._feeds]
+        began, changes = time.perf_counter(), changes or [SAME] * len(rows)
+        found = [self._read_feed(feed, rows, changes) for feed in self._feeds]
+        self._read_seconds = time.perf_counter() - began
+        return found
 
     def _read_feed(self, feed: Feed, rows: np.ndarray, changes: Sequence[Change]) -> np.ndarray | None:
         box = feed.buffer.box

@@ -213,7 +213,7 @@ def _check(column: Column, feed: Feed, path: Path, augmentation: Augmentation) -
         column.check(feed.classes, path)
     elif isinstance(column, Array):
         if feed.classes:
-            _check_classes(column.values, feed, path)
+            _check_classes(column, feed, path)
         elif augmentation.colours and column.kind is Kind.IMAGE and column.dtype != np.uint8:
             raise UserError(
                 f"{path}: --augment can change the colours of images and of uint8 arrays, and {feed.key!r} is "
@@ -221,10 +221,10 @@ def _check(column: Column, feed: Feed, path: Path, augmentation: Augmentation) -
             )
 
 
-def _check_classes(array: np.ndarray, feed: Feed, path: Path) -> None:
-    rows = max(1, _CHECKED_at_once * len(array) // max(1, array.size))
-    for start in range(0, len(array), rows):
-        part = np.asarray(array[start : start + rows])
+def _check_classes(column: Array, feed: Feed, path: Path) -> None:
+    rows = max(1, _CHECKED_at_once // max(1, math.prod(column.shape[1:])))
+    for start in range(0, column.shape[0], rows):
+        part = column.part(slice(start, start + rows))
         bad = (part < 0) | (part >= feed.classes)
         wrong = np.argwhere(bad if feed.ignore is None else bad & (part != feed.ignore))
         if len(wrong):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,20 +248,30 @@ def test_folders_that_can_not_be_used(tmp_path: Path, what: str) -> None:
         Data(tmp_path, made, shuffle=False, scaling=scaling)
 
 
-def test_large_batches_are_read_ahead(tmp_path: Path) -> None:
-    """The same values, in any order of steps."""
-    x = np.random.default_rng(1).random((12, 3, 150, 200)).astype(np.float32)
-    box = ((0, 4), (0, 3), (0, 150), (0, 200))
-    made = replace(
-        program(Feed("input", "x", (4, 3, 150, 200), Buffer("x", box, block=(1, 3), offset_bytes=0))),
-        arena_bytes=4 * x[:4].size,
-    )
-    data = Data(save(tmp_path / "d", "npz", x=x), made, shuffle=False)
+def test_what_takes_long_is_read_ahead(tmp_path: Path) -> None:
+    """In the background, while the step before computes; the same values in any order of steps."""
+    made = program()
+    data = Data(save(tmp_path / "d", "npz", x=X, y=Y), made, shuffle=False)
+    column, threads, next_is_read = data._columns["image"], [], threading.Event()
+
+    class Slow:
+        shape, dtype = column.shape, column.dtype
+
+        def read(self, rows: np.ndarray, *arguments: Any) -> np.ndarray:
+            threads.append(threading.current_thread().name)
+            time.sleep(0.002)
+            if 5 in rows:
+                next_is_read.set()
+            return column.read(rows, *arguments)
+
+    data._columns["image"] = Slow()
     arena = make_arena(made.arena_bytes)
-    for step in (1, 2, 3, 5, 4):
+    for step in (1, 2, 1, 2, 2):
         data.fill(arena, step, total=9)
-        first = (step - 1) % 3 * 4
-        np.testing.assert_array_equal(unpack(arena, made.feeds[0].buffer, box), x[first : first + 4])
+        if step == 1:
+            assert next_is_read.wait(10)  # before anybody asked for it
+        np.testing.assert_array_equal(unpack(arena, made.feeds[0].buffer, BOX), X[4 * step - 3 : 4 * step, :, 1:4])
+    assert threads[0] == "MainThread" and threads[1].startswith("data")
     data.close()
 
 
