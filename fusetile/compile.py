@@ -16,6 +16,7 @@ from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.options import Training
+from fusetile.passes.accumulate import accumulate, micro, place_sums
 from fusetile.passes.add_optimizer import add_optimizer
 from fusetile.passes.assign import assign
 from fusetile.passes.buffers import buffers
@@ -44,6 +45,7 @@ PASSES = (
     "fuse",
     "rematerialize",
     "assign",
+    "accumulate",
     "group",
     "communicate",
     "schedule",
@@ -51,6 +53,7 @@ PASSES = (
     "emit",
     "plan_memory",
     "economize",
+    "micro",
     "infer",
     "bundle",
 )
@@ -139,9 +142,21 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
             halo=training.halo,
             on_progress=trace.on_progress,
         )
+    if training.accumulate > 1:
+        with trace.stage("accumulate") as seen:
+            whole = seen(accumulate(whole, training.accumulate))
+            graph, plan = rematerialize(whole, cheap(whole)), place_sums(whole, plan)
+        if any(op.kind == "BatchStatistics" for op in graph.ops.values()):
+            trace.on_note(
+                f"--accumulate {training.accumulate}: BatchNormalization takes the statistics of each of the "
+                f"{training.accumulate} batches of a step by itself"
+            )
     laid = _lay_out(graph, plan, cluster=cluster, training=training, trace=trace)
     laid, saving = _economize(whole, plan, laid, cluster=cluster, training=training, trace=trace)
     others: dict[str, LaidOut] = {}
+    if training.accumulate > 1:
+        with trace.stage("micro") as seen:
+            others["micro"] = _lay_out_beside(seen(micro(laid.graph)), laid, cluster=cluster, training=training)
     if training.validation:
         with trace.stage("infer") as seen:
             validation = seen(fuse(prune(infer(add_loss(forward, **criterion), trained=laid.graph))))

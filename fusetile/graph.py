@@ -55,7 +55,7 @@ class Parameter:
 
     `value` is the initial value in the graph's shape. `onnx_name` is the initializer it came from ("" for optimizer
     state); `transposed` says that the initializer is stored with its two axes swapped (Gemm with transB = 0).
-    `average_of` is the weight whose running average this is.
+    `average_of` is the weight whose running average this is. What is not `lasting` means nothing between two steps.
     """
 
     value: np.ndarray
@@ -63,6 +63,7 @@ class Parameter:
     onnx_name: str = ""
     transposed: bool = False
     average_of: str = ""
+    lasting: bool = True
 
 
 @dataclass(frozen=True, slots=True)

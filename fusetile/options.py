@@ -169,8 +169,8 @@ class Training:
         int,
         _training(
             "--accumulate",
-            "Batches per step: their gradients' mean is what the optimizer takes. BatchNormalization sees one batch at "
-            "a time.",
+            "Batches per step: the optimizer takes the mean of their gradients. BatchNormalization takes the "
+            "statistics of each by itself.",
             min=1,
             metavar="K",
         ),

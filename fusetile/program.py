@@ -156,6 +156,7 @@ class Shard:
     box: Box
     buffer: Buffer
     updated: bool = True
+    lasting: bool = True  # False: it means nothing between two steps
 
 
 @dataclass(frozen=True, slots=True)

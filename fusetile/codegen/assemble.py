@@ -352,7 +352,9 @@ def _shards(graph: Graph, communication: Communication, storage: DeviceBuffers, 
         for box, buffer in held:
             if volume(box) and buffer:
                 updated = name in graph.next_value
-                shards.append(Shard(name, onnx_name, shape, original.transposed, box, buffer, updated))
+                shards.append(
+                    Shard(name, onnx_name, shape, original.transposed, box, buffer, updated, parameter.lasting)
+                )
     return shards
 
 

@@ -18,7 +18,7 @@ from fusetile.codegen.move import accumulate, copy, zero, zero_border
 from fusetile.codegen.narrow import SCALE_bytes, decode, encode, partials_bytes
 from fusetile.codegen.targets import Target
 from fusetile.graph import Graph
-from fusetile.ops import domain_of
+from fusetile.ops import domain_of, row
 from fusetile.passes.buffers import DeviceBuffers, channel_block
 from fusetile.passes.communicate import LOGGED, Communication
 from fusetile.passes.schedule import Action, Await, Compute, Pack, Part, Place, Post, Schedule, Ship, Transfer
@@ -111,8 +111,7 @@ class _Emitter:
         self.draft = Draft()
         self.actions = schedule.actions[device]
         self.banded = banded(graph, plan, communication, storage, self.actions, device)
-        producers = graph.producers()
-        self.gradients = {producers[graph.next_value[key]].name: name for key, name in graph.gradients.items()}
+        self.taken = {op.name: op.inputs[1] for op in graph.ops.values() if row(op.kind).kernel == "update"}
 
     def run(self) -> Draft:
         for name in self.graph.parameters:
@@ -174,11 +173,11 @@ class _Emitter:
     def _compute(self, name: str, box: Box, band: Buffer | None = None) -> None:
         """A box of an op's iterations; with `band`, that stands for the gradient that is made or taken."""
         op = self.graph.ops[name]
-        gradient = self.gradients.get(name)
+        gradient = self.taken.get(name)
         inputs = [band if band and tensor == gradient else self._input(name, tensor) for tensor in op.inputs]
         outputs = [band] if band and not gradient else [self._use(self.storage.home[tensor]) for tensor in op.outputs]
         domain = domain_of(self.graph, op)
-        if gradient:
+        if gradient in self.graph.gradients.values():
             place = inputs[op.inputs.index(gradient)]
             self.draft.pieces.setdefault(name, []).append(Piece(domain.output(box), place, len(self.draft.steps)))
         lowered = lower(op, domain, box, inputs, outputs, target=self.target, numerics=self.numerics)
@@ -194,7 +193,7 @@ class _Emitter:
 
     def _compute_in_bands(self, update: str, maker: str) -> None:
         """An update, and before it the op that makes its gradient."""
-        home = self.storage.home[self.gradients[update]]
+        home = self.storage.home[self.taken[update]]
         domain = domain_of(self.graph, self.graph.ops[maker])
         made = self.plan.placements[maker].compute[self.device]
         for box in bands(domain.output(made), home):

@@ -19,7 +19,7 @@ from fusetile.codegen.targets import Target
 from fusetile.errors import PlanError
 from fusetile.graph import Op
 from fusetile.ops import Domain
-from fusetile.ops.update import OPERATORS, assignments, controls_of, number_in, operand_names, states_of
+from fusetile.ops.update import OPERATORS, RULES, assignments, controls_of, number_in, operand_names, states_of
 from fusetile.program import Buffer
 
 # TVM's LLVM fuses whatever product it sees go into a sum; it does not see one through integers. `zero` is 0.
@@ -68,7 +68,7 @@ def lower_update(
     written = domain.output(box)
     before, [moved] = conform(op, [(inputs[1], domain.need(box, 1))], outputs[0].block)
     changed = ("w", *states_of(op.kind, op.attrs))
-    controls = ("learning_rate", *controls_of(op.kind, op.attrs))
+    controls = (RULES[op.kind].rate, *controls_of(op.kind, op.attrs))
     names = operand_names(op.kind, op.attrs)
     translate = _Translator(
         op.attrs, {**{name: f"{{{name}}}" for name in (*changed, "g")}, **{n: f"{n}[0]" for n in controls}}

@@ -37,12 +37,13 @@ Assignments = list[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`states` and `controls` that it has besides the learning rate, by their names in the assignments: those depend
-    on the attributes. Controls are what `Graph.controls` calls roles."""
+    """`states` and `controls` that it has besides the first control, `rate`, by their names in the assignments: those
+    depend on the attributes. Controls are what `Graph.controls` calls roles."""
 
     states: Callable[[Attrs], tuple[str, ...]]
     controls: tuple[str, ...]
     assignments: Callable[[Attrs], Assignments]
+    rate: str = "learning_rate"
 
 
 def _sgd(attrs: Attrs) -> Assignments:
@@ -76,7 +77,9 @@ RULES: dict[str, Rule] = {
     "SGD": Rule(_velocity, (), _sgd),
     "Adam": Rule(lambda attrs: ("mean", "square"), ("corrected_rate", "correction"), _adam),
     "RMSprop": Rule(lambda attrs: ("square", *_velocity(attrs)), (), _rmsprop),
+    "Accumulate": Rule(lambda attrs: (), (), lambda attrs: [("w", "kept * w + share * g")], "kept"),
 }
+"""The last is no optimizer: it adds a batch's gradient to the sum w of a step's."""
 
 
 def states_of(kind: str, attrs: Attrs) -> tuple[str, ...]:
@@ -101,7 +104,7 @@ def assignments(kind: str, attrs: Attrs) -> Assignments:
 
 def operand_names(kind: str, attrs: Attrs) -> tuple[str, ...]:
     """The names that assignments use for the op's inputs."""
-    return ("w", "g", "learning_rate", *states_of(kind, attrs), *controls_of(kind, attrs))
+    return ("w", "g", RULES[kind].rate, *states_of(kind, attrs), *controls_of(kind, attrs))
 
 
 def _shape(kind: str) -> Callable[[Attrs, Sequence[Tensor]], list[Spec]]:
@@ -114,7 +117,7 @@ def _shape(kind: str) -> Callable[[Attrs, Sequence[Tensor]], list[Spec]]:
 def _domain(kind: str) -> Callable[[Attrs, Sequence[Tensor], Sequence[Tensor]], Domain]:
     def domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
         axes, access = element_axes(outputs[0])
-        alone = {"learning_rate", *controls_of(kind, attrs)}
+        alone = {RULES[kind].rate, *controls_of(kind, attrs)}
         reads = tuple((All(1),) if name in alone else access for name in operand_names(kind, attrs))
         return Domain(axes, reads, tuple(access for _ in outputs))
 
@@ -125,7 +128,7 @@ def _reference(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> lis
     real = inputs[0].dtype.type
     names = operand_names(op.kind, op.attrs)
     values = dict(zip(names, inputs, strict=True))
-    values |= {name: real(values[name][0]) for name in ("learning_rate", *controls_of(op.kind, op.attrs))}
+    values |= {name: real(values[name][0]) for name in (RULES[op.kind].rate, *controls_of(op.kind, op.attrs))}
     for name, expression in assignments(op.kind, op.attrs):
         values[name] = _evaluate(ast.parse(expression, mode="eval").body, op.attrs, values, real)
     return [values[name] for name in ("w", *states_of(op.kind, op.attrs))]

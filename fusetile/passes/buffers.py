@@ -54,7 +54,8 @@ def buffers(
         for name, layout in communication.layouts.items():
             if name in same_home:
                 continue
-            indices = [i for i, d in enumerate(communication.deliveries) if d.tensor == name and d.in_place[device]]
+            here = (name, graph.next_value.get(name))
+            indices = [i for i, d in enumerate(communication.deliveries) if d.tensor in here and d.in_place[device]]
             boxes = [layout.have[device], *(communication.deliveries[i].need[device] for i in indices)]
             if name not in there:
                 homes.add(name, hull(boxes), _widest([borders.get((i, device), (0, 0)) for i in indices]))

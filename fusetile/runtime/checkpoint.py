@@ -93,7 +93,7 @@ class Checkpoint:
 
 def changing(program: Program) -> list[Shard]:
     """The shards that training changes: weights, statistics, state of the optimizer."""
-    return [shard for shard in program.shards if shard.updated]
+    return [shard for shard in program.shards if shard.updated and shard.lasting]
 
 
 def write(

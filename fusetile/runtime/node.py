@@ -24,7 +24,6 @@ import numpy as np
 
 from fusetile.errors import FusetileError, UserError
 from fusetile.program import Program, from_json
-from fusetile.rates import Rates
 from fusetile.runtime import checkpoint
 from fusetile.runtime.augment import Augmentation
 from fusetile.runtime.data import Data
@@ -49,6 +48,7 @@ from fusetile.runtime.result import (
 )
 from fusetile.runtime.samples import Scaling
 from fusetile.runtime.storage import make_arena, release
+from fusetile.runtime.training import Losses, Training
 from fusetile.runtime.transport import Transport
 from fusetile.runtime.validation import History, Validation
 
@@ -115,6 +115,7 @@ def run(options: Options, signals: Signals) -> None:
     held_back = _held_back(options, program, scaling)
     total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch
     terms = {"samples": data.count, "shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
+    terms |= {"accumulate": program.accumulate} if program.accumulate > 1 else {}
     every = options.val_every or data.steps_per_epoch
     validated = [held_back.count, every, options.patience] if held_back is not None else None
     there = _checkpoints(options, program, total)
@@ -135,7 +136,7 @@ def run(options: Options, signals: Signals) -> None:
             transport = Transport(program, meeting.links, deadline=options.deadline)
             transport.step = meeting.wants["start"]  # peers may begin before this node does
             stack.enter_context(running(transport, signals))
-        executor = Executor(program, library=library, arena=arena, transport=transport)
+        training = Training(program, data, library=library, arena=arena, transport=transport, total=total)
         validation = None
         if held_back is not None:
             own = Executor(program, program.validation, library=library, arena=arena, transport=transport)
@@ -153,10 +154,11 @@ def run(options: Options, signals: Signals) -> None:
             due = validation is not None and (step % every == 0 or step == total)
             may_end = step == total or (due and options.patience is not None)
             snapshot.clear()
-            data.fill(arena, step, total=total)
-            loss = executor.run(step, snapshot=snapshot if may_end and meeting.wants["gradients"] else None)
-            record = StepRecord(step, loss, time.monotonic() - began, program.batch)
-            losses.check(step, loss)
+            loss = training.step(step, snapshot if may_end and meeting.wants["gradients"] else None)
+            record = StepRecord(step, loss, time.monotonic() - began, training.samples)
+            if (failure := losses.failure(step, loss)) is not None:
+                progress.step(record)
+                raise failure
             if validation is not None and due:
                 history = validation.run(step, history)
                 record = replace(record, validation=history.values, best=history.best_step == step)
@@ -176,24 +178,6 @@ def run(options: Options, signals: Signals) -> None:
             give(pieces, transport)
         if transport is not None:
             transport.check()  # a signal may have come while the result was written
-
-
-class Losses:
-    """Watches the losses of a run."""
-
-    def __init__(self, rates: Rates, total: int) -> None:
-        self._rates, self._total, self._last = rates, total, "there was none before"
-
-    def check(self, step: int, loss: float | None) -> None:
-        """Raises FusetileError for a loss that is no number: nothing good can follow."""
-        if loss is not None and not math.isfinite(loss):
-            rate = self._rates.rate(step, self._total)
-            raise FusetileError(
-                f"the loss of step {step} is {loss} ({self._last}), with a learning rate of {rate:.3g}: lower --lr, or "
-                "give --clip-norm or --warmup; if it is so from the start, look for NaN or huge numbers in the data"
-            )
-        if loss is not None:
-            self._last = f"that of step {step} was {loss:.6g}"
 
 
 def _checkpoints(options: Options, program: Program, total: int) -> dict[int, checkpoint.Checkpoint | None]:
