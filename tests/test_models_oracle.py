@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ from fusetile.reference import evaluate
 from models import darknet19, densenet121, lenet, mobilenetv2, resnet18, resnet50, unet, vgg16, vgg_small, yolov2
 from tests.graphs import feeds
 from tests.onnx_tools import save
-from tests.training import GRIDS, mixed_cluster, planned, run_plan, training_graph, worst
+from tests.training import GRIDS, in_float64, mixed_cluster, planned, run_plan, training_graph, worst
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 TOLERANCE = 1e-9
@@ -57,17 +57,6 @@ class Known:
     graph: Graph
     fed: dict[str, np.ndarray]
     expected: dict[str, np.ndarray]
-
-
-def in_float64(graph: Graph) -> Graph:
-    """The same graph with every float32 tensor and parameter in float64."""
-    graph = graph.copy()
-    for name, tensor in graph.tensors.items():
-        if tensor.dtype == "float32":
-            graph.tensors[name] = replace(tensor, dtype="float64")
-    for name, parameter in graph.parameters.items():
-        graph.parameters[name] = replace(parameter, value=parameter.value.astype(np.float64))
-    return graph
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -42,6 +43,18 @@ def training_graph(
     graph = differentiate(graph, loss=loss or loss_of(graph), classes=classes, boxes=boxes)
     graph = fuse(prune(add_optimizer(graph, optimizer)))
     return rematerialize(graph, cheap(graph))
+
+
+def in_float64(graph: Graph) -> Graph:
+    """The same graph with every float32 tensor and parameter in float64."""
+    graph = graph.copy()
+    for name, tensor in graph.tensors.items():
+        if tensor.dtype == "float32":
+            graph.tensors[name] = replace(tensor, dtype="float64")
+    for name, parameter in graph.parameters.items():
+        if parameter.value.dtype == np.float32:
+            graph.parameters[name] = replace(parameter, value=parameter.value.astype(np.float64))
+    return graph
 
 
 def mixed_cluster(*kinds: str) -> Cluster:

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fusetile.errors import PeerFailure, ProtocolError, UserError
@@ -135,8 +136,8 @@ class _Rendezvous:
     def close(self) -> None:
         kept = {link.socket for link in self._meeting.links.values()}
         for key in list(self._selector.get_map().values()):
-            if key.fileobj not in kept:
-                key.fileobj.close()  # type: ignore[union-attr]
+            if isinstance(key.fileobj, socket.socket) and key.fileobj not in kept:
+                key.fileobj.close()
         self._selector.close()
 
     def _watch(self, channel: socket.socket, call: Callable[[], None], events: int = selectors.EVENT_READ) -> None:
@@ -160,7 +161,7 @@ class _Rendezvous:
                 continue
             if status in (0, errno.EINPROGRESS):
                 dial.due = now + _ATTEMPT_seconds
-                self._watch(dial.attempt, lambda dial=dial: self._dialled(dial), selectors.EVENT_WRITE)  # type: ignore[misc]
+                self._watch(dial.attempt, partial(self._dialled, dial), selectors.EVENT_WRITE)
             else:
                 self._attempt_failed(dial, os.strerror(status))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
 from tests.networks import NETWORKS, export, made
-from tests.training import planned, run_plan, training_graph, worst
+from tests.training import in_float64, planned, run_plan, training_graph, worst
 
 BATCH = 2
 
@@ -29,18 +29,6 @@ class Step:
     exact: Graph
     fed: dict[str, np.ndarray]
     expected: dict[str, np.ndarray]
-
-
-def in_float64(graph: Graph) -> Graph:
-    """The same graph with every float32 tensor and parameter in float64."""
-    graph = graph.copy()
-    for name, tensor in graph.tensors.items():
-        if tensor.dtype == "float32":
-            graph.tensors[name] = replace(tensor, dtype="float64")
-    for name, parameter in graph.parameters.items():
-        if parameter.value.dtype == np.float32:
-            graph.parameters[name] = replace(parameter, value=parameter.value.astype(np.float64))
-    return graph
 
 
 def step_of(name: str, exporter: str, folder: Path) -> Step:
