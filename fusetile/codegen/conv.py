@@ -26,12 +26,14 @@ from fusetile.codegen.conv_tiles import (
     cover_pixels,
     machine,
     row_counts,
+    written_lines,
 )
 from fusetile.codegen.conv_views import (
     ALONE,
     NO_TAPS,
     Filter,
     FLOAT_bytes,
+    Phase,
     Phases,
     Taps,
     View,
@@ -117,22 +119,21 @@ def lower_conv_input_grad(
     k_blocks, c_blocks = blocks(filter_box[0], w.block[0]), blocks(filter_box[1], w.block[1])
     if len(written) == 2 and k_blocks >= min(extents(written)[0], DOT_BLOCKS):
         return _dot(domain, box, inputs, outputs, target=target)
-    lowered, weights = _transposed(op, m, filter_view(w, filter_box), k_blocks, c_blocks)
+    weights, size = filter_view(w, filter_box), k_blocks * c_blocks * m.vectors.block**2
+    scratch = _scratch(f"{op.name}.transposed", size * weights.taps)
+    lowered, done = Lowered((), (scratch,)), 0
     dx, (images, _, rows, columns) = view(outputs[0], written), view4(written)
     across = list(phases(op.attrs, 1, columns, weights.window[1]))
     parts = []
     for h in phases(op.attrs, 0, rows, weights.window[0]):
         for v in across:
-            source, taps = _nothing(dy), NO_TAPS
+            source, taps, turned = _nothing(dy), NO_TAPS, moved(ref(scratch), size * done)
             if h.taps and v.taps and volume(need):
                 source = view(dy, (*need[:2], h.touched, v.touched))
                 taps = Taps((h.taps, v.taps), (h.step, v.step))
-            phase_weights = replace(
-                weights,
-                start=moved(weights.start, h.flipped * weights.tap_h + v.flipped * weights.tap_w),
-                tap_h=h.every * weights.tap_h,
-                tap_w=v.every * weights.tap_w,
-            )
+                lowered = _join(lowered, Lowered((_transpose(m, weights, turned, k_blocks, c_blocks, h, v),)))
+            phase_weights = _filter(m, turned, k_blocks, taps.count)
+            done += h.taps * v.taps
             result = dx.moved(h.first * dx.row + v.first * dx.pixel)
             result = replace(result, row=h.stride * dx.row, pixel=v.stride * dx.pixel)
             sizes = Sizes(images[1] - images[0], h.count, v.count, c_blocks, k_blocks)
@@ -210,7 +211,8 @@ def _convolve(
         lines, taps_w = lines * taps_w, 1
     calls = []
     rows = sizes.images * sizes.rows
-    for cover in cover_pixels(m, sizes.columns, sizes.k_blocks, pixel=pixel, lines=lines):
+    written = written_lines(m, pixel=pixel, lines=lines)
+    for cover in cover_pixels(m, sizes.columns, sizes.k_blocks, written):
         k_tiles = phases.count * cover.tiles
         blocking = block_convolution(
             m,
@@ -261,9 +263,9 @@ def _convolve(
             tile=cover.tile,
             pixel=pixel,
             loops=2 if taps_w != 1 else int(taps_h != 1),
-            lines=lines if lines <= m.written else 0,
+            written=written,
             activation=epilogue.activation,
-            ragged=bool(m.vectors.lanes and lines > m.written and lines % m.vectors.lanes),
+            ragged=bool(m.vectors.lanes and not written and lines % m.vectors.lanes),
         )
         bias = w.start if epilogue.bias is None else moved(epilogue.bias, cover.first * m.vectors.block)
         pointers = (x.start, moved(w.start, cover.first * w.k), bias, moved(y.start, cover.first * y.block))
@@ -300,6 +302,7 @@ def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int
         ints = {
             "k_tiles": cover.tiles,
             "c_blocks": sizes.c_blocks,
+            "unit_blocks": parts.unit_blocks,
             "part_rows": parts.part_rows,
             "outer_rows": parts.outer_rows,
             "inner_rows": parts.inner_rows,
@@ -313,13 +316,13 @@ def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int
             "lines": lines,
             "x_image": x.image,
             "x_block": x.block,
-            "x_row": x.row,
+            "x_row": x.row if sizes.rows > 1 else x.image,
             "x_pixel": x.pixel,
             "x_tap_h": step[0],
             "x_tap_w": step[1],
             "y_image": dy.image,
             "y_block": dy.block,
-            "y_row": dy.row,
+            "y_row": dy.row if sizes.rows > 1 else dy.image,
             "y_pixel": dy.pixel,
             "d_part": d_part,
             "d_k": d_k,
@@ -327,8 +330,15 @@ def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int
         }
         pointers = (x.start, moved(dy.start, cover.first * dy.block), start)
         in_rows = m.written and dy.pixel == m.vectors.block
-        kernel = weight_gradient(vectors=m.vectors, tile=cover.tile, pixel=x.pixel if in_rows else 0)
-        calls.append(KernelCall(kernel, count * cover.tiles * sizes.c_blocks, pointers, _order(GRADIENT_INTS, ints)))
+        kernel = weight_gradient(
+            vectors=m.vectors,
+            tile=cover.tile,
+            pixel=x.pixel if in_rows else 0,
+            in_line=bool(m.written and 1 in (sizes.images, sizes.rows)),
+            window=not m.written or (taps_h, taps_w) != (1, 1),
+        )
+        units = count * cover.tiles * -(-sizes.c_blocks // parts.unit_blocks)
+        calls.append(KernelCall(kernel, units, pointers, _order(GRADIENT_INTS, ints)))
         if count > 1:
             sums = {
                 "parts": count,
@@ -342,21 +352,21 @@ def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int
     return Lowered(tuple(calls), tuple(scratch))
 
 
-def _transposed(op: Op, m: Machine, w: Filter, k_blocks: int, c_blocks: int) -> tuple[Lowered, Filter]:
-    """The weights with channels swapped and the window flipped, in scratch: the call that makes them, and a view. Taps
-    of a window as large as its stride are far apart: no pixel meets two of them."""
-    size = m.vectors.block**2
-    scratch = _scratch(f"{op.name}.transposed", c_blocks * k_blocks * w.taps * size)
-    tap, block = size, w.taps * size
-    if op.attrs.get("strides") == w.window:
-        tap, block = c_blocks * k_blocks * size, size
-    ints = {"k_blocks": k_blocks, "window": w.taps, "lines": w.lines, "w_k": w.k, "w_block": w.block}
-    ints |= {"t_c": k_blocks * block, "t_k": block, "t_tap": tap}
-    call = KernelCall(
-        transpose_filter(block=m.vectors.block), c_blocks, (w.start, ref(scratch)), _order(TRANSPOSE_INTS, ints)
-    )
-    result = Filter(ref(scratch), k_blocks * block, block, w.window[1] * tap, tap, m.vectors.block, w.window)
-    return Lowered((call,), (scratch,)), result
+def _transpose(m: Machine, w: Filter, t: Ref, k_blocks: int, c_blocks: int, down: Phase, across: Phase) -> KernelCall:
+    """The call that makes the weights of a phase of the input gradient: channels swapped, window turned around."""
+    first_h, first_w = w.window[0] - 1 - down.flipped, w.window[1] - 1 - across.flipped
+    ints = {"k_blocks": k_blocks, "taps_h": down.taps, "taps_w": across.taps, "w_k": w.k, "w_block": w.block}
+    ints |= {"w_tap_h": -down.every * w.tap_h, "w_tap_w": -across.every * w.tap_w}
+    kernel = transpose_filter(vectors=m.vectors, lines=w.lines, window=(down.taps, across.taps) != (1, 1))
+    start = moved(w.start, first_h * w.tap_h + first_w * w.tap_w)
+    return KernelCall(kernel, c_blocks, (start, t), _order(TRANSPOSE_INTS, ints))
+
+
+def _filter(m: Machine, start: Ref, blocks: int, window: tuple[int, int]) -> Filter:
+    """Weights from so many whole blocks of input channels, one tap after another."""
+    tap = m.vectors.block**2
+    block = window[0] * window[1] * tap
+    return Filter(start, blocks * block, block, window[1] * tap, tap, m.vectors.block, window)
 
 
 def _convolve_maps(
@@ -391,7 +401,8 @@ def _rows_in_line(
     down, across = taps.stride[0] * x.row, taps.stride[1] * x.pixel
     if taps.count != (1, 1) or (down, y.row) != (sizes.columns * across, sizes.columns * y.pixel):
         return x, w, y, taps, sizes
-    merged = best_rows(m, row_counts(sizes.rows), sizes.columns, sizes.k_blocks)
+    steps = sizes.c_blocks * w.lines
+    merged = best_rows(m, row_counts(sizes.rows), sizes.columns, sizes.k_blocks, steps=steps)
     x, y = replace(x, row=merged * x.row), replace(y, row=merged * y.row)
     return x, w, y, taps, replace(sizes, rows=sizes.rows // merged, columns=sizes.columns * merged)
 

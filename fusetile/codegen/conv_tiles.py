@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from fusetile.codegen.conv_source import Tile, Vectors, segment
+from fusetile.codegen.conv_source import Tile, Vectors, Written
 from fusetile.codegen.targets import Target
 
 LONGEST_ROW = 256  # pixels; longer rows leave nothing to choose for caches and threads
-ROWS_GAIN = 0.02  # what merging rows must gain
-WRITTEN_LINES, WRITTEN_LINES_16, WEIGHT_REGISTERS = 36, 21, 3  # with 16 registers: a row of 7 taps of 3 channels
+ROWS_GAIN, ROW_cycles = 0.01, 35  # what merging rows must gain; what a row costs on ARM besides its tiles
+WRITTEN_LINES, WRITTEN_LINES_16, WEIGHT_REGISTERS = 36, 21, 2  # with 16 registers: a row of 7 taps of 3 channels
 MIN_UNITS = 16  # work units per call that keep four threads evenly busy
 
 
@@ -23,7 +23,8 @@ class Machine:
     the longest tile of a convolution and of a weight gradient that needs no stack; `dot` is the tile (rows, lines) of
     the fully connected input gradient. `fma` and `loads` are vector operations per cycle, `latency` that of an fma in
     cycles. `inner_bytes` and `outer_bytes` are the cache nearest to a core and its share of the next; `weights_bytes`
-    is how much of the weights one may stream over. `written` is the most lines of a tap that kernels have written out.
+    is how much of the weights one may stream over. `written` is the most lines of a tap that kernels have written out,
+    `row` what a row of pixels costs besides its tiles, in cycles, where that was counted.
     """
 
     vectors: Vectors
@@ -38,6 +39,7 @@ class Machine:
     outer_bytes: int
     weights_bytes: int
     written: int = 0
+    row: float = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +66,13 @@ class Blocking:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Of a weight gradient: rows per partial sum, per turn over all work units, and per pass over a register tile."""
+    """Of a weight gradient: rows per partial sum, per turn over all work units, and per pass over a register tile;
+    input-channel blocks per work unit."""
 
     part_rows: int
     outer_rows: int
     inner_rows: int
+    unit_blocks: int
 
 
 _KIB = 1024
@@ -89,11 +93,11 @@ def machine(target: Target, block: int) -> Machine:
     inner, outer, weights = _CACHES[target.name]
     caches = {"inner_bytes": inner, "outer_bytes": outer, "weights_bytes": weights}
     if target.width == 4:
-        vectors = Vectors(block, 4, lanes=4)
+        vectors = Vectors(block, 4, lanes=4, wide=target.registers == 32)
+        arm = {"fma": 1, "loads": 1, "latency": 4, "row": ROW_cycles}
         if target.registers == 16:
-            few = WRITTEN_LINES_16
-            return Machine(vectors, 16, {1: 4}, {1: 6}, (2, 4), fma=1, loads=1, latency=4, **caches, written=few)
-        return Machine(vectors, 32, {1: 7}, {1: 12}, (4, 4), fma=1, loads=1, latency=4, **caches, written=WRITTEN_LINES)
+            return Machine(vectors, 16, {1: 4}, {1: 6}, (2, 4), **arm, **caches, written=WRITTEN_LINES_16)
+        return Machine(vectors, 32, {1: 7}, {1: 12}, (4, 4), **arm, **caches, written=WRITTEN_LINES)
     vectors = Vectors(block, min(target.width, block), lanes=0)
     if target.registers == 32:
         pixels, lines = {1: 28, 2: 14, 4: 6}, {1: 24, 2: 14, 4: 6}
@@ -102,18 +106,26 @@ def machine(target: Target, block: int) -> Machine:
     return Machine(vectors, 16, {1: 12, 2: 6, 3: 4}, {1: 12, 2: 6, 3: 4}, (4, 2), fma=2, loads=2, latency=5, **caches)
 
 
-def cover_pixels(m: Machine, columns: int, blocks: int, *, pixel: int, lines: int) -> list[Cover]:
-    """Register tiles for rows of so many pixels, `pixel` lines from one to the next, and blocks of output channels."""
-    longest = m.pixels
-    if lines <= m.written:
-        longest = {1: max(length for length in range(1, m.registers) if _fits(m, length, pixel, lines))}
-    return _cover(m, columns, blocks, longest, unit=1)[1]
+def cover_pixels(m: Machine, columns: int, blocks: int, written: Written | None = None) -> list[Cover]:
+    """Register tiles for rows of so many pixels and blocks of output channels."""
+    return _cover(m, columns, blocks, _longest(m, written) if written else m.pixels, unit=1)[1]
 
 
-def _fits(m: Machine, length: int, pixel: int, lines: int) -> bool:
-    """Whether the registers hold the sums of a row of pixels, its written out lines, and some weights."""
-    taken = length * m.vectors.per_block + len(segment(length, pixel, lines, m.vectors.lanes))
-    return taken + WEIGHT_REGISTERS <= m.registers
+def written_lines(m: Machine, *, pixel: int, lines: int) -> Written | None:
+    """How kernels have the lines of a row of pixels written out; None if they are too many. Pixels that begin with a
+    vector are loaded by pairs of vectors, which are one instruction, and leave registers for more pixels."""
+    if lines > m.written:
+        return None
+    lanes = m.vectors.lanes
+    piece = next((n for n in (2 * lanes, lanes) if pixel % n == lines % n == 0), 0)
+    return Written(pixel, lines, lanes, piece)
+
+
+def _longest(m: Machine, written: Written) -> dict[int, int]:
+    """The longest tile whose sums, lines and some weights the registers hold."""
+    free = m.registers - WEIGHT_REGISTERS
+    fitting = (n for n in range(2, free) if n * m.vectors.per_block + written.held(n) <= free)
+    return {1: max(fitting, default=1)}
 
 
 def row_counts(rows: int) -> list[int]:
@@ -121,11 +133,13 @@ def row_counts(rows: int) -> list[int]:
     return [n for n in range(1, rows + 1) if rows % n == 0]
 
 
-def best_rows(m: Machine, counts: Sequence[int], columns: int, blocks: int) -> int:
-    """How many rows of so many pixels, of the counts that are possible, to take as one for the cheapest tiles."""
+def best_rows(m: Machine, counts: Sequence[int], columns: int, blocks: int, *, steps: int) -> int:
+    """How many rows of so many pixels, of the counts that are possible, to take as one for the cheapest tiles. `steps`
+    are those of the inner loop."""
 
     def cost(rows: int) -> float:
-        return _cover(m, rows * columns, blocks, m.pixels, unit=1)[0] / rows
+        cycles, covers = _cover(m, rows * columns, blocks, m.pixels, unit=1)
+        return (cycles + m.row / steps * sum(cover.tiles for cover in covers)) / rows
 
     short = [rows for rows in counts if rows == 1 or rows * columns <= LONGEST_ROW]
     best = min(short, key=lambda rows: (cost(rows), rows))
@@ -214,4 +228,5 @@ def block_gradient(
     turns = -(-part_rows // outer_rows)
     if 2 * (x_bytes + y_bytes) <= m.outer_bytes or again <= 2 * d_bytes * turns * (2 * d_bytes > m.outer_bytes):
         outer_rows = part_rows
-    return Parts(part_rows, outer_rows, inner_rows)
+    unit_blocks = max(1, units * parts // MIN_UNITS) if m.row else 1
+    return Parts(part_rows, outer_rows, inner_rows, min(unit_blocks, blocks))

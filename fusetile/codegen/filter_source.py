@@ -17,20 +17,21 @@ from fusetile.codegen.conv_source import LINE, Vectors, indent
 
 AHEAD = 16  # blocks of output channels that memory is ahead of the multiplications
 
-TRANSPOSE_INTS = ("k_blocks", "window", "lines", "w_k", "w_block", "t_c", "t_k", "t_tap")
+TRANSPOSE_INTS = ("k_blocks", "taps_h", "taps_w", "w_k", "w_block", "w_tap_h", "w_tap_w")
 SUM_INTS = ("parts", "vectors", "part", "source_k", "target_k")
 GATHER_INTS = ("images", "x_image", "x_block", "block")
 DOT_INTS = ("images", "k_blocks", "lines", "y_image", "y_block", "w_k", "w_block", "x_image", "x_block")
 
 
 @cache
-def transpose_filter(*, block: int) -> Kernel:
-    """t[c][k][flipped tap][k lane][c lane] = w[k][c][tap][c lane][k lane]; c lanes beyond `lines` are zero, and t has
-    any order of blocks and taps.
+def transpose_filter(*, vectors: Vectors, lines: int, window: bool) -> Kernel:
+    """t[c][k][tap][k lane][c lane] = w[k][c][tap][c lane][k lane]; c lanes beyond `lines` are zero, and the taps of w
+    have any distance, so that a start at the last one turns the window around. `window`: there is more than one.
 
     Squares of 4 x 4 floats are transposed in registers; left to itself, LLVM stores float by float. A work unit is one
     block of input channels. Pointers w, t.
     """
+    v, block, quads = vectors, vectors.block, lines // 4
     quad = "T.Ramp({}, 1, 4)"
     low, high = [0, 4, 1, 5], [2, 6, 3, 7]
     # interleaving rows i and i + 2 into rows 2i and 2i + 1, twice, transposes
@@ -48,27 +49,33 @@ def transpose_filter(*, block: int) -> Kernel:
         f"t[{quad.format(f't0 + (g * 4 + {i}) * {block} + q * 4')}] = square[{8 + i}, {quad.format(0)}]"
         for i in range(4)
     )
-    ahead = prefetch(*(f"w[w0 + w_k + {i}]" for i in range(0, block * block, LINE)))
+    whole = f"""
+for q, g in T.grid({quads}, {block // 4}):
+    {indent(load, 4)}
+    {indent(chr(10).join(shuffles), 4)}
+    {indent(store, 4)}
+"""
+    rest = f"""
+for line, e in T.grid({lines % 4}, {block}):
+    t[t0 + e * {block} + {quads * 4} + line] = w[w0 + ({quads * 4} + line) * {block} + e]
+for line, e in T.grid({block - lines}, {block}):
+    t[t0 + e * {block} + {lines} + line] = T.float32(0)
+"""
+    over = {"k": "k_blocks"} | ({"th": "taps_h", "tw": "taps_w"} if window else {})
+    tap = f" + {v.offset('th')} * {v.offset('w_tap_h')} + {v.offset('tw')} * {v.offset('w_tap_w')}" if window else ""
+    t_tap = f" + {v.offset('th * taps_w + tw')} * {block * block}" if window else ""
+    taps = f" * {v.offset('taps_h * taps_w')}" if window else ""
     body = f"""
 for c in T.serial(lo, hi):
-    for k, tap in T.grid(k_blocks, window):
-        w0: T.int32 = k * w_k + c * w_block + (window - 1 - tap) * lines * {block}
-        t0: T.int32 = c * t_c + k * t_k + tap * t_tap
-        {indent(ahead, 8)}
-        for q in T.serial(T.truncdiv(lines, 4)):
-            for g in T.unroll({block // 4}):
-                {indent(load, 16)}
-                {indent(chr(10).join(shuffles), 16)}
-                {indent(store, 16)}
-        for line in T.serial(T.truncdiv(lines, 4) * 4, lines):
-            for e in T.serial({block}):
-                t[t0 + e * {block} + line] = w[w0 + line * {block} + e]
-        for line in T.serial(lines, {block}):
-            for e in T.serial({block}):
-                t[t0 + e * {block} + line] = T.float32(0)
+    for {", ".join(over)} in T.grid({", ".join(over.values())}):
+        w0: {v.index} = {v.offset("c")} * {v.offset("w_block")} + {v.offset("k")} * {v.offset("w_k")}{tap}
+        t0: {v.index} = ({v.offset("c * k_blocks")} + {v.offset("k")}){taps} * {block * block}{t_tap}
+        {indent(prefetch(*(f"w[w0 + {v.offset('w_k')} + {i}]" for i in range(0, lines * block, LINE))), 8)}
+        {indent(whole if quads else "", 8)}
+        {indent(rest if lines < block else "", 8)}
 """
     return make_kernel(
-        f"transpose_filter_b{block}",
+        f"transpose_filter{'_window' * window}_l{lines}_b{block}",
         pointers=dict.fromkeys(("w", "t"), "float32"),
         body=body,
         ints=TRANSPOSE_INTS,
