@@ -1,6 +1,6 @@
 """Which networks work: small versions of what people export, through both exporters, checked against PyTorch.
 
-    python -m benchmarks.coverage [NAME ...] [--kernels]
+    python -m benchmarks.coverage [NAME ...] [--kernels] [--opset 13 ...]
 
 For each: the loss and all gradients of one step, as imported, and partitioned for four nodes by several plans (both in
 float64), and, with --kernels, compiled for four nodes and run with the real kernels in one process (float32; the limit
@@ -10,6 +10,7 @@ is three times what float32 itself loses, or 1e-3).
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -28,27 +29,29 @@ def main() -> None:
     options.add_argument("names", nargs="*", help="networks; all by default")
     options.add_argument("--kernels", action="store_true", help="compile and run, which takes most of the time")
     options.add_argument("--exporter", choices=EXPORTERS, action="append", help="one of the exporters")
+    options.add_argument("--opset", type=int, action="append", help="one of the opsets; the exporter's own by default")
     arguments = options.parse_args()
     columns = ("as imported", *PLANS, *(("kernels",) if arguments.kernels else ()))
     print("| network | exporter | ops | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 3) + "|")
     good = total = 0
     for name in arguments.names or NETWORKS:
-        for exporter in arguments.exporter or EXPORTERS:
+        for exporter, opset in itertools.product(arguments.exporter or EXPORTERS, arguments.opset or [None]):
             total += 1
             start = time.perf_counter()
-            cells, works = _row(name, exporter, kernels=arguments.kernels)
+            cells, works = _row(name, exporter, opset, kernels=arguments.kernels)
             good += works
+            by = exporter if opset is None else f"{exporter}, opset {opset}"
             print(
-                f"| {name} | {exporter} | " + " | ".join(cells) + f" | <!-- {time.perf_counter() - start:.0f} s -->",
+                f"| {name} | {by} | " + " | ".join(cells) + f" | <!-- {time.perf_counter() - start:.0f} s -->",
                 flush=True,
             )
     print(f"\n{good} of {total} work")
 
 
-def _row(name: str, exporter: str, *, kernels: bool) -> tuple[list[str], bool]:
+def _row(name: str, exporter: str, opset: int | None, *, kernels: bool) -> tuple[list[str], bool]:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            step = step_of(name, exporter, Path(folder))
+            step = step_of(name, exporter, Path(folder), opset)
             cells, works = [str(len(step.graph.ops))], True
             for error, where in (error_of(step), *(plan_error(step, plan, NODES) for plan in PLANS)):
                 cells.append(f"{error:.0e}" + (f" at {where}" if error > EXACT else ""))

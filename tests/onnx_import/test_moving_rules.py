@@ -12,8 +12,10 @@ import pytest
 from fusetile.errors import UnsupportedOp
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
+from tests.graphs import feeds
 from tests.onnx_import.test_rules import check, kinds
 from tests.onnx_tools import model, node, normal, run_ort, save
+from tests.training import planned, run_plan, training_graph, worst
 
 X = {"x": (2, 6, 4, 5)}
 Nodes = list[onnx.NodeProto]
@@ -288,6 +290,22 @@ RESIZES: list[dict[str, Any]] = [
     ),
     {"mode": "cubic", "exclude_outside": 1, "cubic_coeff_a": -0.5},
 ]
+
+
+def test_group_normalization_with_weights_per_group(tmp_path: Path) -> None:
+    """As before opset 21; and the gradients of such weights, on several nodes."""
+    weights = {"s": normal(3), "b": normal(3, seed=1)}
+    proto = model(
+        [node("GroupNormalization", "x s b", "y", num_groups=3)], {"x": (2, 12, 4, 3)}, ["y"], weights, opset=18
+    )
+    check(proto, tmp_path)
+    graph = training_graph(import_onnx(tmp_path / "model.onnx"), loss="mse")
+    assert set(graph.gradients) == {"s", "b"}
+    fed = feeds(graph)
+    expected = evaluate(graph, fed)
+    for plan in ("batch", "channel", "random:1", "random:2"):
+        error, where = worst(run_plan(graph, *planned(graph, plan, 3), fed), expected)
+        assert error < 1e-5, f"{plan}: {where} is off by {error}"
 
 
 def test_resize(tmp_path: Path) -> None:

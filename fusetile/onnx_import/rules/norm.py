@@ -140,9 +140,20 @@ def group_normalization(importer: Importer, node: Node) -> None:
     epsilon = float(node.attrs.get("epsilon", 1e-5))
     centred, inverse = _normalized(importer, node, x, (*shape[:2], 1, 1), epsilon, groups=groups)
     plain = importer.step(node, "plain", "Mul", [centred, inverse])
-    if importer.constant_shape(node, 1) == (groups,) != (shape[1],):
-        raise importer.refuse(node, "its scale and bias are per group, as before opset 21; export with a newer opset")
-    _affine(importer, node, importer.whole(plain))
+    if importer.constant_shape(node, 1) != (groups,) or groups == shape[1]:
+        _affine(importer, node, importer.whole(plain))
+        return
+    scaled = importer.step(node, "scaled", "Mul", [plain, _spread(importer, node, 1, shape[1] // groups)])
+    importer.emit(node, "Add", [scaled, _spread(importer, node, 2, shape[1] // groups)])
+
+
+def _spread(importer: Importer, node: Node, i: int, per_group: int) -> str:
+    """A weight with one number per group as a vector with one per channel."""
+    (groups,) = importer.constant_shape(node, i)
+    column = importer.parameter(node, i, shape=(groups, 1), kind="map")
+    wide = importer.step(node, f"wide{i}", "Expand", [column], {"shape": (groups, per_group)})
+    dims = (((0, groups, 1), (1, per_group, 1)),)
+    return importer.step(node, f"spread{i}", "Rearrange", [wide], {"dims": dims})
 
 
 def layer_normalization(importer: Importer, node: Node) -> None:
