@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fusetile.box import Box, extents, view4, volume
 from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, make_kernel, ref, vectors
@@ -25,14 +25,30 @@ _ACTIVATIONS = {
     "relu": "T.Select({0} < T.float32(0), T.float32(0), {0})",
     "leaky_relu": "T.Select({0} > T.float32(0), {0}, alpha * {0})",
 }
-_X = ("x_image", "x_block", "x_row", "x_pixel", "x_tap_h", "x_tap_w")
-_W = ("w_block", "w_tap_h", "w_tap_w")
-_Y = ("y_image", "y_block", "y_row", "y_pixel")
+_X = ("x_image", "x_block", "x_row", "x_tap_h")
+_W = ("w_block", "w_tap_h")
+_Y = ("y_image", "y_block", "y_row")
 _UNIT = """
 bands: T.int32 = (rows + band - 1) // band
 n: T.int32 = u // bands // blocks
 k: T.int32 = u // bands % blocks
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Elements from one pixel or tap of a row to the next. They are part of a kernel: as arguments, each of a row's
+    addresses would be computed by itself."""
+
+    x_pixel: int
+    x_tap: int
+    y_pixel: int
+    w_tap: int = 0
+
+    @property
+    def tag(self) -> str:
+        numbers = (self.x_pixel, self.x_tap, self.y_pixel, self.w_tap)
+        return "_".join(f"m{-number}" if number < 0 else f"{number}" for number in numbers)
 
 
 def forward(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer) -> Lowered:
@@ -82,8 +98,8 @@ def weight_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outp
         left, columns = View(ref(x), 0, 0, 0, 0), 0
     partial = Buffer(f"{op.name}.partial", ((0, loops.units * dw.taps * block),))
     ints = (loops.blocks, loops.rows, columns, loops.band, *_reads(left, taps))
-    ints += (right.image, right.block, right.row, right.pixel)
-    kernel = _gradient(dw.window, block)
+    ints += (right.image, right.block, right.row)
+    kernel = _gradient(dw.window, block, _steps(left, taps, right))
     summed = KernelCall(kernel, loops.units, (left.start, right.start, ref(partial)), ints)
     numbers = (loops.images, loops.blocks, loops.bands, dw.taps, dw.k)
     finish = KernelCall(_finish(block), loops.blocks, (ref(partial), dw.start), numbers)
@@ -92,8 +108,11 @@ def weight_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outp
 
 def _reads(x: View, taps: Taps) -> tuple[int, ...]:
     """The strides _X of a window over x."""
-    row, pixel = taps.stride[0] * x.row, taps.stride[1] * x.pixel
-    return (x.image, x.block, row, pixel, taps.step[0] * x.row, taps.step[1] * x.pixel)
+    return (x.image, x.block, taps.stride[0] * x.row, taps.step[0] * x.row)
+
+
+def _steps(x: View, taps: Taps, y: View, w_tap: int = 0) -> Steps:
+    return Steps(taps.stride[1] * x.pixel, taps.step[1] * x.pixel, y.pixel, w_tap)
 
 
 def _convolve(
@@ -110,8 +129,9 @@ def _convolve(
     _, _, rows, columns = extents(view4(written))
     loops = loops_over(written, block)
     start, strides = w
-    ints = (loops.blocks, rows, columns, loops.band, *_reads(x, taps), *strides, y.image, y.block, y.row, y.pixel)
-    kernel = _convolution(taps.count, block, activation[0], with_bias=bias is not None)
+    ints = (loops.blocks, rows, columns, loops.band, *_reads(x, taps), *strides[:2], y.image, y.block, y.row)
+    steps = _steps(x, taps, y, strides[2])
+    kernel = _convolution(taps.count, block, activation[0], steps, with_bias=bias is not None)
     pointers = (x.start, start, bias or start, y.start)
     return KernelCall(kernel, loops.units, pointers, ints, (activation[1],))
 
@@ -125,18 +145,22 @@ def _over_taps(window: tuple[int, int], statement: str) -> str:
     return "".join(statement.format(a=a, b=b, tap=a * window[1] + b) for a, b in taps)
 
 
-def _convolution(window: tuple[int, int], block: int, activation: str, *, with_bias: bool) -> Kernel:
+def _convolution(window: tuple[int, int], block: int, activation: str, steps: Steps, *, with_bias: bool) -> Kernel:
     def pixels(count: int, first: str) -> str:
         lanes = range(count)
         start = f"BIAS[k * {block} + v]" if with_bias else "T.float32(0)"
-        x = "X[x0 + ({first} + {p}) * x_pixel + {{a}} * x_tap_h + {{b}} * x_tap_w + v]"
-        weight = "W[k * w_block + {a} * w_tap_h + {b} * w_tap_w + v]"
+        x = "X[x0 + ({first} + {p}) * {pixel} + {{a}} * x_tap_h + {{b}} * {tap} + v]"
+        weight = f"W[k * w_block + {{a}} * w_tap_h + {{b}} * {steps.w_tap} + v]"
         taps = vectors(
-            [f"s{p}[v] = s{p}[v] + {x.format(first=first, p=p)} * {weight}" for p in lanes],
+            [
+                f"s{p}[v] = s{p}[v] + {x.format(first=first, p=p, pixel=steps.x_pixel, tap=steps.x_tap)} * {weight}"
+                for p in lanes
+            ],
             block,
         )
         store = [
-            f"Y[y0 + ({first} + {p}) * y_pixel + v] = {_ACTIVATIONS[activation].format(f's{p}[v]')}" for p in lanes
+            f"Y[y0 + ({first} + {p}) * {steps.y_pixel} + v] = {_ACTIVATIONS[activation].format(f's{p}[v]')}"
+            for p in lanes
         ]
         return vectors([f"s{p}[v] = {start}" for p in lanes], block) + _over_taps(window, taps) + vectors(store, block)
 
@@ -152,9 +176,9 @@ for u in T.serial(lo, hi):
         for q in T.serial(columns % {TILE}):
 {textwrap.indent(pixels(1, f"columns // {TILE} * {TILE} + q"), " " * 12)}
 """
-    name = f"depthwise_{window[0]}x{window[1]}{'_bias' * with_bias}{'_' * bool(activation)}{activation}_{block}"
+    name = f"depthwise_{window[0]}x{window[1]}{'_bias' * with_bias}{'_' * bool(activation)}{activation}"
     return make_kernel(
-        name,
+        f"{name}_{steps.tag}_{block}",
         pointers=dict.fromkeys(("X", "W", "BIAS", "Y"), "float32"),
         ints=("blocks", "rows", "columns", "band", *_X, *_W, *_Y),
         floats=("alpha",),
@@ -163,11 +187,12 @@ for u in T.serial(lo, hi):
     )
 
 
-def _gradient(window: tuple[int, int], block: int) -> Kernel:
+def _gradient(window: tuple[int, int], block: int, steps: Steps) -> Kernel:
     taps = window[0] * window[1]
     add = (
         f"sums[{{tap}} * {block} + v] = sums[{{tap}} * {block} + v]"
-        " + X[x0 + w * x_pixel + {a} * x_tap_h + {b} * x_tap_w + v] * DY[y0 + w * y_pixel + v]"
+        f" + X[x0 + w * {steps.x_pixel} + {{a}} * x_tap_h + {{b}} * {steps.x_tap} + v]"
+        f" * DY[y0 + w * {steps.y_pixel} + v]"
     )
     clear = f"for t in T.serial({taps}):\n" + textwrap.indent(
         vectors([f"sums[t * {block} + v] = T.float32(0)"], block), "    "
@@ -188,7 +213,7 @@ for u in T.serial(lo, hi):
 {textwrap.indent(store, " " * 4)}
 """
     return make_kernel(
-        f"depthwise_gradient_{window[0]}x{window[1]}_{block}",
+        f"depthwise_gradient_{window[0]}x{window[1]}_{steps.tag}_{block}",
         pointers=dict.fromkeys(("X", "DY", "PARTIAL"), "float32"),
         ints=("blocks", "rows", "columns", "band", *_X, *_Y),
         scratch={"sums": ((taps * block,), "float32")},
