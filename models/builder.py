@@ -39,11 +39,12 @@ class Builder:
         pad: int | None = None,
         bias: bool = True,
         groups: int = 1,
+        gain: float = 1.0,
     ) -> str:
-        """Square convolution; by default padded so that stride 1 keeps the size."""
+        """Square convolution; by default padded so that stride 1 keeps the size. `gain`: a factor of the weights."""
         in_channels, *sizes = self.shapes[x]
         pad = kernel // 2 if pad is None else pad
-        inputs = [x, *self._filter(name, (channels, in_channels // groups, kernel, kernel), bias)]
+        inputs = [x, *self._filter(name, (channels, in_channels // groups, kernel, kernel), bias, gain=gain)]
         shape = (channels, *((size + 2 * pad - kernel) // stride + 1 for size in sizes))
         return self._node("Conv", name, inputs, shape, **_window(kernel, stride, pad), dilations=[1, 1], group=groups)
 
@@ -150,10 +151,11 @@ class Builder:
         self.shapes[output] = tuple(shape)
         return output
 
-    def _filter(self, name: str, shape: Sequence[int], bias: bool, *, output: int = 0) -> list[str]:
+    def _filter(self, name: str, shape: Sequence[int], bias: bool, *, output: int = 0, gain: float = 1.0) -> list[str]:
         """Weights and perhaps biases; dimension `output` of the shape counts the output's channels."""
         fan_in = prod(shape) // shape[output]
-        names = [self._weight(f"{name}.weight", self.random.standard_normal(shape, np.float32) * sqrt(2 / fan_in))]
+        deviation = gain * sqrt(2 / fan_in)
+        names = [self._weight(f"{name}.weight", self.random.standard_normal(shape, np.float32) * deviation)]
         if bias:
             bound = 1 / sqrt(fan_in)
             names.append(self._weight(f"{name}.bias", self.random.uniform(-bound, bound, shape[output])))
@@ -179,7 +181,8 @@ def parser(description: str, *, size: int, channels: int = 3, classes: int | Non
     positive = _at_least(1)
     options.add_argument("--size", type=positive, default=size, help="height and width of the images")
     options.add_argument("--channels", type=positive, default=channels, help="channels of the images")
-    options.add_argument("--classes", type=positive, default=classes, help="number of classes")
+    if classes is not None:
+        options.add_argument("--classes", type=positive, default=classes, help="number of classes")
     options.add_argument("--width", type=float, default=1.0, help="multiplies the channels of every layer")
     options.add_argument("--batch", type=_batch, default="dynamic", help="a number, or dynamic")
     options.add_argument("--seed", type=_at_least(0), default=0, help="of the random weights")

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
-from models import darknet19, densenet121, lenet, mobilenetv2, resnet18, resnet50, unet, vgg16, vgg_small, yolov2
+from models import darknet19, densenet121, dncnn, lenet, mobilenetv2, resnet18, resnet50, unet, vgg16, vgg_small, yolov2
 from tests.onnx_tools import normal, run_ort, save
 
 Build = Callable[..., onnx.ModelProto]
@@ -32,6 +32,7 @@ TINY = [
     (densenet121.build, {"size": 33, "width": 0.1, "classes": 4}, (4,)),
     (unet.build, {"size": 32, "width": 1 / 16, "classes": 3}, (3, 32, 32)),
     (unet.build, {"size": 16, "width": 1 / 16, "up": "resize"}, (2, 16, 16)),
+    (dncnn.build, {"size": 12, "width": 0.1, "layers": 4}, (3, 12, 12)),
     (yolov2.build, {"size": 48, "width": 1 / 16}, (16, 3, 3)),
     (yolov2.build, {"size": 50, "width": 1 / 64, "layers": 25, "classes": 7}, (7, 1, 1)),
     (yolov2.build, {"size": 64, "width": 1 / 32, "layers": 31, "classes": 3}, (40, 2, 2)),
