@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 
 from fusetile.cluster import local_cluster
-from fusetile.compile import compile_model
 from fusetile.options import Training
+from fusetile.pipeline import compile_model
 from fusetile.runtime import node
 from fusetile.runtime.native import Segment
 from fusetile.runtime.progress import Progress

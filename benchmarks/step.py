@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from fusetile.cluster import local_cluster
-from fusetile.compile import Training, compile_model
+from fusetile.pipeline import Training, compile_model
 
 WARM_UP = 2
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from fusetile import api
 from fusetile.cluster import Cluster, local_cluster, read_cluster
-from fusetile.codegen.assemble import sample_feeds
-from fusetile.compile import PASSES, compile_model
 from fusetile.errors import FusetileError, UserError
 from fusetile.explain import devices_table, explain_build, read_plan, recomputed_text
-from fusetile.graph import Graph
-from fusetile.local import check_data, check_paths, export_run, free_ports, train_locally
+from fusetile.local import export_run, free_ports
 from fusetile.options import RunOptions, Training, spread
+from fusetile.pipeline import PASSES
 from fusetile.progress import CompileProgress
 from fusetile.trace import Stopped, Trace
 
@@ -36,6 +34,14 @@ app = typer.Typer(
 
 Model = Annotated[
     Path, typer.Argument(help="The network: an ONNX file, as exported by PyTorch and others.", metavar="MODEL.onnx")
+]
+DataOption = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        help="A folder with a folder of images per class; or an .npz or a folder of .npy: inputs under the model's "
+        "input names (or x), targets under y (or y0, y1, ...).",
+    ),
 ]
 ClusterOption = Annotated[
     Path | None, typer.Option("--cluster", help="The devices: a cluster.toml (see README).", metavar="FILE")
@@ -92,7 +98,9 @@ def compile_command(
     Then, on each device:  fusetile-runtime BUILD/nodes/NAME --data DATA
     """
     devices = _devices(cluster, nodes, target)
-    _compile(model, devices, training, out, dump=dump, stop_after=stop_after, verbose=verbose)
+    title = f"Compiling {model.name} for {len(devices.nodes)} node(s)"
+    with _watched(title, dump=dump, stop_after=stop_after, verbose=verbose) as trace:
+        api.compile(model, out=out, cluster=devices, training=training, trace=trace)
     plan = read_plan(out)
     console.print(devices_table(plan))
     _say(recomputed_text(plan))
@@ -105,6 +113,7 @@ def compile_command(
 @spread
 def train_command(
     model: Model,
+    data: DataOption,
     training: Training,
     run: RunOptions,
     out: Annotated[
@@ -114,19 +123,19 @@ def train_command(
     verbose: VerboseOption = False,
 ) -> None:
     """Compile for this machine, train on N local node processes, and write OUT/trained.onnx."""
-    check_paths(run, out)
-    training = replace(training, validation=run.val is not None)
-    devices = local_cluster(nodes, ports=free_ports(nodes))
     for number in (signal.SIGTERM, signal.SIGHUP):  # the node processes must end, and the folder must go
         signal.signal(number, lambda received, frame: sys.exit(128 + received))
-
-    def look(name: str, graph: Graph) -> None:
-        if name == "prune":
-            check_data(run, sample_feeds(graph))
-
-    with tempfile.TemporaryDirectory(prefix="fusetile-") as folder:
-        build = _compile(model, devices, training, Path(folder) / "build", verbose=verbose, on_graph=look)
-        train_locally(build, devices, run, out)
+    title = f"Compiling {model.name} for {nodes} node(s)"
+    api.train(
+        model,
+        data,
+        out=out,
+        nodes=nodes,
+        training=training,
+        run=run,
+        quiet=False,
+        watch=lambda: _watched(title, verbose=verbose),
+    )
     _say(f"Trained model: {out / 'trained.onnx'} (passes onnx.checker)")
 
 
@@ -237,27 +246,20 @@ def _progress(title: str, *, quiet: bool = False) -> CompileProgress:
     return CompileProgress(Console(quiet=True) if quiet else console, title)
 
 
-def _compile(
-    model: Path,
-    devices: Cluster,
-    training: Training,
-    build: Path,
-    *,
-    dump: Path | None = None,
-    stop_after: str | None = None,
-    verbose: bool = False,
-    on_graph: Callable[[str, Graph], None] = lambda name, graph: None,
-) -> Path:
+@contextmanager
+def _watched(
+    title: str, *, dump: Path | None = None, stop_after: str | None = None, verbose: bool = False
+) -> Iterator[Trace]:
+    """A compilation that is shown."""
     if stop_after and stop_after not in PASSES:
         raise UserError(f"--stop-after {stop_after!r}: choose one of {', '.join(PASSES)}")
-    with _progress(f"Compiling {model.name} for {len(devices.nodes)} node(s)") as progress:
-        trace = Trace(progress.stage, progress.advance, dump, stop_after or "", _say, on_graph)
+    with _progress(title) as progress:
+        trace = Trace(progress.stage, progress.advance, dump, stop_after or "", _say)
         try:
-            compile_model(model, cluster=devices, training=training, build=build, trace=trace)
+            yield trace
         finally:
             if verbose:
                 progress.times(trace.seconds)
-    return build
 
 
 def main(arguments: list[str] | None = None) -> None:

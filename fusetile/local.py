@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from fusetile.program import Feed
 from fusetile.runtime import checkpoint, safetensors
 from fusetile.runtime.augment import Augmentation
 from fusetile.runtime.files import check_writable
+from fusetile.runtime.follow import Following
+from fusetile.runtime.progress import StepRecord
 from fusetile.runtime.samples import Samples, Scaling
 
 RESULT, TRAINED, CHECKPOINTS, BEST = "trained.safetensors", "trained.onnx", "checkpoints", "best"
@@ -44,48 +47,76 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def check_paths(options: RunOptions, out: Path) -> None:
+def check_paths(data: Path, options: RunOptions, out: Path) -> None:
     """Find out before a model is compiled what can't work afterwards. Raises UserError."""
     if out.exists() and not out.is_dir():
         raise UserError(f"-o {out}: there is a file of that name; choose a folder")
-    for flag, path in (("--data", options.data), ("--val", options.val)):
+    for flag, path in (("--data", data), ("--val", options.val)):
         if path is not None and not path.exists():
             raise UserError(f"{flag} {path}: there is no such file or folder")
     Augmentation.parse(options.augment)
     check_writable(options.log, options.save_gradients)
 
 
-def check_data(options: RunOptions, feeds: Sequence[Feed]) -> None:
+def check_data(data: Path, options: RunOptions, feeds: Sequence[Feed]) -> None:
     """The same for the data, when it is known what the model wants of them."""
     scaling = Scaling(*options.scaling)
-    Samples(options.data, feeds, feeds[0].shape[0], scaling, Augmentation.parse(options.augment))
+    Samples(data, feeds, feeds[0].shape[0], scaling, Augmentation.parse(options.augment))
     if options.val is not None:
         Samples(options.val, feeds, 1, scaling, Augmentation())
 
 
-def train_locally(build: Path, cluster: Cluster, options: RunOptions, out: Path) -> None:
-    """Run every node of `build` here; OUT/trained.onnx is written when all have finished. Raises what stopped them."""
+def train_locally(
+    build: Path,
+    cluster: Cluster,
+    data: Path,
+    options: RunOptions,
+    out: Path,
+    *,
+    on_step: Callable[[StepRecord], object] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Run every node of `build` here; OUT/trained.onnx is written when all have finished. `on_step` sees every step,
+    and ends the training by returning False. Raises what stopped them."""
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     threads = options.threads or max(1, (os.cpu_count() or 1) // len(cluster.nodes))
-    processes = []
+    processes: list[subprocess.Popen[str]] = []
+    # from the first node and to it: what the program that follows is told, and answers
+    pipes = [*os.pipe(), *os.pipe()] if on_step else []
+    following = Following(pipes[0], pipes[3], on_step) if on_step else None
     try:
         for rank, node in enumerate(cluster.nodes):
             first = rank == 0
             command = [sys.executable, "-m", "fusetile.runtime.node", str(build / "nodes" / node.name)]
-            command += replace(options, threads=threads).arguments()
+            command += ["--data", str(data), *replace(options, threads=threads).arguments()]
             command += ["--checkpoints", str(out / CHECKPOINTS), "--best", str(out / BEST)]
-            command += ["--out", str(out)] if first else ["--quiet"]
+            command += ["--out", str(out)] if first else []
+            command += ["--quiet"] if quiet or not first else []
+            command += ["--followed"] if on_step else []
+            command += ["--follow", str(pipes[2]), str(pipes[1])] if on_step and first else []
             command += ["--log", str(options.log)] if first and options.log else []
             command += ["--save-gradients", str(options.save_gradients)] if options.save_gradients else []
             # the first node owns the terminal; what the others say is kept, and shown if one of them fails
             stream = None if first else subprocess.PIPE
             processes.append(
-                subprocess.Popen(command, stderr=subprocess.PIPE, stdout=stream, text=True, preexec_fn=_end_with_parent)
+                subprocess.Popen(
+                    command,
+                    stderr=subprocess.PIPE,
+                    stdout=stream,
+                    text=True,
+                    preexec_fn=_end_with_parent,
+                    pass_fds=pipes[1:3] if first else (),
+                )
             )
-        _wait(processes, [node.name for node in cluster.nodes])
+        for end in pipes[1:3]:
+            os.close(end)  # the node has them; so this process sees the end of the node
+        del pipes[1:3]
+        _wait(processes, [node.name for node in cluster.nodes], following)
     finally:
         _stop(processes)
+        for end in pipes:
+            os.close(end)
         if not existed and not any(out.iterdir()):
             out.rmdir()  # nothing came of it
     export_run(out, out / TRAINED, model=build / "model.onnx")
@@ -98,13 +129,16 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _wait(processes: Sequence[subprocess.Popen[str]], names: Sequence[str]) -> None:
+def _wait(processes: Sequence[subprocess.Popen[str]], names: Sequence[str], following: Following | None = None) -> None:
     """Until all nodes have ended well; raises with the messages of those that did not."""
     interrupted = False
     failing: float | None = None
     while any(process.poll() is None for process in processes):
         try:
-            time.sleep(0.02)
+            if following is not None and select.select([following.incoming], [], [], 0.02)[0]:
+                following = following if following.read() else None
+            elif following is None:
+                time.sleep(0.02)
         except KeyboardInterrupt:
             interrupted = True
             _stop(processes)

@@ -316,14 +316,6 @@ class Training:
 class RunOptions:
     """A run of what was compiled."""
 
-    data: Annotated[
-        Path,
-        typer.Option(
-            "--data",
-            help="A folder with a folder of images per class; or an .npz or a folder of .npy: inputs under the model's "
-            "input names (or x), targets under y (or y0, y1, ...).",
-        ),
-    ]
     val: Annotated[
         Path | None,
         _run("--val", "Held-back data of the same kind: validate, and keep the best weights.", metavar="DATA"),
@@ -386,7 +378,6 @@ class RunOptions:
     def arguments(self) -> list[str]:
         """For fusetile-runtime on any node."""
         given = [
-            ("--data", self.data),
             ("--val", self.val),
             ("--val-every", self.val_every),
             ("--patience", self.patience),

@@ -17,11 +17,11 @@ import onnx
 
 from fusetile.bundle import check_replaceable
 from fusetile.cluster import Cluster, MESSAGE_seconds
-from fusetile.compile import Planned, imported, plan_graph, write_planned
 from fusetile.cost import cost_of
 from fusetile.device import PARALLEL_efficiency
 from fusetile.errors import FusetileError, UserError
 from fusetile.options import Training
+from fusetile.pipeline import Planned, imported, plan_graph, write_planned
 from fusetile.program import ALIGNMENT_bytes, Program, Recv, Send, Step, Wait, to_json
 from fusetile.runtime.node import load_program
 from fusetile.runtime.profile import PROBES

@@ -17,7 +17,6 @@ from rich.table import Table
 
 from fusetile.cluster import Cluster, MESSAGE_seconds, Node
 from fusetile.codegen.targets import host
-from fusetile.compile import Planned, for_target, imported, plan_graph, write_planned
 from fusetile.cost import Cost, cost_of, is_convolution, seconds_on
 from fusetile.device import Device, Speed
 from fusetile.explain import megabytes
@@ -25,6 +24,7 @@ from fusetile.graph import Graph
 from fusetile.options import Training
 from fusetile.passes.assign import assign
 from fusetile.passes.rematerialize import cheap, rematerialize
+from fusetile.pipeline import Planned, for_target, imported, plan_graph, write_planned
 from fusetile.plan import Plan
 from fusetile.planner.clock import Message, Timeline, Work, play
 from fusetile.planner.simulate import simulate

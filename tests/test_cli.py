@@ -206,7 +206,7 @@ def test_data_are_looked_at_before_the_plan_is_made(
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("a plan was made")
 
-    monkeypatch.setattr("fusetile.compile.assign", never)
+    monkeypatch.setattr("fusetile.pipeline.assign", never)
     np.savez("short.npz", x=X[:3], y=Y[:3])
     for data, option, saying in (
         ("data.npz", ("--mean", "1,2"), "--mean: 2 numbers for the 1 channels of 'x'"),

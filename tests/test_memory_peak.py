@@ -12,9 +12,9 @@ import onnx
 import pytest
 
 from fusetile.cluster import local_cluster
-from fusetile.compile import compile_model
 from fusetile.options import Training
 from fusetile.passes.fit import INTERPRETER_bytes
+from fusetile.pipeline import compile_model
 from models import darknet19, resnet18, vgg_small
 from tests.commands import images, save
 

@@ -11,17 +11,17 @@ import numpy as np
 import onnx
 import pytest
 
-import fusetile.compile as compile_module
+import fusetile.pipeline as pipeline_module
 from fusetile.cluster import Cluster, Node, local_cluster
 from fusetile.codegen import bands
 from fusetile.codegen.calls import KernelCall
 from fusetile.codegen.targets import host
-from fusetile.compile import compile_graph
 from fusetile.device import PROFILES
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.options import Training
 from fusetile.passes.add_optimizer import Optimizer
+from fusetile.pipeline import compile_graph
 from fusetile.program import Buffer, Run
 from fusetile.reference import evaluate
 from fusetile.runtime.storage import unpack
@@ -282,7 +282,7 @@ def test_strict_numerics_reach_every_kernel(tmp_path: Path, monkeypatch: pytest.
         symbols = {step.kernel.symbol for draft in drafts for step in draft.steps if isinstance(step, KernelCall)}
         used[training.numerics] = {symbol[:9] for symbol in symbols if symbol.startswith("winograd")}
 
-    monkeypatch.setattr(compile_module, "write_bundle", kernels)
+    monkeypatch.setattr(pipeline_module, "write_bundle", kernels)
     for numerics in ("fast", "strict"):
         net = Net((1, 96, 20, 20))
         build(net.done(net.conv(net.conv(net.x, 96), 96)), tmp_path, "single", 1, numerics=numerics)

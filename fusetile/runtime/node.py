@@ -5,17 +5,10 @@ main -> run: bundle, data, kernels, weights -> meet the other nodes -> steps -> 
 
 from __future__ import annotations
 
-import argparse
-import math
-import os
-import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,13 +18,15 @@ import numpy as np
 from fusetile.errors import FusetileError, UserError
 from fusetile.program import Program, from_json
 from fusetile.runtime import checkpoint
-from fusetile.runtime.augment import Augmentation
 from fusetile.runtime.data import Data
-from fusetile.runtime.executor import Executor, Snapshot
+from fusetile.runtime.executor import Executor
 from fusetile.runtime.faults import Stopped
-from fusetile.runtime.files import atomic_write, check_writable
+from fusetile.runtime.files import check_writable
+from fusetile.runtime.follow import Follower
+from fusetile.runtime.loop import End, Loop
 from fusetile.runtime.native import Library
-from fusetile.runtime.progress import Progress, StepRecord
+from fusetile.runtime.options import Options, options_of, parser
+from fusetile.runtime.progress import Progress
 from fusetile.runtime.rendezvous import LOWEST, Meeting, meet, partners
 from fusetile.runtime.result import (
     BEST,
@@ -48,39 +43,11 @@ from fusetile.runtime.result import (
 )
 from fusetile.runtime.samples import Scaling
 from fusetile.runtime.storage import make_arena, release
-from fusetile.runtime.training import Losses, Training
+from fusetile.runtime.training import Training
 from fusetile.runtime.transport import Transport
 from fusetile.runtime.validation import History, Validation
 
 _SWITCH_seconds = 0.0005  # of Python's threads: the I/O thread must not wait 5 ms for the executor's Python
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the command line says; see `parser`."""
-
-    bundle: Path
-    data: Path
-    val: Path | None
-    val_every: int | None
-    patience: int | None
-    steps: int | None
-    epochs: int
-    shuffle: bool
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    augment: Augmentation
-    threads: int
-    log: Path | None
-    save_gradients: Path | None
-    checkpoint_every: int
-    checkpoints: Path
-    best: Path
-    resume: bool
-    out: Path
-    deadline: float
-    connect_timeout: float
-    quiet: bool
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 profile(words[1:], signals)
             else:
-                run(_options(parser().parse_args(words)), signals)
+                run(options_of(parser().parse_args(words)), signals)
     except FusetileError as error:
         print(f"fusetile-runtime: error: {error}", file=sys.stderr, flush=True)
         return error.exit_status
@@ -131,7 +98,7 @@ def run(options: Options, signals: Signals) -> None:
         transport = None
         if program.nodes > 1:
             same = {"steps": total, "resume": options.resume, "augment": options.augment.text, "validation": validated}
-            same |= {"mean": list(options.mean), "std": list(options.std)}
+            same |= {"mean": list(options.mean), "std": list(options.std), "followed": options.followed}
             meeting = _meet(program, options, terms | same, list(there))
             transport = Transport(program, meeting.links, deadline=options.deadline)
             transport.step = meeting.wants["start"]  # peers may begin before this node does
@@ -141,39 +108,33 @@ def run(options: Options, signals: Signals) -> None:
         if held_back is not None:
             own = Executor(program, program.validation, library=library, arena=arena, transport=transport)
             validation = Validation(program, held_back, executor=own, arena=arena, transport=transport)
+        follower = Follower(*options.follow) if options.follow else None
         start, history = there[meeting.wants["start"]], History({})
         if start is not None:
             checkpoint.load(start, program, arena, run=terms)
             history = History.from_json(start.validation) if start.validation else history
-        snapshot: Snapshot = []
-        losses = Losses(program.rates, total)
-        step = meeting.wants["start"]
-        while step < total and not (options.patience and history.since >= options.patience):
-            step += 1
-            began = time.monotonic()
-            due = validation is not None and (step % every == 0 or step == total)
-            may_end = step == total or (due and options.patience is not None)
-            snapshot.clear()
-            loss = training.step(step, snapshot if may_end and meeting.wants["gradients"] else None)
-            record = StepRecord(step, loss, time.monotonic() - began, training.samples)
-            if (failure := losses.failure(step, loss)) is not None:
-                progress.step(record)
-                raise failure
-            if validation is not None and due:
-                history = validation.run(step, history)
-                record = replace(record, validation=history.values, best=history.best_step == step)
-            progress.step(record)
-            if record.best:
-                _write_checkpoint(options, options.best, program, arena, step, terms, history)
-            if options.checkpoint_every and (step % options.checkpoint_every == 0 or step == total):
-                _write_checkpoint(options, options.checkpoints, program, arena, step, terms, history)
+        loop = Loop(
+            options,
+            program,
+            training,
+            validation,
+            arena=arena,
+            progress=progress,
+            transport=transport,
+            terms=terms,
+            total=total,
+            every=every,
+            gradients=meeting.wants["gradients"],
+            follower=follower,
+        )
+        end = loop.run(meeting.wants["start"], history)
         release(arena, keep=results(program))  # the copies that follow take no more than a step did
-        pieces = pieces_of(program, arena, snapshot)
-        if history.best_step:
-            best = checkpoint.usable(options.best, program, step=history.best_step)
-            pieces += best_pieces(program, best.get(history.best_step))
+        pieces = pieces_of(program, arena, end.snapshot)
+        if end.history.best_step:
+            best = checkpoint.usable(options.best, program, step=end.history.best_step)
+            pieces += best_pieces(program, best.get(end.history.best_step))
         if lowest:
-            _write(options, program, gather(pieces, transport), step, history)
+            _write(options, program, gather(pieces, transport), end)
         elif transport is not None:
             give(pieces, transport)
         if transport is not None:
@@ -212,26 +173,6 @@ def _held_back(options: Options, program: Program, scaling: Scaling) -> Data | N
     return Data(options.val, program, shuffle=False, scaling=scaling, routine=program.validation)
 
 
-def _write_checkpoint(
-    options: Options,
-    folder: Path,
-    program: Program,
-    arena: np.ndarray,
-    step: int,
-    terms: Mapping[str, Any],
-    history: History,
-) -> None:
-    """This node's file; the lowest rank also puts the model there, for `fusetile export`."""
-    model = options.bundle / "model.onnx"
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = 1 if folder == options.best else checkpoint.KEPT
-    shown = history.json() if history.best_step else None
-    checkpoint.write(folder, program, arena, step=step, run=terms, validation=shown, kept=kept)
-    if program.rank == LOWEST and model.is_file() and not (folder / model.name).exists():
-        with model.open("rb") as source:
-            atomic_write(folder / model.name, partial(shutil.copyfileobj, source))
-
-
 def _meet(program: Program, options: Options, terms: Mapping[str, Any], starts: list[int]) -> Meeting:
     """Wait for the other nodes. `terms` must be the same on all; of the `starts` that all have, the last is taken."""
     if not options.quiet:
@@ -257,20 +198,18 @@ def running(transport: Transport, signals: Signals) -> Iterator[None]:
         transport.close()
 
 
-def _write(
-    options: Options, program: Program, result: dict[str, dict[str, np.ndarray]], steps: int, history: History
-) -> None:
+def _write(options: Options, program: Program, result: dict[str, dict[str, np.ndarray]], end: End) -> None:
     if options.save_gradients is not None:
         write_gradients(options.save_gradients, result[GRADIENTS])
     path = options.out / "trained.safetensors"
-    write_parameters(path, result[PARAMETERS], program, steps)
+    write_parameters(path, result[PARAMETERS], program, end.step)
     lines = [f"{len(result[PARAMETERS])} trained parameters: {path}"]
-    if options.patience and history.since >= options.patience:
-        lines.insert(0, f"stopped: no validation since step {history.best_step} was better")
+    if end.reason:
+        lines.insert(0, f"stopped after step {end.step}: {end.reason}")
     if result[BEST]:
         path = options.out / "best.safetensors"
-        write_parameters(path, result[BEST], program, history.best_step)
-        lines.append(f"the best of them, after step {history.best_step}: {path}")
+        write_parameters(path, result[BEST], program, end.history.best_step)
+        lines.append(f"the best of them, after step {end.history.best_step}: {path}")
     if not options.quiet:
         print("\n".join(lines), flush=True)
 
@@ -320,88 +259,6 @@ class Signals:
         self.received = number
         if self.raising:
             raise Stopped(number)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    lines = argparse.ArgumentParser(
-        prog="fusetile-runtime",
-        description="Train on this device, together with the other devices of the plan. Start it on every device, "
-        "in any order, each with its own bundle and the same options; they find each other and begin together. "
-        "`fusetile-runtime profile --help`: measure a device instead.",
-        epilog="Exit status: 0 when all is done, 2 for a mistake in files or options, 1 for a fault here or on another "
-        "device, 130 or 143 when stopped with Ctrl-C or SIGTERM.",
-    )
-    add = lines.add_argument
-    add("bundle", type=Path, metavar="BUNDLE", help="this device's folder, BUILD/nodes/NAME")
-    add("--data", type=Path, required=True, help="a folder with a folder of images per class; or an .npz file or a "
-        "folder of .npy files: inputs under the model's "
-        "input names (or x), targets under y, or y0, y1, ...; the first dimension counts the samples")  # fmt: skip
-    add("--val", type=Path, metavar="DATA", help="held-back data of the same kind, for validation: the loss, and the "
-        "metrics that go with it, as of a trained model")  # fmt: skip
-    add("--val-every", type=count, metavar="N", help="validate after every N steps (default: an epoch), and at the end")
-    add("--patience", type=count, metavar="N", help="stop when N validations in a row were not better than the best")
-    length = lines.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=count, metavar="N", help="train N batches")
-    length.add_argument("--epochs", type=count, metavar="E", default=1, help="go E times through the data (default 1)")
-    add("--no-shuffle", dest="shuffle", action="store_false", help="take the samples in their order")
-    add("--mean", type=_numbers, default=(), metavar="M,...", help="per channel, subtracted from inputs (bytes become "
-        "numbers from 0 to 1 first)")  # fmt: skip
-    add("--std", type=_numbers, default=(), metavar="S,...", help="per channel, what they are then divided by")
-    add("--augment", type=Augmentation.parse, default=Augmentation(), metavar="WHAT,...", help="change every sample in "
-        "each epoch anew: flip, crop, colour, brightness, contrast, saturation, hue, each with a strength if you like, "
-        "as in flip,crop=0.2")  # fmt: skip
-    add("--threads", type=count, metavar="T", default=len(os.sched_getaffinity(0)), help="default: all cores")
-    add("--log", type=Path, metavar="FILE.jsonl", help="write one JSON object per step")
-    add("--save-gradients", type=Path, metavar="FILE.npz", help="on the lowest rank: write the last step's gradients")
-    add("--checkpoint-every", type=count, default=0, metavar="N", help="write this node's checkpoint after every N "
-        "steps, and at the end; the two newest are kept")  # fmt: skip
-    add("--checkpoints", type=Path, metavar="DIR", help="where they are (default OUT/checkpoints)")
-    add("--best", type=Path, metavar="DIR", help="where the checkpoint of the best validation is (default OUT/best)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint that all nodes have")
-    add("--out", type=Path, metavar="DIR", help="on the lowest rank: where the result goes (default BUNDLE/run)")
-    add("--deadline", type=seconds, metavar="S", default=30.0,
-        help="give up when another device is silent for S seconds (default 30)")  # fmt: skip
-    add("--connect-timeout", type=seconds, metavar="S", default=60.0,
-        help="give up when not all devices are there after S seconds (default 60)")  # fmt: skip
-    add("--quiet", action="store_true", help="print nothing but errors")
-    return lines
-
-
-def _options(parsed: argparse.Namespace) -> Options:
-    fields = vars(parsed)
-    fields["out"] = fields["out"] or fields["bundle"] / "run"
-    fields["checkpoints"] = fields["checkpoints"] or fields["out"] / "checkpoints"
-    fields["best"] = fields["best"] or fields["out"] / "best"
-    return Options(**fields)
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = (math.nan,)
-    if not all(map(math.isfinite, values)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers separated by commas")
-    return values
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    """A time above 0, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return value
 
 
 if __name__ == "__main__":

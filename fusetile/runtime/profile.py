@@ -31,8 +31,9 @@ from fusetile.errors import UserError
 from fusetile.program import Program, Recv, Run, Send
 from fusetile.runtime.files import atomic_write
 from fusetile.runtime.native import Library, Segment
-from fusetile.runtime.node import Signals, count, load_program, running
-from fusetile.runtime.node import seconds as positive_seconds
+from fusetile.runtime.node import Signals, load_program, running
+from fusetile.runtime.options import count
+from fusetile.runtime.options import seconds as positive_seconds
 from fusetile.runtime.profile_file import LinkSpeed, Measured, Probe, toml
 from fusetile.runtime.rendezvous import meet
 from fusetile.runtime.result import load_weights

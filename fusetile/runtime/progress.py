@@ -34,9 +34,17 @@ class StepRecord:
         """One line of the log. What is no number is null."""
         shown = {"step": self.step, "loss": self.loss, "seconds": round(self.seconds, 6), "samples": self.samples}
         shown |= {f"val_{name}": value for name, value in self.validation.items()}
+        shown |= {"best": True} if self.best else {}
         return json.dumps(
             {key: value if value is not None and math.isfinite(value) else None for key, value in shown.items()}
         )
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> StepRecord:
+        """What a line of the log says."""
+        shown = {key.removeprefix("val_"): value for key, value in found.items() if key.startswith("val_")}
+        values = {key: math.nan if value is None else value for key, value in shown.items()}
+        return cls(found["step"], found["loss"], found["seconds"], found["samples"], values, bool(found.get("best")))
 
     def text(self, total: int) -> str:
         """One line for people."""

@@ -148,7 +148,9 @@ class Transport:
         keys = [("gathered", rank) for rank in self._links]
         self._gathering = Gathering(self._links)
         self._forget(keys)
+        self.activity = Activity.FINISHING  # however long it takes
         verdict = decide(shards)
+        self.activity = Activity.COMPUTING
         self._post(self._do_tell, encode_json(Kind.VERDICT, verdict))
         return verdict
 

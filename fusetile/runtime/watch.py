@@ -19,7 +19,7 @@ class Activity(IntEnum):
 
     COMPUTING = 0
     WAITING = 1  # for others: they are to blame, not this node
-    FINISHING = 2  # writing the result, which takes as long as the disk needs
+    FINISHING = 2  # writing the result, or deciding what to do next, which takes as long as it takes
 
 
 class Watch:

@@ -90,8 +90,8 @@ def kernel_error(step: Step, plan: str, nodes: int, folder: Path) -> tuple[float
     """Compiled and run with the real kernels, all nodes in this process; against PyTorch: (error, limit, where). The
     limit is three times what float32 itself loses, or 1e-3."""
     from fusetile.cluster import local_cluster
-    from fusetile.compile import compile_graph
     from fusetile.options import Training
+    from fusetile.pipeline import compile_graph
     from fusetile.trace import Trace
     from tests.local_cluster import LocalCluster
 

@@ -1,0 +1,105 @@
+"""fusetile from Python: what the command line is made of. `fusetile.compile` and `fusetile.train` are these.
+
+import fusetile
+
+trained = fusetile.train(
+    "model.onnx", "data.npz", out="out", nodes=2,
+    training=fusetile.Training(batch=32, learning_rate=0.05),
+    run=fusetile.RunOptions(epochs=5, val=Path("held-back.npz")),
+    on_step=lambda step: step.loss > 0.01,  # False: no more steps
+)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fusetile.cluster import Cluster, local_cluster, read_cluster
+from fusetile.codegen.assemble import sample_feeds
+from fusetile.errors import FusetileError, UserError
+from fusetile.graph import Graph
+from fusetile.local import BEST, RESULT, TRAINED, check_data, check_paths, free_ports, train_locally
+from fusetile.options import RunOptions, Training
+from fusetile.pipeline import compile_model
+from fusetile.runtime import safetensors
+from fusetile.runtime.progress import StepRecord
+from fusetile.trace import Trace
+
+__all__ = ["FusetileError", "RunOptions", "StepRecord", "Trained", "Training", "UserError", "compile", "train"]
+
+OnStep = Callable[[StepRecord], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came of a training: the model after the last step, and how many steps there were; the model of the best
+    validation, if there was any."""
+
+    model: Path
+    steps: int
+    best: Path | None
+
+
+def compile(
+    model: str | Path,
+    *,
+    out: str | Path,
+    cluster: Cluster | str | Path | int,
+    training: Training | None = None,
+    trace: Trace | None = None,
+) -> Path:
+    """Compile an ONNX file for devices: a cluster.toml, or that many equal ones at 127.0.0.1. Writes the folder `out`,
+    with a folder for each device in it, and returns its path.
+
+    Raises UserError for what can't be trained, DoesNotFit if a device has too little memory.
+    """
+    if isinstance(cluster, int):
+        devices = local_cluster(cluster)
+    else:
+        devices = cluster if isinstance(cluster, Cluster) else read_cluster(Path(cluster))
+    return compile_model(
+        Path(model), cluster=devices, training=training or Training(), build=Path(out), trace=trace or Trace()
+    )
+
+
+def train(
+    model: str | Path,
+    data: str | Path,
+    *,
+    out: str | Path,
+    nodes: int = 1,
+    training: Training | None = None,
+    run: RunOptions | None = None,
+    on_step: OnStep | None = None,
+    quiet: bool = True,
+    watch: Callable[[], AbstractContextManager[Trace]] = lambda: nullcontext(Trace()),
+) -> Trained:
+    """Compile an ONNX file for this computer, train with that many node processes, and write `out`/trained.onnx.
+
+    `on_step` is called after each step: with its number, its loss, the values of the validation if there was one; if
+    it returns False the training ends there, as if it had been meant to. What it raises ends the training, and is
+    raised. Without `quiet` progress is printed; `watch` gives what is told of the compilation.
+
+    Raises UserError for mistakes in files and options, other FusetileErrors for faults.
+    """
+    run, where, out = run or RunOptions(), Path(data), Path(out)
+    check_paths(where, run, out)
+    training = replace(training or Training(), validation=run.val is not None)
+    devices = local_cluster(nodes, ports=free_ports(nodes))
+
+    def look(name: str, graph: Graph) -> None:
+        if name == "prune":
+            check_data(where, run, sample_feeds(graph))
+
+    with tempfile.TemporaryDirectory(prefix="fusetile-") as folder:
+        with watch() as trace:
+            trace.on_graph = look
+            build = compile(model, out=Path(folder) / "build", cluster=devices, training=training, trace=trace)
+        train_locally(build, devices, where, run, out, on_step=on_step, quiet=quiet)
+    _, metadata = safetensors.load(out / RESULT)
+    best = out / f"{BEST}.onnx"
+    return Trained(out / TRAINED, int(metadata["steps"]), best if run.val and best.exists() else None)

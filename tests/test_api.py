@@ -1,0 +1,80 @@
+"""`fusetile.compile` and `fusetile.train` from Python."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import fusetile
+from fusetile import RunOptions, StepRecord, Training
+from models import lenet
+from tests.commands import images, save
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save(lenet.build(size=20, classes=5), tmp_path / "model.onnx")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return images(tmp_path / "data.npz", shape=(12, 1, 20, 20))
+
+
+TRAINING = Training(batch=4, learning_rate=0.02, plan="batch")
+
+
+def values(path: Path) -> list[np.ndarray]:
+    return [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
+
+
+def test_a_callback_sees_every_step_and_ends_the_training(model: Path, data: Path, tmp_path: Path) -> None:
+    seen: list[StepRecord] = []
+
+    def on_step(step: StepRecord) -> bool:
+        seen.append(step)
+        return step.step < 3
+
+    run = RunOptions(steps=9, val=data, val_every=2, save_gradients=tmp_path / "g.npz", log=tmp_path / "log.jsonl")
+    stopped = fusetile.train(model, data, out=tmp_path / "a", nodes=2, training=TRAINING, run=run, on_step=on_step)
+    assert [step.step for step in seen] == [1, 2, 3] and stopped.steps == 3
+    assert [bool(step.validation) for step in seen] == [False, True, False] and seen[1].best
+    assert stopped.best == tmp_path / "a" / "best.onnx" and stopped.best.exists()
+    assert [step.json() for step in seen] == (tmp_path / "log.jsonl").read_text().splitlines()
+    assert len(np.load(tmp_path / "g.npz").files) == 10
+    short = fusetile.train(model, data, out=tmp_path / "b", nodes=2, training=TRAINING, run=RunOptions(steps=3))
+    assert short.best is None
+    for mine, theirs in zip(values(stopped.model), values(short.model), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_what_a_callback_raises_ends_the_training(model: Path, data: Path, tmp_path: Path) -> None:
+    def on_step(step: StepRecord) -> None:
+        raise ZeroDivisionError(step.step)
+
+    with pytest.raises(ZeroDivisionError, match="1"):
+        fusetile.train(model, data, out=tmp_path / "out", training=TRAINING, on_step=on_step)
+    assert not (tmp_path / "out" / "trained.onnx").exists()
+
+
+def test_compile_for_devices_and_mistakes(model: Path, tmp_path: Path) -> None:
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text('[[node]]\nname = "a"\naddress = "10.0.0.1:7300"\ndevice = "host"\n')
+    build = fusetile.compile(model, out=tmp_path / "build", cluster=cluster, training=TRAINING)
+    assert (build / "nodes" / "a" / "program.json").exists()
+    with pytest.raises(fusetile.UserError, match="no such file"):
+        fusetile.train(model, tmp_path / "none.npz", out=tmp_path / "out")
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        fusetile.nothing  # noqa: B018
+
+
+def test_the_package_loads_no_compiler() -> None:
+    """A device has none."""
+    code = "import sys, fusetile; print([name for name in sys.modules if name.startswith('fusetile.')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
