@@ -93,7 +93,8 @@ def train(
 
     def look(name: str, graph: Graph) -> None:
         if name == "prune":
-            check_data(where, run, sample_feeds(graph))
+            feeds = sample_feeds(graph)
+            check_data(where, run, feeds, least=feeds[0].shape[0] * training.accumulate)
 
     with tempfile.TemporaryDirectory(prefix="fusetile-") as folder:
         with watch() as trace:

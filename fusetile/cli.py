@@ -39,8 +39,9 @@ DataOption = Annotated[
     Path,
     typer.Option(
         "--data",
-        help="A folder with a folder of images per class; or an .npz or a folder of .npy: inputs under the model's "
-        "input names (or x), targets under y (or y0, y1, ...).",
+        help="An .npz or a folder of .npy: inputs under the model's input names (or x), targets under y (or y0, ...). "
+        "Or a folder of images: a folder per class, or images and labels (YOLO's boxes), images and masks (classes per "
+        "pixel), input and target.",
     ),
 ]
 ClusterOption = Annotated[

@@ -58,10 +58,10 @@ def check_paths(data: Path, options: RunOptions, out: Path) -> None:
     check_writable(options.log, options.save_gradients)
 
 
-def check_data(data: Path, options: RunOptions, feeds: Sequence[Feed]) -> None:
-    """The same for the data, when it is known what the model wants of them."""
+def check_data(data: Path, options: RunOptions, feeds: Sequence[Feed], *, least: int) -> None:
+    """The same for the data, when it is known what the model wants of them: `least` samples, or more."""
     scaling = Scaling(*options.scaling)
-    Samples(data, feeds, feeds[0].shape[0], scaling, Augmentation.parse(options.augment))
+    Samples(data, feeds, least, scaling, Augmentation.parse(options.augment))
     if options.val is not None:
         Samples(options.val, feeds, 1, scaling, Augmentation())
 

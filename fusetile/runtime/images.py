@@ -3,6 +3,7 @@ FOLDER/dog/1.jpg, ... Classes are numbered in the order of their folders' names,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -80,6 +81,9 @@ class Images:
         def pixels(image: Any) -> np.ndarray:
             from PIL import ImageOps
 
+            if self._fit is not Fit.PATCH:  # of a large JPEG only as many pixels are decoded as are needed
+                side = math.ceil(max(height, width) / min(change.scale))
+                image.draft(None, (side, side))
             upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
             return np.asarray(upright.resize((width, height), box=self._window(upright.size, change)))
 

@@ -17,7 +17,7 @@ from fusetile.errors import UserError
 from fusetile.philox import permutation
 from fusetile.program import Buffer, Feed, Program
 from fusetile.rates import Rates
-from fusetile.runtime.augment import SAME
+from fusetile.runtime.augment import SAME, Change
 from fusetile.runtime.data import Data
 from fusetile.runtime.images import Fit, Images
 from fusetile.runtime.samples import Scaling
@@ -296,3 +296,25 @@ def test_a_target_of_five_dimensions_has_its_last_ones_as_one(tmp_path: Path) ->
     np.testing.assert_array_equal(data._read(1)[0], y[:2].reshape(2, 3, 4, 10))
     with pytest.raises(UserError, match=r"'y' has shape \(4, 3, 4, 2, 2\) where the model wants"):
         Data(save(tmp_path / "e", "folder", y=y[:, :, :, :2]), made, shuffle=False)
+
+
+def test_of_a_large_photograph_no_more_is_decoded_than_is_needed(tmp_path: Path) -> None:
+    """As a JPEG can be, at an eighth of its size; what comes of it is what comes of all pixels, also in a window."""
+    image = pytest.importorskip("PIL.Image")
+    waves = np.sin(np.arange(800) / 40)[:, None] * np.cos(np.arange(1200) / 60)
+    image.fromarray((127.5 + 127 * waves).astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
+    image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    decoded = []
+    whole, changes = (slice(None),) * 3, [SAME, Change(scale=(0.6, 0.5), at=(0.9, 0.1), flip=True)]
+    for path in (tmp_path / "a.jpg", tmp_path / "a.png"):
+        column = Images([path], (1, 40, 60), Fit.CUT)
+        decoded.append(column.read(np.array([0, 0]), whole, changes).astype(int))
+    assert np.abs(decoded[0] - decoded[1]).max() <= 4 and decoded[0].std() > 50
+    seen: list[tuple[int, int]] = []
+    window = Images._window
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            Images, "_window", lambda self, size, change: (seen.append(size), window(self, size, change))[1]
+        )
+        Images([tmp_path / "a.jpg"], (1, 40, 60), Fit.CUT).read(np.array([0, 0]), whole, changes)
+    assert seen == [(150, 100), (300, 200)]
