@@ -23,6 +23,7 @@ _MODULES = {
     "dropout": "dropout",
     "max_pool": "pool",
     "max_pool_grad": "pool",
+    "max_pool_pick": "pool",
     "average_pool": "pool",
     "average_pool_grad": "pool",
     "global_average_pool": "pool",

@@ -81,10 +81,13 @@ def _pool(
     scratch: dict[str, str],
     divisor: str = "",
 ) -> Lowered:
-    """y from the windows of x: statements before, for each tap of, and after a window."""
+    """y from the windows of x: statements before, for each tap of, and after a window. {ARG} is the tap of the maximum,
+    an output or an input."""
     axes, block = _axes(op), outputs[0].block[1]
-    before, [(x, window)] = conform(op, [(inputs[0], domain.need(box, 0))], outputs[0].block)
-    names = ("Y", "ARG")[: len(outputs)]
+    operands = [(buffer, domain.need(box, i)) for i, buffer in enumerate(inputs)]
+    before, [(x, window), *argmax] = conform(op, operands, outputs[0].block)
+    maps = [(buffer, domain.output(box, o)) for o, buffer in enumerate(outputs)] + argmax
+    names = ("Y", "ARG")[: len(maps)]
     pixel = (
         _clip(axes[1], "s", "w", "W")
         + divisor
@@ -95,7 +98,7 @@ def _pool(
     kernel = mapped_kernel(
         _name(kind, axes),
         block=block,
-        maps={name: buffer.dtype for name, buffer in zip(names, outputs, strict=True)},
+        maps={name: buffer.dtype for name, (buffer, _) in zip(names, maps, strict=True)},
         pointers={"X": "float32"},
         ints=(*_INTS, "X_image", "X_block", "X_row"),
         scratch=scratch,
@@ -106,7 +109,7 @@ def _pool(
     call = mapped_call(
         kernel,
         loops_over(written, block),
-        [(buffer, domain.output(box, o)) for o, buffer in enumerate(outputs)],
+        maps,
         pointers=[ref(x, window)],
         ints=(*_ints(op, domain, box, window, [dim.size for dim in domain.reads[0][2:]]), *x.strides[:3]),
     )
@@ -136,6 +139,25 @@ def lower_max_pool(
             '{ARG} = T.Cast("uint8", tap[v])',
         ],
         scratch={"best": "float32", "tap": "int32"},
+    )
+
+
+def lower_max_pool_pick(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The element of every window at the tap that was its maximum."""
+    columns = op.attrs["kernel"][1]
+    return _pool(
+        "max_pool_pick",
+        op,
+        domain,
+        box,
+        inputs,
+        outputs,
+        start=["found[v] = T.float32(0)", 'tap[v] = T.Cast("int32", {ARG})'],
+        tap=[f"found[v] = T.Select(tap[v] == r * {columns} + s, {{X}}, found[v])"],
+        end=["{Y} = found[v]"],
+        scratch={"found": "float32", "tap": "int32"},
     )
 
 

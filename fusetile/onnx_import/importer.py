@@ -114,6 +114,7 @@ class Importer:
         self.sequences: dict[str, list[View]] = {}
         self.masks: dict[str, Mask] = {}
         self.zero_padded: dict[str, tuple[str, tuple[int, ...]]] = {}  # what a convolution may pad itself: (x, pads)
+        self.pools: dict[str, tuple[str, str, dict[str, Any]]] = {}  # indices of a MaxPool: (its input, argmax, window)
         self._tensors: dict[View, str] = {}
         self.uses = Counter(name for node in self.nodes for name in node.input)
         self.uses.update(output.name for output in model.graph.output)

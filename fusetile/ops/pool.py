@@ -1,7 +1,8 @@
 """Max, average and global average pooling, and their gradients.
 
 Windows are clipped at the edge of the whole image, wherever the tiles are cut. Ties of the maximum go to the first in
-row-major order. The gradients gather: every element of dx looks at the windows that hold it.
+row-major order. The gradients gather: every element of dx looks at the windows that hold it. Max pooling's gradient,
+which puts numbers where maxima were, is un-pooling too; then MaxPoolPick, which takes them from there, is its gradient.
 """
 
 from __future__ import annotations
@@ -159,6 +160,25 @@ def _pool_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> lis
     return [dx]
 
 
+def _max_pool_grad_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    dz = grads[0]
+    assert dz is not None
+    window = {key: value for key, value in op.attrs.items() if key != "input_shape"}
+    stem = f"grad.{op.inputs[0]}"
+    inputs = [dz, op.inputs[1]]
+    return [*graph.add("MaxPoolPick", inputs, attrs=window, stem=stem, phase=BACKWARD, origin=op.origin), None]
+
+
+def _pick_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
+    domain = _pool_domain(attrs, inputs, outputs)
+    return Domain(domain.axes, (*domain.reads, _maps(inputs[1].shape)), domain.writes)
+
+
+def _pick(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
+    windows = _windows(op, domain, box, inputs[0], 0)
+    return [np.take_along_axis(windows, inputs[1][..., None].astype(np.intp), -1)[..., 0]]
+
+
 def _global_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
     n, k, h, w = inputs[0].shape
     axes = (Axis("n", n), Axis("k", k), Axis("h", h, "reduction"), Axis("w", w, "reduction"))
@@ -192,10 +212,21 @@ register(
         kernel="average_pool",
     )
 )
-for _kind, _kernel in (("MaxPoolGrad", "max_pool_grad"), ("AveragePoolGrad", "average_pool_grad")):
+for _kind, _grad_vjp, _kernel in (
+    ("MaxPoolGrad", _max_pool_grad_vjp, "max_pool_grad"),
+    ("AveragePoolGrad", None, "average_pool_grad"),
+):
     register(
-        Row(_kind, lambda attrs, inputs: [Spec(attrs["input_shape"])], _pool_grad_domain, _pool_grad, kernel=_kernel)
+        Row(
+            _kind,
+            lambda attrs, inputs: [Spec(attrs["input_shape"])],
+            _pool_grad_domain,
+            _pool_grad,
+            _grad_vjp,
+            kernel=_kernel,
+        )
     )
+register(Row("MaxPoolPick", lambda attrs, inputs: [Spec(inputs[1].shape)], _pick_domain, _pick, kernel="max_pool_pick"))
 register(
     Row(
         "GlobalAveragePool",

@@ -98,12 +98,13 @@ class Boxes:
         """Raises UserError for boxes that are none."""
         kinds, sizes = self._rows[:, 0], self._rows[:, 1:]
         good = (kinds >= 0) & (kinds < classes) & (kinds % 1 == 0) & ((sizes >= 0) & (sizes <= 1 + _OVER)).all(1)
+        good &= (sizes[:, 2:] > 0).all(1)
         for row in np.flatnonzero(~good)[:1].tolist():
             sample = int(np.searchsorted(self._ends, row, "right")) - 1
             raise UserError(
                 f"{path}: box {row - self._ends[sample]} of sample {sample} is {self._rows[row].tolist()}; give class "
                 f"(0 to {classes - 1}, or -1 for no box), centre x, centre y, width and height, as parts of the image "
-                "from 0 to 1"
+                "from 0 to 1, sizes above 0"
             )
 
 

@@ -174,7 +174,8 @@ def _find(arrays: Mapping[str, Column | np.ndarray], feed: Feed, feeds: Sequence
     column = _column(found, feed) if isinstance(found, np.ndarray) else found
     if column.shape[1:] != feed.shape[1:] or not column.shape:
         expected = ", ".join(map(str, ("samples", *feed.shape[1:])))
-        raise UserError(f"{path}: {name!r} has shape {column.shape} where the model wants ({expected})")
+        hint = f"; say --max-boxes {column.shape[1]}" if feed.boxes and column.shape[2:] == (5,) else ""
+        raise UserError(f"{path}: {name!r} has shape {column.shape} where the model wants ({expected}){hint}")
     labels = feed.classes and not feed.boxes
     bytes_do = column.dtype == np.uint8 and (feed.role == "input" or isinstance(column, Images))
     if column.dtype.kind not in ("iu" if labels else "f") and not bytes_do:

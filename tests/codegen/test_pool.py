@@ -33,6 +33,9 @@ def test_max_pool(window: str) -> None:
     back = Case("MaxPoolGrad", [dy, argmax], {**WINDOWS[window], "input_shape": SHAPE})
     back.check(rtol=1e-6, atol=1e-6)
     back.check(middle(back.domain.box, back.domain, channels=8), rtol=1e-6, atol=1e-6, **LAYOUT)
+    pick = Case("MaxPoolPick", [image(), argmax], WINDOWS[window])
+    pick.check(rtol=0, atol=0)
+    pick.check(middle(pick.domain.box, pick.domain, channels=8), rtol=0, atol=0, **LAYOUT)
 
 
 @pytest.mark.parametrize("include", [0, 1])

@@ -13,7 +13,9 @@ from fusetile.errors import UnsupportedOp
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
+from tests.graphs import feeds
 from tests.onnx_tools import for_inference, model, node, normal, run_ort, save
+from tests.training import in_float64, planned, run_plan, training_graph, worst
 
 X = {"x": ("N", 3, 9, 11)}
 
@@ -21,8 +23,8 @@ X = {"x": ("N", 3, 9, 11)}
 def check(proto: onnx.ModelProto, folder: Path, *, batch: int = 2) -> Graph:
     """Import and compare all outputs with ONNX Runtime's; BatchNormalization is frozen, nothing is dropped."""
     graph = import_onnx(save(proto, folder), batch=batch, bn="frozen", dropout=0.0)
-    feeds = {name: normal(*graph.tensors[name].shape, seed=7) for name in graph.inputs}
-    values, expected = evaluate(graph, feeds), run_ort(for_inference(proto), feeds)
+    fed = {name: normal(*graph.tensors[name].shape, seed=7) for name in graph.inputs}
+    values, expected = evaluate(graph, fed), run_ort(for_inference(proto), fed)
     assert graph.outputs == list(expected)
     for name, y in expected.items():
         assert values[name].shape == y.shape
@@ -101,6 +103,48 @@ POOLS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("attrs", [*POOLS, {"kernel_shape": [2, 3], "dilations": [2, 2], "storage_order": 1}])
 def test_max_pool(attrs: dict[str, Any], tmp_path: Path) -> None:
     check(model([node("MaxPool", "x", "y", **attrs)], X), tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [(8, 6), (9, 7)])
+def test_max_unpool(sizes: tuple[int, int], tmp_path: Path) -> None:
+    """Against ONNX Runtime; the gradient against finite differences; and in plans."""
+    window = {"kernel_shape": [2, 2], "strides": [2, 2]}
+    pool = node("MaxPool", "a", "p i", **window)
+    nodes = [
+        node("Conv", "x w", "a", pads=[1] * 4),
+        pool,
+        node("Tanh", "p", "t"),
+        node("MaxUnpool", "t i s", "y", **window),
+    ]
+    weights = {"w": normal(4, 3, 3, 3), "s": np.array([2, 4, *sizes], np.int64)}
+    if sizes == (8, 6):
+        nodes[-1] = node("MaxUnpool", "t i", "y", **window)
+        del weights["s"]
+    graph = training_graph(check(model(nodes, {"x": (2, 3, *sizes)}, ["y"], weights), tmp_path), loss="mse")
+    fed = feeds(graph)
+    exact = in_float64(graph)
+    values = evaluate(exact, fed, exact=True)
+    direction = normal(4, 3, 3, 3, seed=1).astype(np.float64)
+    plus, minus = (
+        evaluate(exact, {**fed, "w": values["w"] + sign * 1e-6 * direction}, exact=True)[graph.loss] for sign in (1, -1)
+    )
+    assert (plus - minus).item() / 2e-6 == pytest.approx((values[graph.gradients["w"]] * direction).sum(), rel=1e-5)
+    expected = evaluate(graph, fed)
+    for plan in ("batch", "grid:2x1", "random:1"):
+        error, where = worst(run_plan(graph, *planned(graph, plan, 2), fed), expected)
+        assert error < 1e-5, f"{plan}: {where} is off by {error}"
+
+
+def test_max_unpool_of_other_windows(tmp_path: Path) -> None:
+    pool, small = (node("MaxPool", "x", "p i", kernel_shape=[k, k], strides=[2, 2]) for k in (2, 3))
+    for first, strides, message in ((pool, [3, 3], "must be the windows"), (small, [2, 2], "windows overlap")):
+        size = 2 if first is pool else 3
+        nodes = [first, node("MaxUnpool", "p i", "y", kernel_shape=[size, size], strides=strides)]
+        with pytest.raises(UnsupportedOp, match=message):
+            import_onnx(save(model(nodes, {"x": (2, 3, 9, 9) if size == 3 else (2, 3, 8, 8)}, ["y"]), tmp_path))
+    nodes = [pool, node("Cast", "i", "y", to=1)]
+    with pytest.raises(UnsupportedOp, match="its output 'i' is used"):
+        import_onnx(save(model(nodes, {"x": (2, 3, 8, 8)}, ["p", "y"]), tmp_path))
 
 
 @pytest.mark.parametrize("attrs", POOLS)

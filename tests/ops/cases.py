@@ -127,7 +127,11 @@ def _pools() -> list[Case]:
         case = Case(f"MaxPool {name}", "MaxPool", ((x, V),), attrs)
         graph, op, _ = case.build()
         y, grad = graph.tensors[op.outputs[0]].shape, {**attrs, "input_shape": x}
-        cases += [case, Case(f"MaxPoolGrad {name}", "MaxPoolGrad", ((y, V), (y, "uint8")), grad)]
+        cases += [
+            case,
+            Case(f"MaxPoolGrad {name}", "MaxPoolGrad", ((y, V), (y, "uint8")), grad),
+            Case(f"MaxPoolPick {name}", "MaxPoolPick", ((x, V), (y, "uint8")), attrs),
+        ]
     for name, (x, attrs) in averages.items():
         for include in (False, True):
             attrs = {"ceil_mode": False, **attrs, "count_include_pad": include}

@@ -467,7 +467,8 @@ def test_gradients_of_losses(loss: str) -> None:
 
 def test_every_op_with_a_gradient_is_tested() -> None:
     tested = {kind for kind, _, _ in DIFFERENTIABLE} | {"BatchStatistics", "FrozenStatistics"}
-    assert tested | set(LOSSES.values()) | {"YoloV2"} == {kind for kind, row in ROWS.items() if row.vjp}
+    elsewhere = {"YoloV2", "MaxPoolGrad"}  # test_yolo.py, and test_max_unpool in onnx_import/test_rules.py
+    assert tested | set(LOSSES.values()) | elsewhere == {kind for kind, row in ROWS.items() if row.vjp}
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

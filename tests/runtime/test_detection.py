@@ -79,8 +79,13 @@ def test_boxes_in_an_array_are_filled_up(tmp_path: Path) -> None:
         np.savez(path, x=np.zeros((3, 3, 6, 8), np.uint8), y=np.where(TARGETS == 0, np.float32(wrong), TARGETS))
         with pytest.raises(UserError, match=message):
             Data(path, made, shuffle=False)
+    np.savez(path, x=np.zeros((3, 3, 6, 8), np.uint8), y=TARGETS * np.float32([1, 1, 1, 0, 1]))
+    with pytest.raises(UserError, match="sizes above 0"):
+        Data(path, made, shuffle=False)
     np.savez(path, x=np.zeros((3, 3, 6, 8), np.uint8), y=np.tile(TARGETS, (1, 2, 1)))
-    with pytest.raises(UserError, match=r"'y' has shape \(3, 6, 5\) where the model wants \(samples, 3, 5\)"):
+    with pytest.raises(
+        UserError, match=r"'y' has shape \(3, 6, 5\) where the model wants \(samples, 3, 5\); say --max-boxes 6"
+    ):
         Data(path, made, shuffle=False)
 
 

@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "MatMul": matrices.mat_mul,
     "Max": pointwise.variadic("Max"),
     "MaxPool": windows.max_pool,
+    "MaxUnpool": windows.max_unpool,
     "Mean": pointwise.variadic("Add", mean=True),
     "Min": pointwise.variadic("Min"),
     "Mish": pointwise.function("Mish"),
