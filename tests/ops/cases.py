@@ -361,6 +361,7 @@ def _others() -> list[Case]:
                 adam,
                 {**rate, 4: positive},
             ),
+            Case(f"Accumulate of rank {len(shape)}", "Accumulate", state, {"share": 0.5}, {2: np.ones(1, np.float32)}),
             Case(f"RMSprop of rank {len(shape)}", "RMSprop", (*state, (shape, what)), rmsprop, {**rate, 3: positive}),
         ]
     return cases
