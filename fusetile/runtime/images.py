@@ -44,8 +44,8 @@ class ImageFolder:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    """The images in a folder, by name; hidden files are none."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
 
 
 class Fit(Enum):

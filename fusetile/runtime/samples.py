@@ -75,6 +75,7 @@ class Samples:
         for feed in feeds:
             if feed.role == "input" and not feed.classes:
                 scaling.check(feed)
+        feeds = list({feed.key: feed for feed in feeds}.values())  # some may get several boxes of the same
         arrays = _open(path, feeds)
         self.columns = {feed.key: _find(arrays, feed, feeds, path) for feed in feeds}
         counts = {key: column.shape[0] for key, column in self.columns.items()} or _counts(arrays)
@@ -84,7 +85,7 @@ class Samples:
         self.count = next(iter(counts.values()))
         if self.count < batch:
             raise UserError(f"{path} has {self.count} samples, fewer than one batch of {batch}")
-        for feed in {feed.key: feed for feed in feeds}.values():
+        for feed in feeds:
             _check(self.columns[feed.key], feed, path, augmentation)
 
 
