@@ -89,7 +89,7 @@ def torch_network(model: Path) -> Any:
     class Network(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.names = {name: name.replace(".", "_") for name in arrays.keys() - numbers}
+            self.names = {name: name.replace(".", "_") for name in sorted(arrays.keys() - numbers)}
             for name, attribute in self.names.items():
                 value = torch.from_numpy(arrays[name].copy())
                 if name in running:
