@@ -148,6 +148,27 @@ class Masks:
             )
 
 
+class Marks:
+    """Looks like an array [samples, C, H, W] of uint8 made of masks: 255 where a pixel is of the channel's class. One
+    channel is for all classes but 0."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, files: Sequence[Path], sample: tuple[int, ...], ignore: int) -> None:
+        channels, height, width = sample
+        self._masks = Masks(files, (height, width), channels if channels > 1 else ignore + 1, ignore)
+        self.shape = (len(files), *sample)
+
+    def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
+        """A box of some samples. Raises UserError for a value that is no class."""
+        channels, *pixels = inside
+        masks = self._masks.read(rows, tuple(pixels), changes)[:, None]
+        if self.shape[1] == 1:
+            return np.where(masks > 0, np.uint8(255), np.uint8(0))
+        classes = np.arange(self.shape[1])[channels].reshape(-1, 1, 1)
+        return np.where(masks == classes, np.uint8(255), np.uint8(0))
+
+
 def _pillow() -> ModuleType:
     """PIL.Image. Raises UserError if it is not installed."""
     try:

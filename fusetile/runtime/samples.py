@@ -17,10 +17,11 @@ from fusetile.program import Feed
 from fusetile.runtime.arrays import Array, Kind, open_arrays
 from fusetile.runtime.augment import Augmentation, Change
 from fusetile.runtime.detection import NOTHING, Boxes, Detection
-from fusetile.runtime.images import Fit, ImageFolder, Images, Masks
+from fusetile.runtime.images import Fit, ImageFolder, Images, Marks, Masks
 from fusetile.runtime.pairs import Pairs, is_pair, masked_files
 
 _CHECKED_at_once = 1 << 22  # elements
+_UNCOUNTED = 255  # in masks of losses that know of no label to ignore: a pixel of no class
 
 
 class Column(Protocol):
@@ -148,6 +149,8 @@ def _masked(path: Path, feeds: Sequence[Feed]) -> dict[str, Column | np.ndarray]
             found[feed.key] = Images(files, feed.shape[1:], Fit.STRETCHED)
         elif feed.classes and len(feed.shape) == 3:
             found[feed.key] = Masks(masks, feed.shape[1:], feed.classes, feed.ignore)
+        elif len(feed.shape) == 4:
+            found[feed.key] = Marks(masks, feed.shape[1:], _UNCOUNTED)
         else:
             raise UserError(f"{path}/masks are classes per pixel, which are no targets for this --loss and model; for "
                             "outputs that are images name the folders input and target")  # fmt: skip
@@ -178,7 +181,7 @@ def _find(arrays: Mapping[str, Column | np.ndarray], feed: Feed, feeds: Sequence
         hint = f"; say --max-boxes {column.shape[1]}" if feed.boxes and column.shape[2:] == (5,) else ""
         raise UserError(f"{path}: {name!r} has shape {column.shape} where the model wants ({expected}){hint}")
     labels = feed.classes and not feed.boxes
-    bytes_do = column.dtype == np.uint8 and (feed.role == "input" or isinstance(column, Images))
+    bytes_do = column.dtype == np.uint8 and (feed.role == "input" or not isinstance(column, Array))
     if column.dtype.kind not in ("iu" if labels else "f") and not bytes_do:
         what = "integer class indices" if labels else "floating-point numbers (convert with .astype('float32'))"
         raise UserError(f"{path}: {name!r} has dtype {column.dtype} where the model wants {what}")

@@ -72,6 +72,17 @@ def test_masks_of_another_size_are_of_the_nearest_pixels(tmp_path: Path) -> None
     np.testing.assert_array_equal(masks, MASKS[:, np.arange(12) // 2][:, :, 1::2])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_masks_for_losses_of_maps(tmp_path: Path, channels: int) -> None:
+    """One channel: 1 where there is any class but 0; several: 1 where there is the channel's class."""
+    made = feed("target", (channels, 6, 8))
+    made = replace(made, buffer=replace(made.buffer, box=((0, 3), (channels // 2, channels), (1, 6), (0, 5))))
+    _, found = Data(masked(tmp_path / "d"), program(feed("input", (3, 6, 8)), made), shuffle=False)._read(1)
+    part = MASKS[:, None, 1:6, :5]
+    expected = part > 0 if channels == 1 else part == np.array([1, 2]).reshape(2, 1, 1)
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
 def test_masks_are_changed_like_their_images(tmp_path: Path) -> None:
     """Images whose pixels are those of the masks: after a change too, but for what is between two pixels."""
     stripes = np.repeat(RANDOM.integers(0, 2, (3, 8, 8), dtype=np.uint8), 8, 1).repeat(8, 2)
@@ -96,6 +107,7 @@ def test_masks_are_changed_like_their_images(tmp_path: Path) -> None:
         ("cut", r"masks/a.png is damaged"),
         ("noise", r"can't read .*masks/a.png as an image"),
         ("loss", r"d/masks are classes per pixel, which are no targets for this --loss"),
+        ("channels", r"masks/a.png has class 2 at row .*; the model has 2 classes"),
     ],
 )
 def test_masks_that_are_none(tmp_path: Path, what: str, message: str) -> None:
@@ -112,7 +124,9 @@ def test_masks_that_are_none(tmp_path: Path, what: str, message: str) -> None:
     if what == "noise":
         (masks / "a.png").write_bytes(b"no png")
     if what == "loss":
-        made = program(made.feeds[0], feed("target", (3, 6, 8)))
+        made = program(made.feeds[0], feed("target", (3,)))
+    if what == "channels":
+        made = program(made.feeds[0], feed("target", (2, 6, 8)))
     with pytest.raises(UserError, match=message):
         Data(folder, made, shuffle=False)._read(1)
 
