@@ -22,9 +22,14 @@ CASES = (
     (Layer(32, 32, 26, 3), FORWARD, DIRECT, 1.25),
     (Layer(32, 32, 26, 3), INPUT, DIRECT, 1.25),
     (Layer(32, 32, 26, 3), WEIGHT, DIRECT, 1.3),
+    (Layer(64, 64, 28, 3, 2), FORWARD, DIRECT, 1.25),
+    (Layer(64, 64, 28, 3, 2), INPUT, DIRECT, 1.25),
     (Layer(128, 128, 28, 1), FORWARD, DIRECT, 1.25),
     (Layer(128, 128, 28, 1), INPUT, DIRECT, 1.25),
     (Layer(128, 128, 28, 1), WEIGHT, DIRECT, 1.3),
+    (Layer(512, 128, 7, 1), FORWARD, DIRECT, 1.25),
+    (Layer(512, 128, 7, 1), INPUT, DIRECT, 1.3),  # 49 pixels use the turned weights, which take 0.08
+    (Layer(512, 128, 7, 1), WEIGHT, DIRECT, 1.3),
     (Layer(3, 32, 52, 3), FORWARD, DIRECT, 1.4),
     (Layer(3, 32, 52, 3), WEIGHT, DIRECT, 1.4),
     (Layer(64, 64, 36, 3), FORWARD, 4, 0.5),
@@ -32,10 +37,10 @@ CASES = (
     (Layer(64, 64, 36, 3), WEIGHT, 4, 0.5),
     (Layer(64, 128, 28, 3), FORWARD, 4, 0.5),  # many channels
 )
-# compiling is what takes time: all cases for the in-order CPU, half of them for each of the others
-OF_CPU = {"pi3": CASES, "pi4": CASES[::2], "pi5": CASES[1::2], "armv7": CASES[::2]}
+# 64-bit CPUs run the same kernels, cut for other caches; compiling is what takes time
+OF_CPU = {"pi3": CASES, "pi4": CASES[::3], "pi5": CASES[1::3], "armv7": CASES[::3]}
 ARMV7 = 1.6  # times the limits: 16 registers instead of 32
-LOAD_DISTANCE = 5  # median, on an in-order CPU
+LOAD_DISTANCE = 5  # median: an in-order CPU would wait
 
 
 @pytest.fixture(scope="module")
@@ -71,5 +76,5 @@ def test_executed_instructions(
         assert loops and not [text for loop in loops for text in loop.stack], case
         if algorithm:
             assert layer.chosen(phase, target) == algorithm, case
-        if name == "pi3" and algorithm == DIRECT:
+        if name != "armv7" and algorithm == DIRECT:
             assert typical_distance(loops)[1] >= LOAD_DISTANCE, case
