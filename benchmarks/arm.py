@@ -6,13 +6,13 @@ F(4x4); * is what the compiler chooses), and per ideal vector multiply-add of th
     insns     executed instructions, of all kernels of the phase with their transforms
     misses    lines of 64 bytes per 1000: fetched into the first-level cache of this CPU, and into a second-level cache
               of 512 KB and of 1 MB that one core has for itself
-    loads     in the hot multiply loops: instructions from a load to its first use, least and median; [sp] counts
-              accesses to the stack there
+    loads     in the loops with a tenth of all multiplications or more, which Winograd's transforms have not:
+              instructions from a load to its first use, least and median; [sp] counts accesses to the stack there
 
 Then the same of OpenBLAS, which chooses its kernel for the CPU (with --openblas: a matrix product of numpy's in an
-emulated Debian, made on first use), and instructions per element of other ops. Results are compared with this
-computer's kernels. What no emulator knows: how many instructions a cycle takes, what a miss costs, and what hardware
-prefetches. Needs Debian's qemu-user.
+emulated Debian, made on first use), and instructions per element of other ops. All results, on random data, must be
+those of this computer's kernels. What no emulator knows: how many instructions a cycle takes, what a miss costs, and
+what hardware prefetches. Needs Debian's qemu-user.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ LAYERS = (
     Layer(64, 64, 56, 3, groups=64),
     Layer(64, 64, 56, 3, 2, groups=64),
 )
+HOT = 0.1
 NAMES = {0: "direct", 2: "F(2x2)", 4: "F(4x4)"}
 
 
@@ -101,7 +102,7 @@ def table(program: Program, rows: Sequence[Row], expected: Results) -> None:
     for i, (layer, phase, algorithm) in enumerate(rows):
         results, profile = program.run(i, caches=True)
         check(f"{layer}, {phase}", results, expected[i])
-        loops = hot_loops(profile)
+        loops = hot_loops(profile, HOT)
         least, middle = typical_distance(loops)
         misses = " ".join(f"{1000 * cache.fetched / layer.ideal:6.1f}" for cache in profile.caches.values())
         label = NAMES[algorithm] + "*" * (layer.chosen(phase, program.target) == algorithm)
@@ -124,7 +125,7 @@ def openblas(name: str, plugin: Path, folder: Path) -> None:
     """OpenBLAS's product of the matrices that a 1x1 convolution is."""
     layer = Layer(256, 128, 26, 1)
     profile = profile_product(name, plugin, folder, layer.k, layer.c, layer.out**2)
-    loops = hot_loops(profile, share=0.1)
+    loops = hot_loops(profile, HOT)
     least, middle = typical_distance(loops)
     stack = sum(len(loop.stack) for loop in loops)
     sizes, insns = f"{layer.k} x {layer.c} x {layer.out**2}", profile.executed / layer.ideal

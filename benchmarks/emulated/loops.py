@@ -56,7 +56,7 @@ def multiplies(profile: Profile) -> int:
     return sum(i.count for i in every if MULTIPLY.match(i.text))
 
 
-def hot_loops(profile: Profile, share: float = 0.02) -> list[Loop]:
+def hot_loops(profile: Profile, share: float) -> list[Loop]:
     """The innermost loops that execute at least this share of all multiply-adds, the hottest first."""
     total = multiplies(profile)
     loops = [loop for name, part in profile.functions.items() for loop in _innermost(name, part)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.arm import HOT
 from benchmarks.emulated.emulator import Program, available, compile_plugin
 from benchmarks.emulated.layers import DIRECT, PHASES, Layer
 from benchmarks.emulated.loops import hot_loops, typical_distance
@@ -72,7 +73,7 @@ def test_executed_instructions(
         reference = expected(CASES.index((layer, phase, algorithm, limit)))[0]
         np.testing.assert_allclose(result, reference, rtol=0, atol=1e-4 * abs(result).max(), err_msg=case)
         assert profile.executed / layer.ideal <= limit * (ARMV7 if name == "armv7" else 1), case
-        loops = hot_loops(profile, share=0.1)
+        loops = hot_loops(profile, HOT)
         assert loops and not [text for loop in loops for text in loop.stack], case
         if algorithm:
             assert layer.chosen(phase, target) == algorithm, case
