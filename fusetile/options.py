@@ -164,7 +164,7 @@ class Training:
             "times), some 1e-6 of the values.",
         ),
     ] = "fast"
-    seed: Annotated[int, _training("--seed", "Of shuffling and dropout masks.", min=0)] = 0
+    seed: Annotated[int, _training("--seed", "Of shuffling, augmentation and dropout masks.", min=0)] = 0
     accumulate: Annotated[
         int,
         _training(

@@ -127,10 +127,12 @@ def test_the_trained_model_is_the_one_that_came_in_with_new_weights(lenet_job: t
     assert logits.shape == (24, 5) and np.isfinite(logits).all()
 
 
-def test_shuffling_depends_on_the_seed_alone(tmp_path: Path) -> None:
-    job = Job(tmp_path, lenet.build(size=20, classes=5), "--steps", 6)
+def test_shuffling_and_augmentation_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    job = Job(tmp_path, lenet.build(size=20, classes=5), "--steps", 8, "--augment", "flip,crop,colour")
+    with np.load(job.data) as data:
+        np.savez(job.data, x=(data["x"] * 40 + 128).clip(0, 255).astype(np.uint8), y=data["y"])
     plain = losses(job.run() / "log.jsonl")
-    assert plain == pytest.approx(losses(job.run("--nodes", 2, "--plan", "batch") / "log.jsonl"), rel=1e-5)
+    assert plain == pytest.approx(losses(job.run("--nodes", 2, "--plan", "grid:2x1") / "log.jsonl"), rel=1e-5)
     assert plain[0] != losses(job.run("--seed", 1) / "log.jsonl")[0]
     assert plain[0] != losses(job.run("--no-shuffle") / "log.jsonl")[0]
 

@@ -72,10 +72,10 @@ class Images:
 
     def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
         """A box of some samples."""
-        return np.stack([self._sample(*each)[inside] for each in zip(rows, changes, strict=True)])
+        return np.stack([self._sample(*each, *inside) for each in zip(rows, changes, strict=True)])
 
-    def _sample(self, row: int, change: Change) -> np.ndarray:
-        """A whole sample [C,H,W]."""
+    def _sample(self, row: int, change: Change, *inside: slice) -> np.ndarray:
+        """A box of a sample [C,H,W]."""
         _, channels, height, width = self.shape
 
         def pixels(image: Any) -> np.ndarray:
@@ -88,7 +88,8 @@ class Images:
             return np.asarray(upright.resize((width, height), box=self._window(upright.size, change)))
 
         found = decoded(self._files[row], pixels).reshape(height, width, channels).transpose(2, 0, 1)
-        return change.colours(found[:, :, ::-1] if change.flip else found)
+        part = (found[:, :, ::-1] if change.flip else found)[:, *inside[1:]]
+        return change.colours(part)[inside[0]]
 
     def _window(self, size: Size, change: Change) -> tuple[float, float, float, float]:
         height, width = self.shape[2:]
