@@ -46,8 +46,10 @@ class Change:
     def window(self, size: Size, base: tuple[float, float]) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of the window in an image of `size` from which `base` would be taken."""
         width, height = (side * part for side, part in zip(base, self.scale, strict=True))
-        left, top = (at * (whole - part) for at, whole, part in zip(self.at, size, (width, height), strict=True))
-        return left, top, left + width, top + height
+        left, top = (
+            max(0.0, at * (whole - part)) for at, whole, part in zip(self.at, size, (width, height), strict=True)
+        )
+        return left, top, min(left + width, size[0]), min(top + height, size[1])  # whatever has been rounded
 
     def colours(self, values: np.ndarray) -> np.ndarray:
         """Bytes [C,H,W], one or three channels, in other colours."""

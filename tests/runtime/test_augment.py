@@ -79,6 +79,17 @@ def test_windows() -> None:
     np.testing.assert_array_equal(resampled(places, Change(flip=True), WHOLE, WHOLE), places[:, :, ::-1])
 
 
+def test_windows_are_within_the_image() -> None:
+    """Pillow refuses those that are not, be it by a rounding error."""
+    for width in range(40, 1400, 7):
+        size = width, width * 3 // 4 + 5
+        for side in (33, 224, 416):
+            part = min(size[0] / side, size[1] / side)
+            for change in (SAME, Change(at=(1.0, 1.0), scale=(0.7, 0.9))):
+                left, top, right, bottom = change.window(size, (side * part, side * part))
+                assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+
+
 def test_boxes_go_with_the_pixels() -> None:
     """A box around a bright rectangle is around it afterwards, or what is in the window of it."""
     image, box = np.zeros((1, 200, 300), np.float32), np.float32([[4, 0.5, 0.4, 0.2, 0.3]])
