@@ -89,7 +89,7 @@ def train(
     run, where, out = run or RunOptions(), Path(data), Path(out)
     check_paths(where, run, out)
     training = replace(training or Training(), validation=run.val is not None)
-    devices = local_cluster(nodes, ports=free_ports(nodes))
+    devices = local_cluster(nodes, ports=free_ports(nodes)).with_source(training.source)
 
     def look(name: str, graph: Graph) -> None:
         if name == "prune":

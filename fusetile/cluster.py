@@ -1,5 +1,7 @@
 """The devices and the network between them: cluster.toml.
 
+source = "kitchen"  # optional: only this node has the data, and sends the others what they need
+
 [[node]]
 name = "kitchen"
 address = "192.168.1.21:7300"
@@ -81,15 +83,23 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Devices in rank order."""
+    """Devices in rank order. `source`: the rank of the only one that has the data; None if all have them."""
 
     nodes: tuple[Node, ...]
     link: Link = Link(94e6 / 8, 0.3e-3)
+    source: int | None = None
 
     @property
     def speeds(self) -> tuple[float, ...]:
         """Relative speed of each device, for proportional cuts."""
         return tuple(node.flops for node in self.nodes)
+
+    def with_source(self, name: str) -> Cluster:
+        """The same devices, of which the one with this name has the data; "" changes nothing. Raises UserError."""
+        names = [node.name for node in self.nodes]
+        if name and name not in names:
+            raise UserError(f"the source {name!r} is none of the nodes: {', '.join(names)}")
+        return replace(self, source=names.index(name)) if name else self
 
     def with_wire(self, wire: Wire) -> Cluster:
         """The same devices, between which maps and gradients travel like this."""
@@ -121,7 +131,7 @@ def read_cluster(path: Path) -> Cluster:
         raise UserError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a TOML file: {error}") from None
-    _known(document, {"node", "link"}, f"{path}")
+    _known(document, {"node", "link", "source"}, f"{path}")
     entries = document.get("node", [])
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path}: no [[node]] entry; a cluster needs at least one")
@@ -134,8 +144,13 @@ def read_cluster(path: Path) -> Cluster:
             raise UserError(f"{path}: two nodes have the {what} {twice[0]!r}; give each its own")
     measured = [link for _, link in read if link is not None]
     if measured and "link" not in document:
-        return Cluster(nodes, Link(min(rate for rate, _ in measured), max(latency for _, latency in measured)))
-    return Cluster(nodes, _link(document.get("link", {}), f"{path}: [link]"))
+        link = Link(min(rate for rate, _ in measured), max(latency for _, latency in measured))
+    else:
+        link = _link(document.get("link", {}), f"{path}: [link]")
+    source = document.get("source", "")
+    if not isinstance(source, str):
+        raise UserError(f"{path}: source = {source!r} must be the name of a node")
+    return Cluster(nodes, link).with_source(source)
 
 
 def _node(entry: Mapping[str, Any], where: str, folder: Path) -> tuple[Node, tuple[float, float] | None]:

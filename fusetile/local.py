@@ -54,6 +54,9 @@ def check_paths(data: Path, options: RunOptions, out: Path) -> None:
     for flag, path in (("--data", data), ("--val", options.val)):
         if path is not None and not path.exists():
             raise UserError(f"{flag} {path}: there is no such file or folder")
+    for flag, value in (("--val-every", options.val_every), ("--patience", options.patience)):
+        if value is not None and options.val is None:
+            raise UserError(f"{flag} {value} needs --val DATA")
     Augmentation.parse(options.augment)
     check_writable(options.log, options.save_gradients)
 
@@ -89,7 +92,9 @@ def train_locally(
         for rank, node in enumerate(cluster.nodes):
             first = rank == 0
             command = [sys.executable, "-m", "fusetile.runtime.node", str(build / "nodes" / node.name)]
-            command += ["--data", str(data), *replace(options, threads=threads).arguments()]
+            has_data = cluster.source in (None, rank)
+            command += ["--data", str(data)] if has_data else []
+            command += replace(options, threads=threads, val=options.val if has_data else None).arguments()
             command += ["--checkpoints", str(out / CHECKPOINTS), "--best", str(out / BEST)]
             command += ["--out", str(out)] if first else []
             command += ["--quiet"] if quiet or not first else []

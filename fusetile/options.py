@@ -175,6 +175,15 @@ class Training:
             metavar="K",
         ),
     ] = 1
+    source: Annotated[
+        str,
+        _training(
+            "--source",
+            "The only node that has the data; it sends the others their parts. Default: what cluster.toml says, or all "
+            "nodes have the data.",
+            metavar="NODE",
+        ),
+    ] = ""
     validation: Annotated[bool, _training("--validation", "Also compile what --val of fusetile-runtime runs.")] = False
     plan: Annotated[
         str,
@@ -363,9 +372,6 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
-        for flag, value in (("--val-every", self.val_every), ("--patience", self.patience)):
-            if value is not None and self.val is None:
-                raise UserError(f"{flag} {value} needs --val DATA")
         _, deviations = self.scaling
         if any(value <= 0 for value in deviations):
             raise UserError(f"--std {self.std}: must be above 0")

@@ -117,7 +117,7 @@ class Planned:
 
 def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Trace) -> Planned:
     """A graph as it was imported -> a plan that fits into the devices' memory."""
-    cluster = cluster.with_wire(training.wire)
+    cluster = cluster.with_wire(training.wire).with_source(training.source)
     block = block_of(cluster)
     with trace.stage("freeze") as seen:
         graph = seen(freeze(graph, frozen=training.freeze, trained=training.train))

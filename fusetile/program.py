@@ -239,6 +239,8 @@ class Program:
     zones: tuple[Zone, ...] = ()  # with --guard: all buffers, each between redzones
     validation: Routine | None = None  # the forward pass of a trained model, and its loss
     accumulate: int = 1  # batches per training step
+    source: int | None = None  # the rank that alone has the data, if not all have them
+    samples: tuple[Feed, ...] = ()  # what the whole model is fed of them, in no arena
     micro: Routine | None = None  # one of those that come before the last, which is a training step
     schema: int = field(default=SCHEMA_VERSION)
 
@@ -279,6 +281,7 @@ def from_json(source: str) -> Program:
     found |= _routine(found)
     for name in _ROUTINES:
         found[name] = Routine(**_routine(found[name])) if found[name] else None
+    found["samples"] = tuple(Feed(**_with_buffer(item)) for item in found["samples"])
     found["shards"] = tuple(Shard(**_with_buffer(item)) for item in found["shards"])
     found["gradients"] = tuple(Gradient(**_with_buffer(item)) for item in found["gradients"])
     found["rates"] = Rates(**{key: _tuples(value) for key, value in found["rates"].items()})

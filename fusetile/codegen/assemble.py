@@ -182,6 +182,8 @@ def assemble(
         peers=tuple(sorted({step.peer for step in moving if isinstance(step, Send | Recv)})),
         zones=_zones(draft, memory, where, len(steps)) if memory.redzone_bytes else (),
         accumulate=identity.accumulate,
+        source=cluster.source,
+        samples=tuple(sample_feeds(graph)),
         micro=routines.get("micro"),
         validation=routines.get("validation"),
     )

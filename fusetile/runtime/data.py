@@ -4,17 +4,19 @@ one computes."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fusetile.box import slices, volume
+from fusetile.box import Box, slices, volume
 from fusetile.philox import permutation
 from fusetile.program import Buffer, Feed, Program, Routine
 from fusetile.runtime.augment import SAME, Augmentation, Change
+from fusetile.runtime.outlet import Outlet
 from fusetile.runtime.samples import Samples, Scaling
 from fusetile.runtime.storage import Place
 
@@ -24,9 +26,71 @@ Values = list[np.ndarray | None]
 """Per feed of samples, what it gets of a batch."""
 
 
-class Data:
-    """The samples of the feeds of a program, or of one of its routines. Raises UserError if anything about them is
-    wrong."""
+class Feeder(ABC):
+    """Fills the feeds of a program, or of one of its routines, with samples. Batches have numbers: those of the
+    training count from 1 on, those of a validation are counted as they come."""
+
+    count: int  # samples
+
+    def __init__(self, program: Program, *, scaling: Scaling | None, routine: Routine | None) -> None:
+        self._program, self._routine, self._scaling = program, routine or program.training, scaling or Scaling()
+        self._feeds = [feed for feed in self._routine.feeds if feed.role in ("input", "target")]
+        self._places: dict[Buffer, Place] = {}  # of the feeds, in the arena that is being filled
+        self._arena: np.ndarray | None = None
+        self._given = 0  # batches whose samples were named by the caller
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole steps; the rest of an epoch is dropped."""
+        return self.count // (self._program.batch * self._program.accumulate)
+
+    def fill(self, arena: np.ndarray, batch: int, *, total: int, routine: Routine | None = None) -> None:
+        """Write the feeds of a batch of the training, which has `total` steps; those of another routine, if it is
+        given, that reads the same samples."""
+        step, place = divmod(batch - 1, self._program.accumulate)
+        controls = {"step": batch, "kept": min(place, 1), **self._program.rates.controls(step + 1, total)}
+        self._write(arena, (routine or self._routine).feeds, self._take(batch, None), controls)
+        if batch < total * self._program.accumulate:
+            self._prepare(batch + 1, None)
+
+    def fill_rows(self, arena: np.ndarray, rows: np.ndarray, *, then: np.ndarray | None) -> None:
+        """Write the feeds of any samples; those that come next are read ahead."""
+        self._given += 1
+        self._write(arena, self._routine.feeds, self._take(self._given, rows), {})
+        if then is not None:
+            self._prepare(self._given + 1, then)
+
+    @abstractmethod
+    def _take(self, batch: int, rows: np.ndarray | None) -> Values:
+        """What the feeds get of a batch, which has these samples, or those that are its turn in the training."""
+
+    @abstractmethod
+    def _prepare(self, batch: int, rows: np.ndarray | None) -> None:
+        """Begin to get what will be taken next."""
+
+    def _write(self, arena: np.ndarray, feeds: tuple[Feed, ...], values: Values, controls: Mapping[str, float]) -> None:
+        samples = iter(values)
+        if self._arena is not arena:
+            self._arena, self._places = arena, {}
+        for feed in feeds:
+            place = self._places.get(feed.buffer)
+            if place is None:
+                place = self._places[feed.buffer] = Place(arena, feed.buffer, feed.buffer.box)
+            if feed.role in controls:
+                place.write(np.array(controls[feed.role], feed.buffer.dtype))
+            elif (part := next(samples)) is not None:
+                place.write(part)
+
+    def _scaled(self, feed: Feed, values: np.ndarray) -> np.ndarray:
+        """What a feed gets of what was stored."""
+        if feed.classes:
+            return values
+        return (self._scaling if feed.role == "input" else Scaling()).apply(values, feed.buffer.box)
+
+
+class Data(Feeder):
+    """Samples in files here. Raises UserError if anything about them is wrong. If this node is the source, the others
+    get theirs from here: see `share`."""
 
     def __init__(
         self,
@@ -38,24 +102,25 @@ class Data:
         augmentation: Augmentation | None = None,
         routine: Routine | None = None,
     ) -> None:
-        self._program, self._shuffle, self._routine = program, shuffle, routine or program.training
-        self._scaling, self._augmentation = scaling or Scaling(), augmentation or Augmentation()
-        self._feeds = [feed for feed in self._routine.feeds if feed.role in ("input", "target")]
+        super().__init__(program, scaling=scaling, routine=routine)
+        self._shuffle, self._augmentation = shuffle, augmentation or Augmentation()
         least = program.batch * program.accumulate if routine is None else 1
-        samples = Samples(path, self._feeds, least, self._scaling, self._augmentation)
+        wanted = self._feeds if program.source is None else program.samples
+        samples = Samples(path, wanted, least, self._scaling, self._augmentation)
         self._columns, self.count = samples.columns, samples.count
         self._epoch, self._order = -1, np.arange(self.count)
-        self._places: dict[Buffer, Place] = {}  # of the feeds, in the arena that is being filled
-        self._arena: np.ndarray | None = None
+        self._outlet: Outlet | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._read_seconds = 0.0  # what the last batch took
-        self._ahead_key: int | bytes = 0
-        self._ahead: Future[Values] | None = None
+        self._ahead: tuple[int, Future[Values]] | None = None
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole steps; the rest of an epoch is dropped."""
-        return self.count // (self._program.batch * self._program.accumulate)
+    def offer(self) -> dict[str, Any]:
+        """What other nodes must know of the data: how many samples, and the types of their parts."""
+        return {"count": self.count, "types": {key: column.dtype.str for key, column in self._columns.items()}}
+
+    def share(self, outlet: Outlet) -> None:
+        """From now on every batch that is read goes out to the other nodes as well."""
+        self._outlet = outlet
 
     def rows(self, batch: int) -> np.ndarray:
         """Indices of the samples of a batch of the training (from 1)."""
@@ -65,68 +130,51 @@ class Data:
             self._order = permutation(seed=self._program.seed, epoch=epoch, count=self.count)
         return self._order[position * self._program.batch : (position + 1) * self._program.batch]
 
-    def fill(self, arena: np.ndarray, batch: int, *, total: int, routine: Routine | None = None) -> None:
-        """Write the feeds of a batch of the training, which has `total` steps; those of another routine, if it is
-        given, that reads the same samples."""
-        step, place = divmod(batch - 1, self._program.accumulate)
-        controls = {"step": batch, "kept": min(place, 1), **self._program.rates.controls(step + 1, total)}
-        self._write(arena, (routine or self._routine).feeds, batch, partial(self._read, batch), controls)
-        if batch < total * self._program.accumulate:
-            self._read_ahead(batch + 1, partial(self._read, batch + 1))
-
-    def fill_rows(self, arena: np.ndarray, rows: np.ndarray, *, then: np.ndarray | None) -> None:
-        """Write the feeds of any samples; those that come next are read ahead."""
-        self._write(arena, self._routine.feeds, rows.tobytes(), partial(self._read_rows, rows), {})
-        if then is not None:
-            self._read_ahead(then.tobytes(), partial(self._read_rows, then))
-
-    def _write(
-        self,
-        arena: np.ndarray,
-        feeds: tuple[Feed, ...],
-        key: int | bytes,
-        read: Callable[[], Values],
-        controls: Mapping[str, float],
-    ) -> None:
-        ahead = self._ahead.result() if self._ahead is not None else None
-        samples = iter(ahead if ahead is not None and self._ahead_key == key else read())
-        self._ahead = None
-        if self._arena is not arena:
-            self._arena, self._places = arena, {}
-        for feed in feeds:
-            place = self._places.get(feed.buffer)
-            if place is None:
-                place = self._places[feed.buffer] = Place(arena, feed.buffer, feed.buffer.box)
-            if feed.role in controls:
-                place.write(np.array(controls[feed.role], feed.buffer.dtype))
-            elif (values := next(samples)) is not None:
-                place.write(values)
-
-    def _read_ahead(self, key: int | bytes, read: Callable[[], Values]) -> None:
-        """Begin to read what the next batch needs, if this one took long enough for that to be worth it."""
-        if self._read_seconds > _AHEAD_seconds:
-            self._ahead_key, self._ahead = key, self._reader.submit(read)
-
     def close(self) -> None:
         """Read nothing any more."""
         self._reader.shutdown(cancel_futures=True)
 
-    def _read(self, batch: int) -> Values:
-        rows, epoch = self.rows(batch), (batch - 1) // (self.steps_per_epoch * self._program.accumulate)
-        return self._read_rows(rows, self._augmentation.changes(rows, seed=self._program.seed, epoch=epoch))
+    def _take(self, batch: int, rows: np.ndarray | None) -> Values:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == batch:
+            return ahead[1].result()
+        if self._outlet is not None:
+            self._outlet.await_room(batch)
+        return self._read(batch, rows)
 
-    def _read_rows(self, rows: np.ndarray, changes: Sequence[Change] = ()) -> Values:
-        began, changes = time.perf_counter(), changes or [SAME] * len(rows)
-        found = [self._read_feed(feed, rows, changes) for feed in self._feeds]
+    def _prepare(self, batch: int, rows: np.ndarray | None) -> None:
+        """Read ahead if the last batch took long enough for that to be worth it, or others wait for it."""
+        if self._outlet is not None:
+            self._outlet.await_room(batch)
+        if self._outlet is not None or self._read_seconds > _AHEAD_seconds:
+            self._ahead = batch, self._reader.submit(self._read, batch, rows)
+
+    def _read(self, batch: int, rows: np.ndarray | None = None) -> Values:
+        began = time.perf_counter()
+        if rows is None:
+            rows, epoch = self.rows(batch), (batch - 1) // (self.steps_per_epoch * self._program.accumulate)
+            changes = self._augmentation.changes(rows, seed=self._program.seed, epoch=epoch)
+        else:
+            changes = [SAME] * len(rows)
+        if self._outlet is None:
+            read = {feed.buffer: self._read_box(feed, feed.buffer.box, rows, changes) for feed in self._feeds}
+        else:
+            read = self._read_for_all(batch, rows, changes, self._outlet)
+        found = [self._scaled(feed, read[feed.buffer]) if volume(feed.buffer.box) else None for feed in self._feeds]
         self._read_seconds = time.perf_counter() - began
         return found
 
-    def _read_feed(self, feed: Feed, rows: np.ndarray, changes: Sequence[Change]) -> np.ndarray | None:
-        box = feed.buffer.box
-        if not volume(box):
-            return None
+    def _read_box(self, feed: Feed, box: Box, rows: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
         batch, *inside = slices(box)
-        values = self._columns[feed.key].read(rows[batch], tuple(inside), changes[batch])
-        if feed.classes:
-            return values
-        return (self._scaling if feed.role == "input" else Scaling()).apply(values, box)
+        return self._columns[feed.key].read(rows[batch], tuple(inside), changes[batch])
+
+    def _read_for_all(
+        self, batch: int, rows: np.ndarray, changes: Sequence[Change], outlet: Outlet
+    ) -> dict[Buffer, np.ndarray]:
+        """Every sample is read once, as a whole; all nodes get their boxes of it."""
+        full = {
+            feed.key: self._read_box(feed, feed.buffer.box, rows, changes).astype(self._columns[feed.key].dtype)
+            for feed in self._program.samples
+        }
+        outlet.send(batch, full)
+        return {feed.buffer: full[feed.key][slices(feed.buffer.box)] for feed in self._feeds}

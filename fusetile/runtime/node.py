@@ -18,11 +18,11 @@ import numpy as np
 from fusetile.errors import FusetileError, UserError
 from fusetile.program import Program, from_json
 from fusetile.runtime import checkpoint
-from fusetile.runtime.data import Data
 from fusetile.runtime.executor import Executor
 from fusetile.runtime.faults import Stopped
 from fusetile.runtime.files import check_writable
 from fusetile.runtime.follow import Follower
+from fusetile.runtime.local import Local
 from fusetile.runtime.loop import End, Loop
 from fusetile.runtime.native import Library
 from fusetile.runtime.options import Options, options_of, parser
@@ -41,7 +41,6 @@ from fusetile.runtime.result import (
     write_gradients,
     write_parameters,
 )
-from fusetile.runtime.samples import Scaling
 from fusetile.runtime.storage import make_arena, release
 from fusetile.runtime.training import Training
 from fusetile.runtime.transport import Transport
@@ -77,32 +76,41 @@ def run(options: Options, signals: Signals) -> None:
     program = load_program(options.bundle)
     lowest = program.rank == LOWEST
     _check_outputs(options, lowest)
-    scaling = Scaling(options.mean, options.std)
-    data = Data(options.data, program, shuffle=options.shuffle, scaling=scaling, augmentation=options.augment)
-    held_back = _held_back(options, program, scaling)
-    total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch
-    terms = {"samples": data.count, "shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
-    terms |= {"accumulate": program.accumulate} if program.accumulate > 1 else {}
-    every = options.val_every or data.steps_per_epoch
-    validated = [held_back.count, every, options.patience] if held_back is not None else None
-    there = _checkpoints(options, program, total)
+    local = Local.of(options, program)
+    there = _checkpoints(options, program)
+    same: dict[str, Any] = {
+        "steps": options.steps,
+        "epochs": options.epochs,
+        "resume": options.resume,
+        "followed": options.followed,
+    }
+    same |= {
+        "augment": options.augment.text,
+        "mean": list(options.mean),
+        "std": list(options.std),
+        "followed": options.followed,
+    }
+    same |= {"validation": [options.val_every, options.patience], "samples": local.counts}
+    same |= {"shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
     with ExitStack() as stack:
-        stack.callback(data.close)
-        if held_back is not None:
-            stack.callback(held_back.close)
-        progress = stack.enter_context(Progress(total, show=lowest and not options.quiet, log=options.log))
+        stack.callback(local.close)
         library = stack.enter_context(Library(options.bundle / program.library, threads=options.threads))
         arena = make_arena(program.arena_bytes)
         load_weights(options.bundle / "weights.safetensors", program, arena)
         meeting = Meeting(wants={"gradients": options.save_gradients is not None, "start": max(there)})
         transport = None
         if program.nodes > 1:
-            same = {"steps": total, "resume": options.resume, "augment": options.augment.text, "validation": validated}
-            same |= {"mean": list(options.mean), "std": list(options.std), "followed": options.followed}
-            meeting = _meet(program, options, terms | same, list(there))
+            meeting = _meet(program, options, same, list(there), local.told())
             transport = Transport(program, meeting.links, deadline=options.deadline)
             transport.step = meeting.wants["start"]  # peers may begin before this node does
             stack.enter_context(running(transport, signals))
+        data, held_back = local.connected(transport, meeting.samples)
+        total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch
+        every = options.val_every or data.steps_per_epoch
+        terms = {"samples": data.count, "shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
+        terms |= {"accumulate": program.accumulate} if program.accumulate > 1 else {}
+        _check_start(options, meeting.wants["start"], total)
+        progress = stack.enter_context(Progress(total, show=lowest and not options.quiet, log=options.log))
         training = Training(program, data, library=library, arena=arena, transport=transport, total=total)
         validation = None
         if held_back is not None:
@@ -141,7 +149,7 @@ def run(options: Options, signals: Signals) -> None:
             transport.check()  # a signal may have come while the result was written
 
 
-def _checkpoints(options: Options, program: Program, total: int) -> dict[int, checkpoint.Checkpoint | None]:
+def _checkpoints(options: Options, program: Program) -> dict[int, checkpoint.Checkpoint | None]:
     """By step, what this node can start from: with --resume, whole checkpoints; else only step 0."""
     folder = options.checkpoints
     if not options.resume:
@@ -154,32 +162,26 @@ def _checkpoints(options: Options, program: Program, total: int) -> dict[int, ch
             f"--resume: no step's files in {folder} have all that node {program.name!r} needs; copy the files of all "
             "nodes there, or compile with the same model and optimizer"
         )
-    if min(found) >= total:
-        raise UserError(f"--resume: the checkpoint in {folder} is of step {min(found)}, and the run has {total} steps")
     return found
 
 
-def _held_back(options: Options, program: Program, scaling: Scaling) -> Data | None:
-    """The data for validation. Raises UserError."""
-    if options.val is None:
-        for flag, value in (("--val-every", options.val_every), ("--patience", options.patience)):
-            if value is not None:
-                raise UserError(f"{flag} {value} needs --val DATA")
-        return None
-    if program.validation is None:
+def _check_start(options: Options, start: int, total: int) -> None:
+    if options.resume and start >= total:
         raise UserError(
-            f"--val: the bundle {options.bundle} can't validate: compile with --validation, and copy it again"
+            f"--resume: the checkpoint in {options.checkpoints} is of step {start}, and the run has {total} steps"
         )
-    return Data(options.val, program, shuffle=False, scaling=scaling, routine=program.validation)
 
 
-def _meet(program: Program, options: Options, terms: Mapping[str, Any], starts: list[int]) -> Meeting:
-    """Wait for the other nodes. `terms` must be the same on all; of the `starts` that all have, the last is taken."""
+def _meet(
+    program: Program, options: Options, terms: Mapping[str, Any], starts: list[int], samples: Mapping[str, Any]
+) -> Meeting:
+    """Wait for the other nodes. `terms` must be the same on all; of the `starts` that all have, the last is taken;
+    `samples` is what they are told."""
     if not options.quiet:
         others = ", ".join(program.addresses[rank] for rank in partners(program))
         print(f"node {program.name!r} is ready and waits for {others}", flush=True)
     wants = {"gradients": options.save_gradients is not None}
-    return meet(program, run=terms, wants=wants, starts=starts, timeout=options.connect_timeout)
+    return meet(program, run=terms, wants=wants, starts=starts, timeout=options.connect_timeout, samples=samples)
 
 
 @contextmanager

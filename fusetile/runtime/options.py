@@ -16,7 +16,7 @@ class Options:
     """What the command line says; see `parser`."""
 
     bundle: Path
-    data: Path
+    data: Path | None
     val: Path | None
     val_every: int | None
     patience: int | None
@@ -53,9 +53,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add = lines.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="this device's folder, BUILD/nodes/NAME")
-    add("--data", type=Path, required=True, help="an .npz file or a folder of .npy files: inputs under the model's "
+    add("--data", type=Path, help="an .npz file or a folder of .npy files: inputs under the model's "
         "input names (or x), targets under y, or y0, y1, ...; the first dimension counts the samples; or a folder of "
-        "images: a folder per class, or images and labels, images and masks, input and target")  # fmt: skip
+        "images: a folder per class, or images and labels, images and masks, input and target. Needed unless "
+        "another node is the source of the data")  # fmt: skip
     add("--val", type=Path, metavar="DATA", help="held-back data of the same kind, for validation: the loss, and the "
         "metrics that go with it, as of a trained model")  # fmt: skip
     add("--val-every", type=count, metavar="N", help="validate after every N steps (default: an epoch), and at the end")

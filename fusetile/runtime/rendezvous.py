@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from fusetile.errors import PeerFailure, ProtocolError, UserError
@@ -33,9 +34,11 @@ _PARTING_seconds = 0.5
 
 
 def partners(program: Program) -> list[int]:
-    """The ranks that this node has a connection with: its peers, and everybody with the lowest rank."""
-    star = range(program.nodes) if program.rank == LOWEST else (LOWEST,)
-    return sorted({*program.peers, *star} - {program.rank})
+    """The ranks that this node has a connection with: its peers, and everybody with the lowest rank and the source of
+    the data."""
+    hubs = {LOWEST, program.source} - {None}
+    star = set(range(program.nodes)) if program.rank in hubs else hubs
+    return sorted({rank for rank in (*program.peers, *star) if rank is not None} - {program.rank})
 
 
 @dataclass(slots=True)
@@ -52,9 +55,11 @@ class _Dial:
 @dataclass(frozen=True, slots=True)
 class Meeting:
     """What the meeting gave: a link per partner, and what the lowest rank asks of all: its HELLO's `wants`, and
-    `start`, the step after which the training begins."""
+    `start`, the step after which the training begins. `samples`: what every partner says of the samples, which it
+    wants or, if it is the source, has."""
 
     links: dict[int, Link] = field(default_factory=dict)
+    samples: dict[int, dict[str, Any]] = field(default_factory=dict)
     wants: dict[str, Any] = field(default_factory=dict)
 
 
@@ -65,12 +70,13 @@ def meet(
     wants: Mapping[str, Any],
     timeout: float,
     starts: Collection[int] = (0,),
+    samples: Mapping[str, Any] = MappingProxyType({}),
 ) -> Meeting:
     """Connect to all partners and start together. `run` must be the same on all nodes; `wants` counts on the lowest
-    rank only; `starts` are the steps after which this node can begin.
+    rank only; `starts` are the steps after which this node can begin; `samples` is told to all.
 
     Raises UserError (port in use, other plan, other run), PeerFailure (who did not come in `timeout` s)."""
-    rendezvous = _Rendezvous(program, run, wants, starts, timeout)
+    rendezvous = _Rendezvous(program, run, wants, starts, timeout, samples)
     try:
         return rendezvous.meet()
     except BaseException as error:
@@ -88,6 +94,7 @@ class _Rendezvous:
         wants: Mapping[str, Any],
         starts: Collection[int],
         timeout: float,
+        samples: Mapping[str, Any],
     ) -> None:
         self._program, self._run, self._timeout = program, dict(run), timeout
         self._starts = sorted(starts)  # on the lowest rank: those that all who are ready have
@@ -107,6 +114,7 @@ class _Rendezvous:
                 "name": program.name,
                 "run": self._run,
                 "wants": dict(wants),
+                "samples": dict(samples),
             },
         )
 
@@ -280,6 +288,7 @@ class _Rendezvous:
                 "name": str(name),
                 "run": dict(),
                 "wants": dict(),
+                "samples": dict(samples),
             }:
                 pass
             case _:
@@ -302,6 +311,7 @@ class _Rendezvous:
         link.rank, link.name = rank, name
         self._strangers.discard(link)
         self._meeting.links[rank] = link
+        self._meeting.samples[rank] = samples
         if rank == LOWEST:
             self._meeting.wants.update(hello["wants"])
 

@@ -9,7 +9,7 @@ import numpy as np
 from fusetile.errors import FusetileError
 from fusetile.program import Program
 from fusetile.rates import Rates
-from fusetile.runtime.data import Data
+from fusetile.runtime.data import Feeder
 from fusetile.runtime.executor import Executor, Snapshot
 from fusetile.runtime.native import Library
 from fusetile.runtime.transport import Transport
@@ -21,7 +21,7 @@ class Training:
     def __init__(
         self,
         program: Program,
-        data: Data,
+        data: Feeder,
         *,
         library: Library,
         arena: np.ndarray,

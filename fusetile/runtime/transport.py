@@ -27,6 +27,9 @@ from fusetile.runtime.rendezvous import LOWEST
 from fusetile.runtime.watch import Activity, Watch
 from fusetile.runtime.wire import Frame, Kind, encode, encode_credit, encode_heartbeat, encode_json
 
+SAMPLES, SAMPLES_tags = 1 << 24, 4
+"""Tags from here on are those of samples that the source sends, so many to each node; see `outlet`."""
+_LAST = 1 << 30  # a priority behind all others
 _PARTING_seconds = 1.0
 _VERDICT = ("verdict", LOWEST)
 _AWAITED = {"bye": "the end of", "gathered": "the arrays of", "verdict": "the verdict of"}
@@ -99,6 +102,20 @@ class Transport:
         """Send `view` as this turn's transfer `tag`, once the peer is ready for it."""
         self._post(self._do_send, self._links[peer], Outgoing(Kind.DATA, self.turn, tag, view, priority))
 
+    def send_samples(self, peer: int, tag: int, batch: int, view: memoryview) -> None:
+        """Send samples, once the peer is ready for them; from any thread. They give way to all that a step sends."""
+        self._post(self._do_send, self._links[peer], Outgoing(Kind.DATA, batch, tag, view, _LAST))
+
+    def recv_samples(self, tag: int, batch: int, view: memoryview) -> None:
+        """Let the source send samples into `view`."""
+        assert self._program.source is not None
+        self._post(self._do_recv, self._links[self._program.source], batch, tag, view)
+
+    def finish(self, tags: Collection[int]) -> None:
+        """Wait for these transfers and forget them."""
+        self.wait(tags)
+        self._forget(tags)
+
     def wait(self, keys: Iterable[Hashable]) -> None:
         """Block until these transfers of the turn are complete."""
         with self._condition:
@@ -119,9 +136,8 @@ class Transport:
         self.step, self.turn = step, self.turn + 1
 
     def end_turn(self, tags: Collection[int]) -> None:
-        """Wait for all transfers of the turn and forget them."""
-        self.wait(tags)
-        self._forget(tags)
+        """Wait for all transfers of the turn."""
+        self.finish(tags)
 
     def give_shards(self, shards: list[Shard]) -> None:
         """Send these arrays to the lowest rank and wait until it has finished its work. (Not on the lowest rank.)"""
@@ -356,13 +372,18 @@ class Transport:
         key = (frame.step, frame.tag)
         # A peer can be one turn ahead and no more, because its receives of a turn end only after this node's sends of
         # it; or by the batches of a step, if nothing goes between the two before the last of them.
-        if (link.rank, frame.tag) not in self._sent_tags or not self.turn <= frame.step <= self.turn + self._ahead:
+        sent = (link.rank, frame.tag) in self._sent_tags and self.turn <= frame.step <= self.turn + self._ahead
+        if not sent and not self._is_for_samples(link, frame):
             raise ProtocolError(f"a credit for transfer {frame.tag} of turn {frame.step} in turn {self.turn}")
         if key in link.uncredited:
             self._match(link, link.uncredited.pop(key), frame.credit())
             self._flush(link)
         else:
             link.credits[key] = frame.credit()
+
+    def _is_for_samples(self, link: Link, frame: Frame) -> bool:
+        first = SAMPLES + SAMPLES_tags * link.rank
+        return self._program.source == self._program.rank and first <= frame.tag < first + SAMPLES_tags
 
     def _gathered(self, link: Link) -> None:
         if self._gathering.has_all_of(link.rank):
@@ -389,7 +410,9 @@ class Transport:
         with self._condition:
             wanted = sorted(self._wanted, key=str) if self.activity == Activity.WAITING else []
         texts = [
-            f"{_AWAITED[key[0]]} {self._links[key[1]].name!r}" if isinstance(key, tuple) else self._transfers[key]
+            f"{_AWAITED[key[0]]} {self._links[key[1]].name!r}"
+            if isinstance(key, tuple)
+            else self._transfers.get(key, "samples")
             for key in wanted[:3]
         ]
         more = f" and {len(wanted) - 3} more" if len(wanted) > 3 else ""

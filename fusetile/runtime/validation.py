@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusetile.program import Measure, Program
-from fusetile.runtime.data import Data
+from fusetile.runtime.data import Feeder
 from fusetile.runtime.executor import Executor
 from fusetile.runtime.gathering import Shard
 from fusetile.runtime.metrics import Compared, as_bytes, from_bytes, metric_of
@@ -56,7 +56,7 @@ class Validation:
     """Held-back data, and a program that has a routine for it."""
 
     def __init__(
-        self, program: Program, data: Data, *, executor: Executor, arena: np.ndarray, transport: Transport | None
+        self, program: Program, data: Feeder, *, executor: Executor, arena: np.ndarray, transport: Transport | None
     ) -> None:
         assert program.validation is not None
         self._routine, self._batch, self._data = program.validation, program.batch, data

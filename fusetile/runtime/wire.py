@@ -45,7 +45,7 @@ class Kind(IntEnum):
 
 
 _LENGTHS = {  # bounds of the payload, in bytes
-    Kind.HELLO: (2, 4096),
+    Kind.HELLO: (2, 1 << 16),
     Kind.READY: (2, 4096),
     Kind.GO: (2, 4096),
     Kind.CREDIT: (8, 8),

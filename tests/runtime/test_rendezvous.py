@@ -15,7 +15,7 @@ from tests.runtime import toy
 
 def hello(program: Program) -> bytes:
     """What rank 1 says first."""
-    said = {"plan": program.plan_hash, "nodes": 2, "rank": 1, "name": "b", "run": {}, "wants": {}}
+    said = {"plan": program.plan_hash, "nodes": 2, "rank": 1, "name": "b", "run": {}, "wants": {}, "samples": {}}
     return encode_json(Kind.HELLO, said)
 
 
