@@ -2,7 +2,8 @@
 
 An operand fits an output [N,C,H,W] (or [N,C]) if it has that rank and every dimension is equal or 1, or if it is a
 vector [C], one number per channel, or [1]. Where an operand is broadcast, its gradient is a sum over the axes that it
-lacks (SumTo, in reduce.py). Exceeds and Reaches are where the gradients of maxima go.
+lacks (SumTo, in reduce.py). Exceeds and Reaches are where the gradients of maxima go. IsGreater and IsAtLeast give 1
+for true and 0 for false; Masked and MaskedOut take what such numbers say, and nothing of the rest, not even a NaN.
 """
 
 from __future__ import annotations
@@ -136,6 +137,17 @@ def _prelu_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | 
     return [dx, _reduced(graph, op, slope, [dy, negative])]
 
 
+def _masked_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    dy, (mask, x) = grads[0], op.inputs
+    assert dy is not None
+    return [None, _reduced(graph, op, x, [_add(graph, op, op.kind, [mask, dy], f"grad.{x}")])]
+
+
+def _no_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
+    """Of a step function: nothing, wherever it has a derivative."""
+    return [None for _ in op.inputs]
+
+
 def _expand_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
     assert grads[0] is not None
     return [_reduced(graph, op, op.inputs[0], [grads[0]])]
@@ -154,6 +166,10 @@ EXPRESSIONS = {
     "Min": "min(x0, x1)",
     "Exceeds": "select(x0 > x1, 1, select(x0 < x1, 0, 0.5))",
     "Reaches": "select(x0 < x1, 0, 1)",
+    "IsGreater": "select(x0 > x1, 1, 0)",
+    "IsAtLeast": "select(x0 >= x1, 1, 0)",
+    "Masked": "select(x0 > 0.5, x1, 0)",
+    "MaskedOut": "select(x0 > 0.5, 0, x1)",
     "PRelu": "select(x0 > 0, x0, x1 * x0)",
     "PReluGrad": "select(x1 > 0, x0, x2 * x0)",
     "Expand": "x0",
@@ -165,6 +181,10 @@ _VJPS: dict[str, Vjp] = {
     "Div": _div_vjp,
     "Max": _extreme_vjp,
     "Min": _extreme_vjp,
+    "IsGreater": _no_vjp,
+    "IsAtLeast": _no_vjp,
+    "Masked": _masked_vjp,
+    "MaskedOut": _masked_vjp,
     "PRelu": _prelu_vjp,
     "Expand": _expand_vjp,
 }

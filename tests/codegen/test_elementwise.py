@@ -19,6 +19,7 @@ KINDS = [
     ("LeakyReluGrad", 2, {"alpha": 0.1}),
     ("Add", 2, {}),
     ("Scale", 1, {"factor": 0.3}),
+    *((kind, 2, {}) for kind in ("IsGreater", "IsAtLeast", "Masked", "MaskedOut")),
     ("Identity", 1, {}),
     ("MeanSquaredErrorGrad", 2, {"count": 7}),
 ]

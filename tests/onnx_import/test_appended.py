@@ -44,6 +44,11 @@ def loss(folder: Path, nodes: Sequence[onnx.NodeProto], inputs: Inputs, **weight
 
 MAP = (FLOAT, ("N", 4, 4, 3))
 SQUARES = [node("Sub", "p t", "d"), node("Mul", "d d", "q"), node("ReduceMean", "q", "loss", keepdims=0)]
+SMOOTH = [
+    *(node("Sub", "p t", "d"), node("Abs", "d", "a"), node("Less", "a one", "near"), node("Mul", "d d", "dd")),
+    *(node("Mul", "dd half", "q"), node("Sub", "a half", "l"), node("Where", "near q l", "h")),
+    node("ReduceMean", "h", "loss", keepdims=0),
+]
 LABELS = [node("SoftmaxCrossEntropyLoss", "p t", "loss")]
 
 
@@ -72,6 +77,12 @@ def test_an_output_by_its_name_or_by_its_place(
     graph = differentiate(import_onnx(network(tmp_path, name), loss=path), loss="model")
     assert list(graph.targets.values()) == ["t"] and "comes 't'" in graph.notes[-1]
     same_as(graph, tmp_path, kind, [name])
+
+
+def test_a_loss_that_chooses(tmp_path: Path) -> None:
+    """As the newer exporter writes smooth L1."""
+    path = loss(tmp_path, SMOOTH, {"p": MAP, "t": MAP}, one=np.float32(1), half=np.float32(0.5))
+    same_as(differentiate(import_onnx(network(tmp_path, "y"), loss=path), loss="model"), tmp_path, "smooth-l1", "y")
 
 
 def test_a_name_that_does_not_fit_is_no_name(tmp_path: Path) -> None:

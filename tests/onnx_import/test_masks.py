@@ -11,8 +11,10 @@ import pytest
 from fusetile.errors import UnsupportedOp
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
-from tests.onnx_import.test_rules import X, kinds
+from tests.graphs import feeds
+from tests.onnx_import.test_rules import X, check, kinds
 from tests.onnx_tools import model, node, normal, save
+from tests.training import in_float64, planned, run_plan, training_graph, worst
 
 STEP = {"step": np.array([3], np.int32)}
 
@@ -61,7 +63,10 @@ def test_whole_channels_or_images_are_dropped(shape: tuple[int, ...], tmp_path: 
     [
         ([node("RandomUniformLike", "x", "u"), node("Add", "x u", "y", "n")], "its input 'u' is random"),
         ([node("RandomUniformLike", "x", "u"), node("Mul", "x u", "y", "n")], "only the mask of a dropout"),
-        ([node("Less", "x p", "m", "n"), node("Cast", "m", "y", to=1)], "only random numbers"),
+        (
+            [node("RandomUniformLike", "x", "u"), node("Less", "u x", "m", "n"), node("Cast", "m", "y", to=1)],
+            "with a constant only",
+        ),
         ([node("RandomUniformLike", "x", "y", "n", high=2.0)], "from 0.0 to 2.0"),
     ],
 )
@@ -69,3 +74,46 @@ def test_other_random_numbers_are_refused(nodes: list[onnx.NodeProto], message: 
     path = save(model(nodes, X, weights={"p": np.float32(0.5)}), tmp_path)
     with pytest.raises(UnsupportedOp, match=f"node 'n': .*{message}"):
         import_onnx(path)
+
+
+def test_choices(tmp_path: Path) -> None:
+    """Between maps, a number and a weight, by comparisons of maps: against ONNX Runtime; gradients against finite
+    differences; in plans."""
+    nodes = [
+        node("Conv", "x w", "a"),
+        node("Greater", "a low", "m0"),
+        node("Less", "a per_channel", "m1"),
+        node("And", "m0 m1", "inside"),
+        node("Mul", "a a", "square"),
+        node("Where", "inside square bias", "b"),
+        node("Floor", "high", "f"),
+        node("GreaterOrEqual", "b f", "m2"),
+        node("LessOrEqual", "b low", "m3"),
+        node("Or", "m2 m3", "outside"),
+        node("Not", "outside", "m4"),
+        node("Where", "m4 b low", "c"),
+        node("Relu", "c", "r"),
+        node("Equal", "r zero", "dark"),
+        node("Where", "dark a c", "y"),
+    ]
+    weights = {
+        "w": normal(4, 3, 2, 2),
+        "bias": normal(4, 1, 1, seed=2),
+        "per_channel": np.float32([0.5, 1, 2, 3]).reshape(4, 1, 1),
+        **{name: np.float32(value) for name, value in (("low", -0.5), ("high", 1.9), ("zero", 0))},
+    }
+    graph = training_graph(check(model(nodes, {"x": (2, 3, 6, 5)}, ["y"], weights), tmp_path), loss="mse")
+    fed, exact, rng = feeds(graph), in_float64(graph), np.random.default_rng(3)
+    values = evaluate(exact, fed, exact=True)
+    assert set(graph.gradients) == {"w", "bias"}  # numbers are no weights
+    for name, gradient in graph.gradients.items():
+        direction, step = rng.standard_normal(values[name].shape), 1e-7
+        plus, minus = (
+            evaluate(exact, {**fed, name: values[name] + sign * step * direction}, exact=True)[graph.loss].item()
+            for sign in (1, -1)
+        )
+        assert (plus - minus) / (2 * step) == pytest.approx((values[gradient] * direction).sum(), rel=1e-4)
+    expected = evaluate(graph, fed)
+    for plan in ("batch", "channel", "grid:2x1", "random:1"):
+        error, where = worst(run_plan(graph, *planned(graph, plan, 2), fed), expected)
+        assert error < 1e-5, f"{plan}: {where} is off by {error}"

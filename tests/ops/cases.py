@@ -197,7 +197,8 @@ def _moves() -> list[Case]:
         cases.append(Case(f"MaxTo {shape}", "MaxTo", ((MAP, V),), {"shape": shape}))
     for other in BROADCAST:
         cases.append(Case(f"Expand {other}", "Expand", ((other, V),), {"shape": MAP}))
-    for kind in ("Max", "Min", "PRelu", "Exceeds", "Reaches"):
+    steps = ("Exceeds", "Reaches", "IsGreater", "IsAtLeast", "Masked", "MaskedOut")
+    for kind in ("Max", "Min", "PRelu", *steps):
         for other in (MAP, *BROADCAST[:3]):
             cases.append(Case(f"{kind} of {MAP} and {other}", kind, ((MAP, V), (other, V))))
     cases.append(Case("PReluGrad", "PReluGrad", ((MAP, V), (MAP, V), (C, V))))

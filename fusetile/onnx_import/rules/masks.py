@@ -1,9 +1,12 @@
-"""Dropout written out: random numbers compared with a constant, and the map times what comes of it.
+"""Comparisons, and choices by them. Of random numbers they are a dropout written out: random numbers compared with a
+constant, and the map times what comes of it.
 
     RandomUniformLike(x) -> Less(., 0.7) -> Cast -> Div(., 0.7) -> Mul(x, .)      ==>      Dropout(x), ratio 0.3
 
 So newer exporters write what has no op of its own: dropout of whole channels, or of the branch of a residual block
 (stochastic depth). The masks are fusetile's own, not the file's: the same on any number of nodes.
+
+Other comparisons are maps of 1 for true and 0 for false.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fusetile.onnx_import.importer import Importer, Mask, Node
-from fusetile.onnx_import.rules.common import Rule, finish, number_of, pointwise
+from fusetile.onnx_import.rules.common import Rule, finish, number_of, operands, pointwise
 from fusetile.onnx_import.rules.norm import dropped
 from fusetile.onnx_import.views import View
 
@@ -25,27 +28,54 @@ def uniform(importer: Importer, node: Node) -> None:
     importer.masks[node.outputs[0]] = Mask(shape)
 
 
-def compared(*, below: bool) -> Rule:
-    """Less (`below`) or Greater: which part of the random numbers is kept."""
+def compared(kind: str, *, turned: bool) -> Rule:
+    """The first operand greater than the second, or at least it; `turned`: the other way round. Of random numbers that
+    says which part is kept."""
 
     def rule(importer: Importer, node: Node) -> None:
         masks = [importer.mask(name) for name in node.inputs]
+        if masks == [None, None]:
+            names, dims = operands(importer, node, (1, 0) if turned else (0, 1))
+            finish(importer, node, kind, names, dims=dims)
+            return
         drawn, other = (0, 1) if masks[0] is not None else (1, 0)
         mask, level = masks[drawn], number_of(importer, node.inputs[other])
         if mask is None or mask.kept is not None or level is None or not 0 <= level <= 1:
             raise importer.refuse(
-                node, "only random numbers, between 0 and 1, are compared with a constant (a dropout)"
+                node, "random numbers, between 0 and 1, are compared with a constant only (a dropout)"
             )
-        kept = level if below is (drawn == 0) else 1 - level
+        kept = level if turned is (drawn == 0) else 1 - level
         importer.masks[node.outputs[0]] = replace(mask, kept=kept)
+
+    return rule
+
+
+def equal(importer: Importer, node: Node) -> None:
+    """Each at least the other."""
+    names, dims = operands(importer, node, (0, 1))
+    sides = [importer.step(node, f"side{i}", "IsAtLeast", pair) for i, pair in enumerate((names, names[::-1]))]
+    finish(importer, node, "Mul", sides, dims=dims)
+
+
+def both(kind: str) -> Rule:
+    """And, which is a product, and Or, a maximum."""
+
+    def rule(importer: Importer, node: Node) -> None:
+        names, dims = operands(importer, node, (0, 1))
+        finish(importer, node, kind, names, dims=dims)
 
     return rule
 
 
 def inverted(importer: Importer, node: Node) -> None:
     mask = importer.mask(node.inputs[0])
-    if mask is None or mask.kept is None:
-        raise importer.refuse(node, "only the mask of a dropout can be inverted")
+    if mask is None:
+        view = importer.view(node)
+        turned = importer.step(node, "turned", "Scale", [view.base], {"factor": -1.0})
+        pointwise(importer, node, "Shift", view.over(turned), {"offset": 1.0})
+        return
+    if mask.kept is None:
+        raise importer.refuse(node, "random numbers are true or false only after a comparison")
     importer.masks[node.outputs[0]] = replace(mask, kept=1 - mask.kept)
 
 

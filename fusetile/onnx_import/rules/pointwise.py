@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from math import prod
 
 import numpy as np
@@ -196,10 +197,25 @@ def _add_bias(importer: Importer, node: Node, *, bias: int) -> None:
 
 
 def where(importer: Importer, node: Node) -> None:
-    """A choice by a constant mask: each side times its part of the mask; constants are masked while compiling."""
+    """A choice. By a constant mask: each side times its part of the mask; constants are masked while compiling."""
     mask = importer.weight(node.inputs[0])
-    if mask is None or mask.dtype != bool:
-        raise importer.refuse(node, f"its condition {node.inputs[0]!r} must be a constant")
+    if mask is None:
+        numbers = {name: number_of(importer, name) for name in node.inputs[1:]}
+        constants = {
+            name: importer.new_constant(f"{name}.number", np.full(importer.known_shape(name), number, np.float32))
+            for name, number in numbers.items()
+            if number is not None  # and no weight
+        }
+        node = replace(node, inputs=tuple(constants.get(name, name) for name in node.inputs))
+        (condition, *sides), dims = operands(importer, node, (0, 1, 2))
+        parts = [
+            importer.step(node, f"side{i}", kind, [condition, side])
+            for i, (kind, side) in enumerate(zip(("Masked", "MaskedOut"), sides, strict=True))
+        ]
+        finish(importer, node, "Add", parts, dims=dims)
+        return
+    if mask.dtype != bool:
+        raise importer.refuse(node, f"its condition {node.inputs[0]!r} must be a constant of booleans, or a comparison")
     parts = []
     for i, chosen in ((1, mask), (2, ~mask)):
         array = importer.weight(node.inputs[i])
