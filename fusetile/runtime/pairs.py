@@ -16,6 +16,9 @@ from fusetile.errors import UserError
 from fusetile.runtime.augment import Size
 from fusetile.runtime.images import Fit, Images, image_files, looked_at, partners
 
+ROLES = frozenset({"images", "labels", "masks", "input", "target"})
+"""Names of folders that are a part of what is with them."""
+
 
 def is_pair(path: Path, first: str, second: str) -> bool:
     """Whether there are two such folders with images in a folder."""

@@ -4,7 +4,7 @@ thing that the model is fed. All that can be checked beforehand is checked here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ from fusetile.runtime.arrays import Array, Kind, open_arrays
 from fusetile.runtime.augment import Augmentation, Change
 from fusetile.runtime.detection import NOTHING, Boxes, Detection
 from fusetile.runtime.images import Fit, ImageFolder, Images, Marks, Masks
-from fusetile.runtime.pairs import Pairs, is_pair, masked_files
+from fusetile.runtime.pairs import ROLES, Pairs, is_pair, masked_files
 
 _CHECKED_at_once = 1 << 22  # elements
 _UNCOUNTED = 255  # in masks of losses that know of no label to ignore: a pixel of no class
@@ -67,6 +67,9 @@ class Scaling:
         return values.astype(np.float32) * factor + offset
 
 
+Reader = Callable[[Path, Sequence[Feed]], Mapping[str, Column | np.ndarray]]
+
+
 class Samples:
     """The columns of feeds, by their keys. Raises UserError if anything about them is wrong."""
 
@@ -92,15 +95,24 @@ class Samples:
 
 def _open(path: Path, feeds: Sequence[Feed]) -> Mapping[str, Column | np.ndarray]:
     """Columns, or arrays, by name."""
-    if Detection.is_one(path):
-        return _boxed(path, feeds)
-    if is_pair(path, "images", "masks"):
-        return _masked(path, feeds)
-    if is_pair(path, "input", "target"):
-        return _paired(path, feeds)
-    if ImageFolder.is_one(path):
-        return _classified(path, feeds)
+    reader = _reader(path)
+    if reader is not None:
+        return reader(path, feeds)
+    for inner in sorted(path.iterdir()) if path.is_dir() and not any(path.glob("*.npy")) else ():
+        if inner.name not in ROLES and _reader(inner):
+            raise UserError(f"{path} has no images itself, nor arrays; say --data {inner}")
     return open_arrays(path)
+
+
+def _reader(path: Path) -> Reader | None:
+    """What reads a folder of images; None if it is none."""
+    if Detection.is_one(path):
+        return _boxed
+    if is_pair(path, "images", "masks"):
+        return _masked
+    if is_pair(path, "input", "target"):
+        return _paired
+    return _classified if ImageFolder.is_one(path) else None
 
 
 def most_boxes(path: Path) -> int:

@@ -224,6 +224,15 @@ def test_images_of_another_size_are_fitted(tmp_path: Path) -> None:
     assert values.shape == (3, 5, 4) and (values == 255).all()
 
 
+def test_a_folder_of_data_sets_is_none(tmp_path: Path) -> None:
+    image_folder(tmp_path / "d" / "train")
+    with pytest.raises(UserError, match=r"d has no images itself, nor arrays; say --data .*d/train"):
+        Data(tmp_path / "d", program(), shuffle=False)
+    (tmp_path / "d" / "train").rename(tmp_path / "d" / "images")
+    with pytest.raises(UserError, match=r"no \.npy files"):
+        Data(tmp_path / "d", program(), shuffle=False)
+
+
 @pytest.mark.parametrize("what", ["damaged", "empty", "classes", "channels", "std"])
 def test_folders_that_can_not_be_used(tmp_path: Path, what: str) -> None:
     image_folder(tmp_path)
