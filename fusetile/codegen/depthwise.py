@@ -14,12 +14,14 @@ from fusetile.box import Box, extents, view4, volume
 from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, make_kernel, ref, vectors
 from fusetile.codegen.conv_views import NO_TAPS, Taps, View, filter_view, moved, padded_view, phases, taps_of, view
 from fusetile.codegen.mapped import loops_over
+from fusetile.codegen.targets import Target
 from fusetile.graph import Op
 from fusetile.ops.base import Domain
 from fusetile.program import Buffer
 
 TILE = 4  # pixels at once, for which the weights are loaded once
 UNROLLED = 49  # taps; larger windows are loops
+FEW, MANY = 6, 16  # taps for which registers hold the weights of a channel block; registers
 _ACTIVATIONS = {
     "": "{}",
     "relu": "T.Select({0} < T.float32(0), T.float32(0), {0})",
@@ -37,9 +39,11 @@ k: T.int32 = u // bands % blocks
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Elements from one pixel or tap of a row to the next. They are part of a kernel: as arguments, each of a row's
-    addresses would be computed by itself."""
+    """Elements in a channel block and in what is computed at once, and from one pixel or tap of a row to the next. They
+    are part of a kernel: as arguments, each of a row's addresses would be computed by itself."""
 
+    block: int
+    width: int
     x_pixel: int
     x_tap: int
     y_pixel: int
@@ -48,10 +52,11 @@ class Steps:
     @property
     def tag(self) -> str:
         numbers = (self.x_pixel, self.x_tap, self.y_pixel, self.w_tap)
-        return "_".join(f"m{-number}" if number < 0 else f"{number}" for number in numbers)
+        steps = "_".join(f"m{-number}" if number < 0 else f"{number}" for number in numbers)
+        return f"{steps}_b{self.block}v{self.width}"
 
 
-def forward(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer) -> Lowered:
+def forward(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer, *, target: Target) -> Lowered:
     """y = activation(bias + x * w)."""
     x, w, *bias = inputs
     weights, written = filter_view(w, domain.need(box, 1)), domain.output(box)
@@ -61,11 +66,15 @@ def forward(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: 
     strides = (weights.k, weights.tap_h, weights.tap_w)
     add = ref(bias[0], domain.need(box, 2)) if bias else None
     activation = (op.attrs.get("activation", ""), float(op.attrs.get("alpha", 0.0)))
-    call = _convolve(source, (weights.start, strides), view(output, written), taps, written, output, add, activation)
+    call = _convolve(
+        source, (weights.start, strides), view(output, written), taps, written, output, add, activation, target
+    )
     return Lowered((call,))
 
 
-def input_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer) -> Lowered:
+def input_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer, *, target: Target
+) -> Lowered:
     """dx from dy and the weights, whose taps are gone through backwards."""
     dy, w = inputs
     need, written = domain.need(box, 0), domain.output(box)
@@ -82,11 +91,13 @@ def input_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outpu
             result = dx.moved(h.first * dx.row + v.first * dx.pixel)
             result = replace(result, row=h.stride * dx.row, pixel=v.stride * dx.pixel)
             part = (*written[:2], (0, h.count), (0, v.count))
-            calls.append(_convolve(source, (start, strides), result, taps, part, output, None, ("", 0.0)))
+            calls.append(_convolve(source, (start, strides), result, taps, part, output, None, ("", 0.0), target))
     return Lowered(tuple(calls))
 
 
-def weight_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer) -> Lowered:
+def weight_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer, *, target: Target
+) -> Lowered:
     """dw from x and dy: a partial sum per band of rows, then their sums in order."""
     x, dy = inputs
     touched, block = domain.need(box, 1), dy.block[1]
@@ -99,7 +110,10 @@ def weight_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outp
     partial = Buffer(f"{op.name}.partial", ((0, loops.units * dw.taps * block),))
     ints = (loops.blocks, loops.rows, columns, loops.band, *_reads(left, taps))
     ints += (right.image, right.block, right.row)
-    kernel = _gradient(dw.window, block, _steps(left, taps, right))
+    steps = _steps(target, block, left, taps, right)
+    if steps.x_pixel > steps.x_tap and dw.taps * (block // target.width + 1) < target.registers:
+        steps = replace(steps, width=block)  # pixels of a row share no loads, so that there are registers for all sums
+    kernel = _gradient(dw.window, steps)
     summed = KernelCall(kernel, loops.units, (left.start, right.start, ref(partial)), ints)
     numbers = (loops.images, loops.blocks, loops.bands, dw.taps, dw.k)
     finish = KernelCall(_finish(block), loops.blocks, (ref(partial), dw.start), numbers)
@@ -111,8 +125,12 @@ def _reads(x: View, taps: Taps) -> tuple[int, ...]:
     return (x.image, x.block, taps.stride[0] * x.row, taps.step[0] * x.row)
 
 
-def _steps(x: View, taps: Taps, y: View, w_tap: int = 0) -> Steps:
-    return Steps(taps.stride[1] * x.pixel, taps.step[1] * x.pixel, y.pixel, w_tap)
+def _steps(target: Target, block: int, x: View, taps: Taps, y: View, w_tap: int = 0) -> Steps:
+    """A row of a map is gone through once per vector of its channels if registers then hold what pixels share: all
+    taps, and pixels if their windows overlap."""
+    pixel, tap = taps.stride[1] * x.pixel, taps.step[1] * x.pixel
+    many = taps.count[0] * taps.count[1] > FEW and (pixel == tap or target.registers > MANY)
+    return Steps(block, min(block, target.width) if many else block, pixel, tap, y.pixel, w_tap)
 
 
 def _convolve(
@@ -124,14 +142,15 @@ def _convolve(
     output: Buffer,
     bias: Ref | None,
     activation: tuple[str, float],
+    target: Target,
 ) -> KernelCall:
     block = output.block[1]
     _, _, rows, columns = extents(view4(written))
     loops = loops_over(written, block)
     start, strides = w
     ints = (loops.blocks, rows, columns, loops.band, *_reads(x, taps), *strides[:2], y.image, y.block, y.row)
-    steps = _steps(x, taps, y, strides[2])
-    kernel = _convolution(taps.count, block, activation[0], steps, with_bias=bias is not None)
+    steps = _steps(target, block, x, taps, y, strides[2])
+    kernel = _convolution(taps.count, activation[0], steps, with_bias=bias is not None)
     pointers = (x.start, start, bias or start, y.start)
     return KernelCall(kernel, loops.units, pointers, ints, (activation[1],))
 
@@ -145,24 +164,21 @@ def _over_taps(window: tuple[int, int], statement: str) -> str:
     return "".join(statement.format(a=a, b=b, tap=a * window[1] + b) for a, b in taps)
 
 
-def _convolution(window: tuple[int, int], block: int, activation: str, steps: Steps, *, with_bias: bool) -> Kernel:
+def _convolution(window: tuple[int, int], activation: str, steps: Steps, *, with_bias: bool) -> Kernel:
+    block, width = steps.block, steps.width
+    lane = f"part * {width} + v"
+
     def pixels(count: int, first: str) -> str:
         lanes = range(count)
-        start = f"BIAS[k * {block} + v]" if with_bias else "T.float32(0)"
-        x = "X[x0 + ({first} + {p}) * {pixel} + {{a}} * x_tap_h + {{b}} * {tap} + v]"
-        weight = f"W[k * w_block + {{a}} * w_tap_h + {{b}} * {steps.w_tap} + v]"
-        taps = vectors(
-            [
-                f"s{p}[v] = s{p}[v] + {x.format(first=first, p=p, pixel=steps.x_pixel, tap=steps.x_tap)} * {weight}"
-                for p in lanes
-            ],
-            block,
-        )
+        start = f"BIAS[k * {block} + {lane}]" if with_bias else "T.float32(0)"
+        x = f"X[x0 + ({first} + {{p}}) * {steps.x_pixel} + {{{{a}}}} * x_tap_h + {{{{b}}}} * {steps.x_tap} + {lane}]"
+        weight = f"W[k * w_block + {{a}} * w_tap_h + {{b}} * {steps.w_tap} + {lane}]"
+        taps = vectors([f"s{p}[v] = s{p}[v] + {x.format(p=p)} * {weight}" for p in lanes], width)
         store = [
-            f"Y[y0 + ({first} + {p}) * {steps.y_pixel} + v] = {_ACTIVATIONS[activation].format(f's{p}[v]')}"
+            f"Y[y0 + ({first} + {p}) * {steps.y_pixel} + {lane}] = {_ACTIVATIONS[activation].format(f's{p}[v]')}"
             for p in lanes
         ]
-        return vectors([f"s{p}[v] = {start}" for p in lanes], block) + _over_taps(window, taps) + vectors(store, block)
+        return vectors([f"s{p}[v] = {start}" for p in lanes], width) + _over_taps(window, taps) + vectors(store, width)
 
     body = f"""
 for u in T.serial(lo, hi):
@@ -171,52 +187,55 @@ for u in T.serial(lo, hi):
         h: T.int32 = u % bands * band + r
         x0: T.int32 = n * x_image + k * x_block + h * x_row
         y0: T.int32 = n * y_image + k * y_block + h * y_row
-        for q in T.serial(columns // {TILE}):
-{textwrap.indent(pixels(TILE, f"q * {TILE}"), " " * 12)}
-        for q in T.serial(columns % {TILE}):
-{textwrap.indent(pixels(1, f"columns // {TILE} * {TILE} + q"), " " * 12)}
+        for part in T.serial({block // width}):
+            for q in T.serial(columns // {TILE}):
+{textwrap.indent(pixels(TILE, f"q * {TILE}"), " " * 16)}
+            for q in T.serial(columns % {TILE}):
+{textwrap.indent(pixels(1, f"columns // {TILE} * {TILE} + q"), " " * 16)}
 """
     name = f"depthwise_{window[0]}x{window[1]}{'_bias' * with_bias}{'_' * bool(activation)}{activation}"
     return make_kernel(
-        f"{name}_{steps.tag}_{block}",
+        f"{name}_{steps.tag}",
         pointers=dict.fromkeys(("X", "W", "BIAS", "Y"), "float32"),
         ints=("blocks", "rows", "columns", "band", *_X, *_W, *_Y),
         floats=("alpha",),
-        scratch={f"s{p}": ((block,), "float32") for p in range(TILE)},
+        scratch={f"s{p}": ((width,), "float32") for p in range(TILE)},
         body=body,
     )
 
 
-def _gradient(window: tuple[int, int], block: int, steps: Steps) -> Kernel:
-    taps = window[0] * window[1]
+def _gradient(window: tuple[int, int], steps: Steps) -> Kernel:
+    taps, block, width = window[0] * window[1], steps.block, steps.width
+    lane = f"part * {width} + v"
     add = (
-        f"sums[{{tap}} * {block} + v] = sums[{{tap}} * {block} + v]"
-        f" + X[x0 + w * {steps.x_pixel} + {{a}} * x_tap_h + {{b}} * {steps.x_tap} + v]"
-        f" * DY[y0 + w * {steps.y_pixel} + v]"
+        f"sums[{{tap}} * {width} + v] = sums[{{tap}} * {width} + v]"
+        f" + X[x0 + w * {steps.x_pixel} + {{a}} * x_tap_h + {{b}} * {steps.x_tap} + {lane}]"
+        f" * DY[y0 + w * {steps.y_pixel} + {lane}]"
     )
     clear = f"for t in T.serial({taps}):\n" + textwrap.indent(
-        vectors([f"sums[t * {block} + v] = T.float32(0)"], block), "    "
+        vectors([f"sums[t * {width} + v] = T.float32(0)"], width), "    "
     )
     store = f"for t in T.serial({taps}):\n" + textwrap.indent(
-        vectors([f"PARTIAL[(u * {taps} + t) * {block} + v] = sums[t * {block} + v]"], block), "    "
+        vectors([f"PARTIAL[(u * {taps} + t) * {block} + {lane}] = sums[t * {width} + v]"], width), "    "
     )
     body = f"""
 for u in T.serial(lo, hi):
 {textwrap.indent(_UNIT.strip(), " " * 4)}
-{textwrap.indent(clear, " " * 4)}
-    for r in T.serial(T.min(band, rows - u % bands * band)):
-        h: T.int32 = u % bands * band + r
-        x0: T.int32 = n * x_image + k * x_block + h * x_row
-        y0: T.int32 = n * y_image + k * y_block + h * y_row
-        for w in T.serial(columns):
-{textwrap.indent(_over_taps(window, vectors([add], block)), " " * 12)}
-{textwrap.indent(store, " " * 4)}
+    for part in T.serial({block // width}):
+{textwrap.indent(clear, " " * 8)}
+        for r in T.serial(T.min(band, rows - u % bands * band)):
+            h: T.int32 = u % bands * band + r
+            x0: T.int32 = n * x_image + k * x_block + h * x_row
+            y0: T.int32 = n * y_image + k * y_block + h * y_row
+            for w in T.serial(columns):
+{textwrap.indent(_over_taps(window, vectors([add], width)), " " * 16)}
+{textwrap.indent(store, " " * 8)}
 """
     return make_kernel(
-        f"depthwise_gradient_{window[0]}x{window[1]}_{steps.tag}_{block}",
+        f"depthwise_gradient_{window[0]}x{window[1]}_{steps.tag}",
         pointers=dict.fromkeys(("X", "DY", "PARTIAL"), "float32"),
         ints=("blocks", "rows", "columns", "band", *_X, *_Y),
-        scratch={"sums": ((taps * block,), "float32")},
+        scratch={"sums": ((taps * width,), "float32")},
         body=body,
     )
 

@@ -73,7 +73,7 @@ def lower_grouped_conv(
     x, w, *bias = inputs
     bundle = _bundle(op, domain.writes[0][1].size, domain.reads[0][1].size, w.block[0])
     if _is_depthwise(bundle, [x, outputs[0]], w.block[0]):
-        return depthwise.forward(op, domain, box, inputs, outputs[0])
+        return depthwise.forward(op, domain, box, inputs, outputs[0], target=target)
     before, dense = _dense(op, bundle, w, domain.need(box, 1))
     channels = domain.output(box)[1]
 
@@ -96,7 +96,7 @@ def lower_grouped_conv_input_grad(
     dy, w = inputs
     bundle = _bundle(op, domain.reads[0][1].size, domain.writes[0][1].size, w.block[0])
     if _is_depthwise(bundle, [dy, outputs[0]], w.block[0]):
-        return depthwise.input_grad(op, domain, box, inputs, outputs[0])
+        return depthwise.input_grad(op, domain, box, inputs, outputs[0], target=target)
     filter_box = domain.need(box, 1)
     if volume(filter_box) == 0:
         raise PlanError(f"{op.name}: no weights are read for {box}")
@@ -123,7 +123,7 @@ def lower_grouped_conv_weight_grad(
     block = outputs[0].block[0]
     bundle = _bundle(op, domain.writes[0][0].size, domain.reads[0][1].size, block)
     if _is_depthwise(bundle, inputs, block):
-        return depthwise.weight_grad(op, domain, box, inputs, outputs[0])
+        return depthwise.weight_grad(op, domain, box, inputs, outputs[0], target=target)
     written = domain.output(box)
     whole = bundle.groups == 1
     dense = outputs[0] if whole else _dense_buffer(op, bundle, written, block)

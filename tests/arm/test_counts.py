@@ -37,6 +37,8 @@ CASES = (
     (Layer(64, 64, 36, 3), INPUT, 4, 0.5),
     (Layer(64, 64, 36, 3), WEIGHT, 4, 0.5),
     (Layer(64, 128, 28, 3), FORWARD, 4, 0.5),  # many channels
+    (Layer(16, 16, 26, 3, groups=16), FORWARD, DIRECT, 2.2),
+    (Layer(16, 16, 26, 3, groups=16), WEIGHT, DIRECT, 2.6),
 )
 # 64-bit CPUs run the same kernels, cut for other caches; compiling is what takes time
 OF_CPU = {"pi3": CASES, "pi4": CASES[::3], "pi5": CASES[1::3], "armv7": CASES[::3]}
