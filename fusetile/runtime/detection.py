@@ -41,6 +41,8 @@ class Detection:
             raise UserError(f"there is no image in {pictures}" + (f"; say --data {inner[0]}" if inner else ""))
         self.texts = [labels / f"{file.stem}.txt" for file in self.files]
         self.boxes = [np.array([box for _, box in _read(*pair)], np.float32) for pair in self._pairs()]
+        if not self.most:
+            raise UserError(f"{labels}: there is no box in any of the {len(self.texts)} .txt files")
         self.names = _names(folder, labels)
 
     @classmethod

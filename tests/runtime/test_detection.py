@@ -120,6 +120,10 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     (folder / "labels" / "b.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"can't read .*b.txt"):
         Data(folder, program(), shuffle=False)
+    for name in TEXTS:
+        (folder / "labels" / f"{name}.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"labels: there is no box in any of the 3 \.txt files"):
+        Data(folder, program(), shuffle=False)
     scenes(tmp_path / "e", "deeper")
     with pytest.raises(UserError, match=r"no image in .*e/images; say --data .*e/images/train"):
         Data(tmp_path / "e", program(), shuffle=False)
