@@ -147,11 +147,11 @@ def mixed(batch: int, console: Console) -> None:
     console.print(table)
 
 
-def curve(name: str, nodes: int, console: Console) -> None:
+def curve(name: str, batches: list[int], nodes: int, console: Console) -> None:
     """Faster kernels make communication weigh more: step times and speedups, with float32 and float16 on the wire."""
     build, loss = MODELS[name]
     table = Table("GFLOP/s per core", "link", "batch", "one device", f"{nodes} devices", "speedup", "fp16", "speedup")
-    for batch in (1, 16):
+    for batch in batches:
         graph = training_graph(build, loss, batch)
         for core_flops in (1e9, 1.5e9, 2e9, 3e9, 5e9, 7e9, 10e9):
             for rate, text in ((94e6, "100 Mbit/s"), (940e6, "1 Gbit/s")):
@@ -160,7 +160,7 @@ def curve(name: str, nodes: int, console: Console) -> None:
                 steps = [planned(graph, cluster.with_wire(wire))[1].step_seconds for wire in ("fp32", "fp16")]
                 found = [cell for step in steps for cell in (f"{step:.2f} s", f"{one / step:.2f}")]
                 table.add_row(f"{core_flops / 1e9:.1f}", text, str(batch), f"{one:.2f} s", *found)
-                console.print(f"batch {batch}, {core_flops / 1e9:.1f} GFLOP/s, {text}", style="dim")
+                console.print(f"{core_flops / 1e9:.1f} GFLOP/s, {text}, batch {batch}:", *found, style="dim")
     console.print(table)
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     if options.mixed:
         mixed(options.batch[0] if len(options.batch) == 1 else 4, console)
     elif options.curve:
-        curve(options.models[0], options.nodes[-1], console)
+        curve(options.models[0], options.batch, options.nodes[-1], console)
     else:
         speedups(options.models, options.batch, options.nodes, console)
 
