@@ -36,6 +36,7 @@ def explain_build(build: Path, console: Console, *, as_json: bool) -> None:
     training = plan["training"]
     console.print(
         f"[bold]{plan['model']}[/]: batch {training['batch']}, {training['loss']}, plan {training['plan']}, "
+        f"{training['wire']} on the wire, "
         f"{len(plan['nodes'])} node(s), {len(plan['ops'])} ops, {len(plan['transfers'])} messages per step"
     )
     console.print(devices_table(plan))
