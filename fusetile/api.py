@@ -27,7 +27,9 @@ from fusetile.options import RunOptions, Training
 from fusetile.pipeline import compile_model
 from fusetile.runtime import safetensors
 from fusetile.runtime.progress import StepRecord
+from fusetile.runtime.samples import most_boxes
 from fusetile.trace import Trace
+from fusetile.yolo import LOSS as YOLO
 
 __all__ = ["FusetileError", "RunOptions", "StepRecord", "Trained", "Training", "UserError", "compile", "train"]
 
@@ -89,6 +91,9 @@ def train(
     run, where, out = run or RunOptions(), Path(data), Path(out)
     check_paths(where, run, out)
     training = replace(training or Training(), validation=run.val is not None)
+    if training.loss == YOLO and training.max_boxes is None:
+        needed = [most_boxes(path) for path in (where, run.val) if path is not None]
+        training = replace(training, max_boxes=max(training.boxes.most, *needed))
     devices = local_cluster(nodes, ports=free_ports(nodes)).with_source(training.source)
 
     def look(name: str, graph: Graph) -> None:

@@ -91,7 +91,10 @@ class Training:
             metavar="L,L,L,L",
         ),
     ] = ""
-    max_boxes: Annotated[int, _training("--max-boxes", "Room for boxes per image, for yolov2.", min=1)] = 30
+    max_boxes: Annotated[
+        int | None,
+        _training("--max-boxes", "Room for boxes per image, for yolov2. Default: 30, or what the data need.", min=1),
+    ] = None
     batch: Annotated[
         int | None,
         _training("--batch", "Samples per step, over all devices. Default: the model's own, or 1.", min=1),
@@ -239,7 +242,7 @@ class Training:
         usual = BoxOptions()
         anchors = _numbers("--anchors", ",".join(self.anchors.replace(",", " ").split())) or usual.anchors
         factors = _numbers("--lambdas", self.lambdas) or usual.factors
-        return BoxOptions(anchors=anchors, factors=factors, most=self.max_boxes)
+        return BoxOptions(anchors=anchors, factors=factors, most=self.max_boxes or usual.most)
 
     @property
     def criterion(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class _Actor:
         self.random = np.random.default_rng(self.program.rank)
 
     def feed(self) -> None:
-        """Random inputs; classes and other whole numbers are 0."""
+        """Random inputs and boxes; classes and other whole numbers are 0."""
         for feed in self.program.feeds:
             pack(self.arena, feed.buffer, feed.buffer.box, self._values(feed))
 
@@ -69,6 +69,8 @@ class _Actor:
         controls = self.program.rates.controls(1, 1)
         if feed.role in controls:
             return np.full(sizes, controls[feed.role])
+        if feed.boxes:
+            return self.random.uniform(0.1, 0.9, sizes) * (np.arange(sizes[2]) > 0)
         return np.zeros(sizes) if feed.buffer.dtype == "int32" else self.random.standard_normal(sizes)
 
     def run(self, index: int, calls: tuple[Call, ...]) -> None:

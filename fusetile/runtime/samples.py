@@ -120,10 +120,11 @@ def most_boxes(path: Path) -> int:
     if Detection.is_one(path):
         return Detection(path).most
     arrays = open_arrays(path)
-    shape = arrays["y"].shape if "y" in arrays else ()
-    if len(shape) != 3 or shape[2] != 5:
+    shapes = [arrays[name].shape for name in arrays if name.startswith("y")]  # y, or y0, y1, ...
+    most = [shape[1] for shape in shapes if len(shape) == 3 and shape[2] == 5]
+    if not most:
         raise UserError(f"{path} has no boxes: neither images with .txt files, nor an array 'y' [samples, boxes, 5]")
-    return shape[1]
+    return max(most)
 
 
 def _classified(path: Path, feeds: Sequence[Feed]) -> dict[str, Column | np.ndarray]:
