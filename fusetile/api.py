@@ -13,10 +13,11 @@ trained = fusetile.train(
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from fusetile.cluster import Cluster, local_cluster, read_cluster
 from fusetile.codegen.assemble import sample_feeds
@@ -28,6 +29,7 @@ from fusetile.pipeline import compile_model
 from fusetile.runtime import safetensors
 from fusetile.runtime.progress import StepRecord
 from fusetile.runtime.samples import most_boxes
+from fusetile.runtime.stream import Sample
 from fusetile.trace import Trace
 from fusetile.yolo import LOSS as YOLO
 
@@ -70,7 +72,7 @@ def compile(
 
 def train(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | Iterable[Sample],
     *,
     out: str | Path,
     nodes: int = 1,
@@ -82,15 +84,24 @@ def train(
 ) -> Trained:
     """Compile an ONNX file for this computer, train with that many node processes, and write `out`/trained.onnx.
 
+    `data`: a file or folder, or an iterable of samples, such as {"x": image [C,H,W], "y": 3}: arrays by the names that
+    the model's inputs and targets have in files. It is iterated in a thread, for the first node, which sends the others
+    their parts; when it ends it is iterated anew, and samples that fill no step are left out. One without a length
+    needs `steps` in `run`.
+
     `on_step` is called after each step: with its number, its loss, the values of the validation if there was one; if
     it returns False the training ends there, as if it had been meant to. What it raises ends the training, and is
     raised. Without `quiet` progress is printed; `watch` gives what is told of the compilation.
 
     Raises UserError for mistakes in files and options, other FusetileErrors for faults.
     """
-    run, where, out = run or RunOptions(), Path(data), Path(out)
+    run, training, out = run or RunOptions(), training or Training(), Path(out)
+    where = Path(data) if isinstance(data, str | Path) else None
+    if where is None:
+        _check_iterable(data, training, run)
+        training = replace(training, source="node0")
     check_paths(where, run, out)
-    training = replace(training or Training(), validation=run.val is not None)
+    training = replace(training, validation=run.val is not None)
     if training.loss == YOLO and training.max_boxes is None:
         needed = [most_boxes(path) for path in (where, run.val) if path is not None]
         training = replace(training, max_boxes=max(training.boxes.most, *needed))
@@ -105,7 +116,20 @@ def train(
         with watch() as trace:
             trace.on_graph = look
             build = compile(model, out=Path(folder) / "build", cluster=devices, training=training, trace=trace)
-        train_locally(build, devices, where, run, out, on_step=on_step, quiet=quiet)
+        samples = where or cast(Iterable[Sample], data)
+        train_locally(build, devices, samples, run, out, on_step=on_step, quiet=quiet)
     _, metadata = safetensors.load(out / RESULT)
     best = out / f"{BEST}.onnx"
     return Trained(out / TRAINED, int(metadata["steps"]), best if run.val and best.exists() else None)
+
+
+def _check_iterable(data: object, training: Training, run: RunOptions) -> None:
+    if not isinstance(data, Iterable):
+        raise UserError(f"the data are a {type(data).__name__}: give a path, or an iterable of samples")
+    if run.steps is None and not isinstance(data, Sized):
+        raise UserError("the data have no length, so say how many steps: RunOptions(steps=...)")
+    if training.source not in ("", "node0"):
+        raise UserError(f"source {training.source!r}: an iterable feeds the first node, node0")
+    for flag, given in (("augment", run.augment), ("resume", run.resume)):
+        if given:
+            raise UserError(f"{flag} is for data in files; an iterable does that itself, or begins where it likes")

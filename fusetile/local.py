@@ -10,15 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from fusetile.cluster import Cluster
-from fusetile.errors import PeerFailure, UserError
+from fusetile.errors import FusetileError, PeerFailure, UserError
 from fusetile.onnx_export import export_onnx
 from fusetile.options import RunOptions
 from fusetile.program import Feed
@@ -28,6 +29,7 @@ from fusetile.runtime.files import check_writable
 from fusetile.runtime.follow import Following
 from fusetile.runtime.progress import StepRecord
 from fusetile.runtime.samples import Samples, Scaling
+from fusetile.runtime.stream import Sample, Stream
 
 RESULT, TRAINED, CHECKPOINTS, BEST = "trained.safetensors", "trained.onnx", "checkpoints", "best"
 GRACE_seconds = 5.0
@@ -47,7 +49,7 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def check_paths(data: Path, options: RunOptions, out: Path) -> None:
+def check_paths(data: Path | None, options: RunOptions, out: Path) -> None:
     """Find out before a model is compiled what can't work afterwards. Raises UserError."""
     if out.exists() and not out.is_dir():
         raise UserError(f"-o {out}: there is a file of that name; choose a folder")
@@ -61,10 +63,11 @@ def check_paths(data: Path, options: RunOptions, out: Path) -> None:
     check_writable(options.log, options.save_gradients)
 
 
-def check_data(data: Path, options: RunOptions, feeds: Sequence[Feed], *, least: int) -> None:
+def check_data(data: Path | None, options: RunOptions, feeds: Sequence[Feed], *, least: int) -> None:
     """The same for the data, when it is known what the model wants of them: `least` samples, or more."""
     scaling = Scaling(*options.scaling)
-    Samples(data, feeds, least, scaling, Augmentation.parse(options.augment))
+    if data is not None:
+        Samples(data, feeds, least, scaling, Augmentation.parse(options.augment))
     if options.val is not None:
         Samples(options.val, feeds, 1, scaling, Augmentation())
 
@@ -72,15 +75,16 @@ def check_data(data: Path, options: RunOptions, feeds: Sequence[Feed], *, least:
 def train_locally(
     build: Path,
     cluster: Cluster,
-    data: Path,
+    data: Path | Iterable[Sample],
     options: RunOptions,
     out: Path,
     *,
     on_step: Callable[[StepRecord], object] | None = None,
     quiet: bool = False,
 ) -> None:
-    """Run every node of `build` here; OUT/trained.onnx is written when all have finished. `on_step` sees every step,
-    and ends the training by returning False. Raises what stopped them."""
+    """Run every node of `build` here; OUT/trained.onnx is written when all have finished. Samples that are no files go
+    to the first node, which must be the source. `on_step` sees every step, and ends the training by returning False.
+    Raises what stopped them."""
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     threads = options.threads or max(1, (os.cpu_count() or 1) // len(cluster.nodes))
@@ -88,12 +92,15 @@ def train_locally(
     # from the first node and to it: what the program that follows is told, and answers
     pipes = [*os.pipe(), *os.pipe()] if on_step else []
     following = Following(pipes[0], pipes[3], on_step) if on_step else None
+    sockets = [] if isinstance(data, Path) else [*socket.socketpair()]
+    stream = Stream(data, sockets[0]) if not isinstance(data, Path) else None
     try:
         for rank, node in enumerate(cluster.nodes):
             first = rank == 0
             command = [sys.executable, "-m", "fusetile.runtime.node", str(build / "nodes" / node.name)]
             has_data = cluster.source in (None, rank)
-            command += ["--data", str(data)] if has_data else []
+            if has_data:
+                command += ["--stream", str(sockets[1].fileno())] if sockets else ["--data", str(data)]
             command += replace(options, threads=threads, val=options.val if has_data else None).arguments()
             command += ["--checkpoints", str(out / CHECKPOINTS), "--best", str(out / BEST)]
             command += ["--out", str(out)] if first else []
@@ -103,25 +110,36 @@ def train_locally(
             command += ["--log", str(options.log)] if first and options.log else []
             command += ["--save-gradients", str(options.save_gradients)] if options.save_gradients else []
             # the first node owns the terminal; what the others say is kept, and shown if one of them fails
-            stream = None if first else subprocess.PIPE
+            output = None if first else subprocess.PIPE
+            passed = [*pipes[1:3], *(each.fileno() for each in sockets[1:])]
             processes.append(
                 subprocess.Popen(
                     command,
                     stderr=subprocess.PIPE,
-                    stdout=stream,
+                    stdout=output,
                     text=True,
                     preexec_fn=_end_with_parent,
-                    pass_fds=pipes[1:3] if first else (),
+                    pass_fds=passed if first else (),
                 )
             )
         for end in pipes[1:3]:
             os.close(end)  # the node has them; so this process sees the end of the node
         del pipes[1:3]
+        for each in sockets:
+            each.close()  # what is read and written through is the stream's
+        if stream is not None:
+            threading.Thread(target=stream.serve, name="fusetile-stream", daemon=True).start()
         _wait(processes, [node.name for node in cluster.nodes], following)
+    except FusetileError:
+        if stream is not None and stream.failure is not None:
+            raise stream.failure from None
+        raise
     finally:
         _stop(processes)
         for end in pipes:
             os.close(end)
+        for each in sockets:
+            each.close()
         if not existed and not any(out.iterdir()):
             out.rmdir()  # nothing came of it
     export_run(out, out / TRAINED, model=build / "model.onnx")

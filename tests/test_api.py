@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -78,3 +81,43 @@ def test_the_package_loads_no_compiler() -> None:
     code = "import sys, fusetile; print([name for name in sys.modules if name.startswith('fusetile.')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+class Digits:
+    """Samples as a program makes them."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as arrays:
+            self.x, self.y = arrays["x"], arrays["y"]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield from ({"x": x, "y": int(y)} for x, y in zip(self.x, self.y, strict=True))
+
+
+def test_an_iterable_is_as_good_as_a_file(model: Path, tmp_path: Path) -> None:
+    data = images(tmp_path / "data.npz", shape=(14, 1, 20, 20))
+    run = RunOptions(epochs=2, no_shuffle=True, val=data)
+    training = replace(TRAINING, batch=2, accumulate=2)
+    file = fusetile.train(model, data, out=tmp_path / "a", nodes=2, training=training, run=run)
+    made = fusetile.train(model, Digits(data), out=tmp_path / "b", nodes=2, training=training, run=run)
+    assert made.steps == file.steps == 6
+    for mine, theirs in zip(values(made.model), values(file.model), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_iterables_that_end_or_hold_something_else(model: Path, data: Path, tmp_path: Path) -> None:
+    def train(samples: Iterable[dict[str, Any]], **run: Any) -> None:
+        fusetile.train(model, samples, out=tmp_path / "out", training=TRAINING, run=RunOptions(**run))
+
+    with pytest.raises(fusetile.UserError, match="have no length"):
+        train(iter(Digits(data)))
+    with pytest.raises(fusetile.UserError, match="end after 12 samples; a step takes 4"):
+        train(iter(Digits(data)), steps=4)
+    with pytest.raises(fusetile.UserError, match="sample 0 of the data: 'y' must be whole numbers from 0 to 4"):
+        train([{"x": np.zeros((1, 20, 20)), "y": 5}])
+    with pytest.raises(ZeroDivisionError):
+        train(({"x": np.zeros((1, 20, 20)), "y": 1 // 0} for _ in range(9)), steps=1)
+    assert not (tmp_path / "out").exists()

@@ -88,47 +88,32 @@ class Feeder(ABC):
         return (self._scaling if feed.role == "input" else Scaling()).apply(values, feed.buffer.box)
 
 
-class Data(Feeder):
-    """Samples in files here. Raises UserError if anything about them is wrong. If this node is the source, the others
-    get theirs from here: see `share`."""
+class Reader(Feeder):
+    """Samples that are read here, in a thread of their own. If this node is the source, the others get theirs from
+    here: see `share`."""
 
-    def __init__(
-        self,
-        path: Path,
-        program: Program,
-        *,
-        shuffle: bool,
-        scaling: Scaling | None = None,
-        augmentation: Augmentation | None = None,
-        routine: Routine | None = None,
-    ) -> None:
+    def __init__(self, program: Program, *, scaling: Scaling | None, routine: Routine | None) -> None:
         super().__init__(program, scaling=scaling, routine=routine)
-        self._shuffle, self._augmentation = shuffle, augmentation or Augmentation()
-        least = program.batch * program.accumulate if routine is None else 1
-        wanted = self._feeds if program.source is None else program.samples
-        samples = Samples(path, wanted, least, self._scaling, self._augmentation)
-        self._columns, self.count = samples.columns, samples.count
-        self._epoch, self._order = -1, np.arange(self.count)
         self._outlet: Outlet | None = None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._read_seconds = 0.0  # what the last batch took
         self._ahead: tuple[int, Future[Values]] | None = None
 
+    @abstractmethod
     def offer(self) -> dict[str, Any]:
-        """What other nodes must know of the data: how many samples, and the types of their parts."""
-        return {"count": self.count, "types": {key: column.dtype.str for key, column in self._columns.items()}}
+        """What other nodes must know of the data: how many samples (`count`), the `types` of their parts by name."""
+
+    @abstractmethod
+    def _whole(self, batch: int, rows: np.ndarray | None) -> dict[str, np.ndarray]:
+        """The samples of a batch, by name, of the types that are offered."""
+
+    def _boxes(self, batch: int, rows: np.ndarray | None) -> dict[Buffer, np.ndarray]:
+        """This node's boxes of a batch, by the buffers of its feeds."""
+        return self._cut(self._whole(batch, rows))
 
     def share(self, outlet: Outlet) -> None:
         """From now on every batch that is read goes out to the other nodes as well."""
         self._outlet = outlet
-
-    def rows(self, batch: int) -> np.ndarray:
-        """Indices of the samples of a batch of the training (from 1)."""
-        epoch, position = divmod(batch - 1, self.steps_per_epoch * self._program.accumulate)
-        if self._shuffle and epoch != self._epoch:
-            self._epoch = epoch
-            self._order = permutation(seed=self._program.seed, epoch=epoch, count=self.count)
-        return self._order[position * self._program.batch : (position + 1) * self._program.batch]
 
     def close(self) -> None:
         """Read nothing any more."""
@@ -151,30 +136,73 @@ class Data(Feeder):
 
     def _read(self, batch: int, rows: np.ndarray | None = None) -> Values:
         began = time.perf_counter()
-        if rows is None:
-            rows, epoch = self.rows(batch), (batch - 1) // (self.steps_per_epoch * self._program.accumulate)
-            changes = self._augmentation.changes(rows, seed=self._program.seed, epoch=epoch)
-        else:
-            changes = [SAME] * len(rows)
         if self._outlet is None:
-            read = {feed.buffer: self._read_box(feed, feed.buffer.box, rows, changes) for feed in self._feeds}
+            read = self._boxes(batch, rows)
         else:
-            read = self._read_for_all(batch, rows, changes, self._outlet)
+            full = self._whole(batch, rows)
+            self._outlet.send(batch, full)
+            read = self._cut(full)
         found = [self._scaled(feed, read[feed.buffer]) if volume(feed.buffer.box) else None for feed in self._feeds]
         self._read_seconds = time.perf_counter() - began
         return found
 
-    def _read_box(self, feed: Feed, box: Box, rows: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
-        batch, *inside = slices(box)
-        return self._columns[feed.key].read(rows[batch], tuple(inside), changes[batch])
+    def _cut(self, full: Mapping[str, np.ndarray]) -> dict[Buffer, np.ndarray]:
+        return {feed.buffer: full[feed.key][slices(feed.buffer.box)] for feed in self._feeds}
 
-    def _read_for_all(
-        self, batch: int, rows: np.ndarray, changes: Sequence[Change], outlet: Outlet
-    ) -> dict[Buffer, np.ndarray]:
-        """Every sample is read once, as a whole; all nodes get their boxes of it."""
-        full = {
-            feed.key: self._read_box(feed, feed.buffer.box, rows, changes).astype(self._columns[feed.key].dtype)
+
+class Data(Reader):
+    """Samples in files. Raises UserError if anything about them is wrong."""
+
+    def __init__(
+        self,
+        path: Path,
+        program: Program,
+        *,
+        shuffle: bool,
+        scaling: Scaling | None = None,
+        augmentation: Augmentation | None = None,
+        routine: Routine | None = None,
+    ) -> None:
+        super().__init__(program, scaling=scaling, routine=routine)
+        self._shuffle, self._augmentation = shuffle, augmentation or Augmentation()
+        least = program.batch * program.accumulate if routine is None else 1
+        wanted = self._feeds if program.source is None else program.samples
+        samples = Samples(path, wanted, least, self._scaling, self._augmentation)
+        self._columns, self.count = samples.columns, samples.count
+        self._epoch, self._order = -1, np.arange(self.count)
+
+    def offer(self) -> dict[str, Any]:
+        """See Reader."""
+        return {"count": self.count, "types": {key: column.dtype.str for key, column in self._columns.items()}}
+
+    def rows(self, batch: int) -> np.ndarray:
+        """Indices of the samples of a batch of the training (from 1)."""
+        epoch, position = divmod(batch - 1, self.steps_per_epoch * self._program.accumulate)
+        if self._shuffle and epoch != self._epoch:
+            self._epoch = epoch
+            self._order = permutation(seed=self._program.seed, epoch=epoch, count=self.count)
+        return self._order[position * self._program.batch : (position + 1) * self._program.batch]
+
+    def _boxes(self, batch: int, rows: np.ndarray | None) -> dict[Buffer, np.ndarray]:
+        there = [feed for feed in self._feeds if volume(feed.buffer.box)]
+        rows, changes = self._named(batch, rows)
+        return {feed.buffer: self._read_box(feed.key, feed.buffer.box, rows, changes) for feed in there}
+
+    def _whole(self, batch: int, rows: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Every sample is read once, as a whole."""
+        rows, changes = self._named(batch, rows)
+        return {
+            feed.key: self._read_box(feed.key, feed.buffer.box, rows, changes).astype(self._columns[feed.key].dtype)
             for feed in self._program.samples
         }
-        outlet.send(batch, full)
-        return {feed.buffer: full[feed.key][slices(feed.buffer.box)] for feed in self._feeds}
+
+    def _named(self, batch: int, rows: np.ndarray | None) -> tuple[np.ndarray, Sequence[Change]]:
+        """The samples of a batch, and how they are changed: not in a validation."""
+        if rows is not None:
+            return rows, [SAME] * len(rows)
+        rows, epoch = self.rows(batch), (batch - 1) // (self.steps_per_epoch * self._program.accumulate)
+        return rows, self._augmentation.changes(rows, seed=self._program.seed, epoch=epoch)
+
+    def _read_box(self, key: str, box: Box, rows: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
+        batch, *inside = slices(box)
+        return self._columns[key].read(rows[batch], tuple(inside), changes[batch])

@@ -8,11 +8,12 @@ from typing import Any
 
 from fusetile.errors import ProtocolError, UserError
 from fusetile.program import Program, Routine
-from fusetile.runtime.data import Data, Feeder
+from fusetile.runtime.data import Data, Feeder, Reader
 from fusetile.runtime.options import Options
 from fusetile.runtime.outlet import Outlet, read_wanted, wanted_by
 from fusetile.runtime.received import Received
 from fusetile.runtime.samples import Scaling
+from fusetile.runtime.stream import Streamed
 from fusetile.runtime.transport import Transport
 
 Told = Mapping[int, Mapping[str, Any]]
@@ -25,7 +26,7 @@ class Local:
 
     program: Program
     scaling: Scaling
-    data: Data | None
+    data: Reader | None
     held_back: Data | None
 
     @classmethod
@@ -39,20 +40,13 @@ class Local:
                     f"{given[0]}: leave it out, the node of rank {program.source} is the source of the data"
                 )
             return cls(program, scaling, None, None)
+        if options.stream is not None:
+            streamed = Streamed(program, options.stream, scaling=scaling)
+            return cls(program, scaling, streamed, _held_back(options, program, scaling))
         if options.data is None:
             raise UserError("--data DATA is missing: this node needs the data")
         data = Data(options.data, program, shuffle=options.shuffle, scaling=scaling, augmentation=options.augment)
-        if options.val is None:
-            for flag, value in (("--val-every", options.val_every), ("--patience", options.patience)):
-                if value is not None:
-                    raise UserError(f"{flag} {value} needs --val DATA")
-            return cls(program, scaling, data, None)
-        if program.validation is None:
-            raise UserError(
-                f"--val: the bundle {options.bundle} can't validate: compile with --validation, and copy it again"
-            )
-        held_back = Data(options.val, program, shuffle=False, scaling=scaling, routine=program.validation)
-        return cls(program, scaling, data, held_back)
+        return cls(program, scaling, data, _held_back(options, program, scaling))
 
     def close(self) -> None:
         """Read nothing any more."""
@@ -98,6 +92,20 @@ class Local:
         named = (("training", self.program.training), ("validation", self.program.validation))
         return [(name, routine) for name, routine in named if routine is not None]
 
-    def _here(self) -> list[tuple[str, Data]]:
-        named = (("training", self.data), ("validation", self.held_back))
+    def _here(self) -> list[tuple[str, Reader]]:
+        named: tuple[tuple[str, Reader | None], ...] = (("training", self.data), ("validation", self.held_back))
         return [(name, data) for name, data in named if data is not None]
+
+
+def _held_back(options: Options, program: Program, scaling: Scaling) -> Data | None:
+    """The data for validation. Raises UserError."""
+    if options.val is None:
+        for flag, value in (("--val-every", options.val_every), ("--patience", options.patience)):
+            if value is not None:
+                raise UserError(f"{flag} {value} needs --val DATA")
+        return None
+    if program.validation is None:
+        raise UserError(
+            f"--val: the bundle {options.bundle} can't validate: compile with --validation, and copy it again"
+        )
+    return Data(options.val, program, shuffle=False, scaling=scaling, routine=program.validation)

@@ -106,7 +106,7 @@ def run(options: Options, signals: Signals) -> None:
             stack.enter_context(running(transport, signals))
         data, held_back = local.connected(transport, meeting.samples)
         total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch
-        every = options.val_every or data.steps_per_epoch
+        every = options.val_every or data.steps_per_epoch or total
         terms = {"samples": data.count, "shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
         terms |= {"accumulate": program.accumulate} if program.accumulate > 1 else {}
         _check_start(options, meeting.wants["start"], total)

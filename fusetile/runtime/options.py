@@ -39,6 +39,7 @@ class Options:
     quiet: bool
     followed: bool
     follow: tuple[int, int] | None
+    stream: int | None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +89,8 @@ def parser() -> argparse.ArgumentParser:
     add("--followed", action="store_true", help="a program decides after each step whether to go on: see --follow")
     add("--follow", type=int, nargs=2, metavar=("IN", "OUT"), help="on the lowest rank, for programs: write the log's "
         "line of every step to the file descriptor OUT, and go on when a line 'go' comes from IN")  # fmt: skip
+    add("--stream", type=int, metavar="FD", help="on the source, instead of --data, for programs: a socket on which a "
+        "program makes the samples (see runtime/stream.py)")  # fmt: skip
     return lines
 
 
