@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -263,10 +264,21 @@ def _watched(
                 progress.times(trace.seconds)
 
 
+def joined(arguments: Sequence[str]) -> list[str]:
+    """`--anchors 1,2 3,4` is one option with one value, also without quotes."""
+    words: list[str] = []
+    for word in arguments:
+        if len(words) > 1 and words[-2] == "--anchors" and re.fullmatch(r"[\d.]+,[\d.]+", word):
+            words[-1] += f" {word}"
+        else:
+            words.append(word)
+    return words
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors end with one message and the exit status of their class."""
     try:
-        status = app(args=arguments, standalone_mode=False)
+        status = app(args=joined(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
         if status:  # commands return nothing: typer has caught a Ctrl-C
             _fail("stopped by Ctrl-C", status)
     except Stopped as stopped:

@@ -80,7 +80,7 @@ class Training:
         _training(
             "--anchors",
             "Of yolov2: widths and heights in cells of the output's grid. Default: those for Pascal VOC in the paper.",
-            metavar="'W,H W,H ...'",
+            metavar="W,H W,H ...",
         ),
     ] = ""
     lambdas: Annotated[
@@ -316,7 +316,7 @@ class Training:
             raise UserError(f"--loss-weights {self.loss_weights}: must be at least 0")
         boxes = self.boxes
         if len(boxes.anchors) % 2 or min(boxes.anchors) <= 0:
-            raise UserError(f"--anchors {self.anchors!r}: give pairs of numbers above 0, such as '1.3,1.7 3.2,4.0'")
+            raise UserError(f"--anchors {self.anchors!r}: give pairs of numbers above 0, such as 1.3,1.7 3.2,4.0")
         if len(boxes.factors) != 4 or min(boxes.factors) < 0:
             raise UserError(f"--lambdas {self.lambdas}: give four numbers of at least 0, such as 5,1,0.5,1")
         weights = self.classes.weights

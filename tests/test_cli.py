@@ -20,7 +20,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from fusetile.cli import joined
 from fusetile.local import free_ports
+from fusetile.options import Training
+from fusetile.passes.differentiate import BoxOptions
 from models import lenet
 from tests.commands import fusetile, images, losses, save
 
@@ -175,6 +178,10 @@ def test_a_device_without_enough_memory(here: Path, capfd: pytest.CaptureFixture
         (("--stop-after", "lunch"), "--stop-after 'lunch'.*fuse"),
         (("--lr", "-1"), "--lr -1"),
         (("--lr", "nan"), "--lr nan"),
+        (("--loss", "yolov2", "--anchors", "1,2", "3,0"), "--anchors '1,2 3,0'.*pairs of numbers above 0"),
+        (("--loss", "yolov2", "--lambdas", "1,2"), "--lambdas 1,2.*four numbers"),
+        (("--loss", "mse", "--loss-model", "loss.onnx"), "--loss-model loss.onnx.*leave out --loss mse"),
+        (("--loss-weights", "1,2"), "2 numbers for the losses of 1 output"),
         (("--target", "pi9"), "unknown device 'pi9'"),
         (("--cluster", "cluster.toml"), "--cluster.*--nodes"),
     ],
@@ -231,6 +238,13 @@ def test_usage(here: Path, capfd: pytest.CaptureFixture[str], arguments: tuple[o
     assert fusetile(*arguments) == 2
     assert "Error" in capfd.readouterr().err
     assert names(here) == ["data.npz", "model.onnx"]
+
+
+def test_anchors_need_no_quotes() -> None:
+    words = ["train", "--anchors", "1,2", "3.5,4", "5,6", "model.onnx", "--mean", "1,2", "-o", "out"]
+    assert joined(words) == ["train", "--anchors", "1,2 3.5,4 5,6", *words[5:]]
+    boxes = Training(loss="yolov2", anchors="1,2 3.5,4", lambdas="1,5,1,1", max_boxes=7).boxes
+    assert boxes == BoxOptions(anchors=(1, 2, 3.5, 4), factors=(1, 5, 1, 1), most=7)
 
 
 def test_steps_and_epochs(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
