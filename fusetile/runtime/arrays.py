@@ -54,20 +54,22 @@ class Array:
 
     def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
         """A box of some samples."""
-        parts = []
+        index: Any = (0, *inside)
+        found = np.empty((len(rows), *self.values[index].shape), self.dtype)
         for start in range(0, len(rows), _ROWS_at_once):
             some = slice(start, start + _ROWS_at_once)
             if self.kind is Kind.OTHER or all(change == SAME for change in changes[some]):
-                parts.append(self.part((rows[some], *inside)))
+                index = (rows[some], *inside)
+                found[some] = self.values[index]
             else:
-                pairs = zip(rows[some], changes[some], strict=True)
-                parts.append(np.stack([self._changed(*pair, inside) for pair in pairs]))
-                self._let_go()
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+                for place, row, change in zip(found[some], rows[some], changes[some], strict=True):
+                    place[:] = self._changed(row, change, inside)
+            self._let_go()
+        return found
 
-    def part(self, index: Any) -> np.ndarray:
-        """A copy of what numpy finds there."""
-        found = np.array(self.values[index])
+    def copy(self, rows: slice) -> np.ndarray:
+        """Of some samples."""
+        found = np.array(self.values[rows])
         self._let_go()
         return found
 

@@ -242,7 +242,7 @@ def _check(column: Column, feed: Feed, path: Path, augmentation: Augmentation) -
 def _check_classes(column: Array, feed: Feed, path: Path) -> None:
     rows = max(1, _CHECKED_at_once // max(1, math.prod(column.shape[1:])))
     for start in range(0, column.shape[0], rows):
-        part = column.part(slice(start, start + rows))
+        part = column.copy(slice(start, start + rows))
         bad = (part < 0) | (part >= feed.classes)
         wrong = np.argwhere(bad if feed.ignore is None else bad & (part != feed.ignore))
         if len(wrong):
