@@ -77,6 +77,7 @@ def main() -> None:
     console, runs = Console(width=130), []
     with tempfile.TemporaryDirectory() as name:
         folder = options.keep or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         onnx.save(yolov2.build(size=options.size), folder / "model.onnx")
         for nodes in options.nodes:
             with lab.Cluster(nodes, options.cpu, options.rate, ref=options.cpu) as there:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from fusetile.cluster import Link, read_cluster
-from fusetile.cost import Cost, seconds_on
+from fusetile.cost import Cost, kind_of, seconds_on
 from fusetile.errors import UserError
+from fusetile.onnx_import import import_onnx
 from fusetile.runtime.profile_file import LinkSpeed, Measured, Probe, fit, toml
 from models import lenet, probe
-from tests.commands import fusetile
+from tests.commands import fusetile, save
+from tests.training import training_graph
 
 FLOPS, BANDWIDTH, OVERHEAD = 2e9, 5e8, 1e-4
 WORK = [(1e6, 1e4), (3e7, 2e6), (5e8, 1e6), (2e7, 3e7), (1e9, 5e7)]
@@ -98,6 +101,16 @@ def test_a_profile_and_a_device_are_too_much(tmp_path: Path) -> None:
     path = cluster_toml(tmp_path, "kitchen", more='device = "pi3"\n')
     with pytest.raises(UserError, match="a profile says what device would"):
         read_cluster(path)
+
+
+def test_the_probe_has_convolutions_of_all_kinds(tmp_path: Path) -> None:
+    """Each of them at several sizes, or there would be nothing to fit."""
+    graph = training_graph(import_onnx(save(probe.build(), tmp_path / "probe.onnx"), batch=1))
+    counts = Counter(kind_of(graph, op) for op in graph.ops.values())
+    for family in ("conv", "conv_input_grad", "conv_weight_grad"):
+        for sort, least in (("3x3", 10), ("1x1", 5), ("grouped", 3), ("other", 3)):
+            assert counts[f"{family} {sort}"] >= least, (family, sort)
+    assert counts["conv few"] >= 2 and counts["conv_weight_grad few"] >= 2
 
 
 def test_measuring_this_computer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

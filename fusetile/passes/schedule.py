@@ -6,6 +6,10 @@ All devices follow the one global order, each leaving out what is not its part. 
 posted, where its tensor is written; it is awaited, on both sides, where its first reader stands. So of all
 devices the one that is furthest behind can always go on: there is no deadlock, and `check` proves it for each schedule.
 The order itself is made in order.py.
+
+Tiles are not cut into an interior, computed while the halo is under way, and a rest: by the simulation that gains
+nothing (0.998 to 1.000 times the step of YOLOv2-16, VGG-16 and U-Net at batch 1 on six Pi 3). Halos are small; what is
+waited for are whole maps where the split changes, sums of BatchNorm, and weights.
 """
 
 from __future__ import annotations

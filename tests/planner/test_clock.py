@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fusetile.cluster import Link
+from fusetile.device import Messaging
 from fusetile.planner.clock import CHUNK_bytes, Message, MESSAGE_seconds, Work, play
 from fusetile.runtime import wire
 
@@ -60,6 +61,16 @@ def test_an_urgent_message_overtakes_a_long_one_after_a_chunk() -> None:
     assert play(works, messages, LINK).seconds == approximately(
         CHUNK_seconds + 2 * MESSAGE_seconds + 0.001 + 0.01 + 5.0
     )
+
+
+def test_messages_take_processor_time_from_what_is_computed_meanwhile() -> None:
+    """Half a second of bytes costs 0.05 s at either end: one device computes all the time, the other waits."""
+    works = [[Work(ships=(0,)), Work(0.7), Work(awaits=(0,))], [Work(posts=(0,)), Work(awaits=(0,)), Work(0.1)]]
+    cost = Messaging(message_seconds=0.01, byte_seconds=1e-7)
+    found = play(works, [Message(0, 1, 500_000)], LINK, [cost, cost])
+    assert found.works[0][0][:2] == (0.0, approximately(0.7 + 0.01 + 0.05))
+    arrived = MESSAGE_seconds + 0.5 + 0.01
+    assert found.works[1][0][:2] == (approximately(arrived), approximately(arrived + 0.1))
 
 
 def test_a_schedule_that_waits_for_itself_is_an_error() -> None:
