@@ -304,6 +304,12 @@ class Training:
             raise UserError("--nesterov needs --optimizer sgd and a momentum above 0")
         if self.momentum and self.optimizer in ("adam", "adamw"):
             raise UserError(f"--momentum {self.momentum}: {self.optimizer} has none; see --betas")
+        for name, flag, chosen, fitting in _FITTING:
+            value, choice = getattr(self, name), getattr(self, chosen)
+            if value != _DEFAULTS[name] and choice not in fitting:
+                raise UserError(
+                    f"{flag} {value} has no effect with --{chosen} {choice}: it is for {', '.join(fitting)}"
+                )
         if any(step < 0 or step % 1 for step in _numbers("--milestones", self.milestones)):
             raise UserError(f"--milestones {self.milestones}: steps are whole numbers of at least 0")
         if self.schedule == "multistep" and not rates.milestones:
@@ -322,6 +328,23 @@ class Training:
         weights = self.classes.weights
         if any(weight < 0 for weight in weights) or (weights and not any(weights)):
             raise UserError(f"--class-weights {self.class_weights}: weights must be at least 0, and one of them above")
+
+
+_FITTING: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("betas", "--betas", "optimizer", ("adam", "adamw")),
+    ("alpha", "--alpha", "optimizer", ("rmsprop",)),
+    ("epsilon", "--eps", "optimizer", ("adam", "adamw", "rmsprop")),
+    ("step_size", "--step-size", "schedule", ("step",)),
+    ("milestones", "--milestones", "schedule", ("multistep",)),
+    ("gamma", "--gamma", "schedule", ("step", "multistep")),
+    ("power", "--power", "schedule", ("polynomial",)),
+    ("min_lr", "--min-lr", "schedule", ("cosine",)),
+    ("anchors", "--anchors", "loss", ("yolov2",)),
+    ("lambdas", "--lambdas", "loss", ("yolov2",)),
+    ("max_boxes", "--max-boxes", "loss", ("yolov2",)),
+)
+"""Fields that count only with some choices of another: (field, its option, the other, those choices)."""
+_DEFAULTS = {each.name: each.default for each in fields(Training)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

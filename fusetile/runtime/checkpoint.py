@@ -29,6 +29,7 @@ from fusetile.runtime import safetensors
 from fusetile.runtime.storage import pack, unpack
 
 KEPT = 2
+_REMEDY = "remove the files of that step, and an earlier one will be taken"
 _NAME = re.compile(r"step-(\d+)\.rank-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -48,7 +49,7 @@ class Part:
     def checked(self) -> np.ndarray:
         """The values. Raises UserError if they are not those that were written."""
         if crc32(np.ascontiguousarray(self.values).data) != self.crc:
-            raise UserError(f"{self.path} is damaged ({self.name!r}): remove it, and an earlier step will be taken")
+            raise UserError(f"{self.path} is damaged ({self.name!r}): {_REMEDY}")
         return self.values
 
 
@@ -177,7 +178,7 @@ def _read_group(paths: Iterable[Path]) -> Checkpoint:
     parts: dict[str, list[Part]] = {}
     step, run, validation = 0, {}, None
     for path in paths:
-        arrays, metadata = safetensors.load(path)
+        arrays, metadata = safetensors.load(path, remedy=_REMEDY)
         try:
             content = json.loads(metadata["checkpoint"])
             step, run = int(content["step"]), content["run"] | {"model": content["model_hash"]}
@@ -192,5 +193,5 @@ def _read_group(paths: Iterable[Path]) -> Checkpoint:
                     raise ValueError(f"{name!r} {text(box)} has shape {arrays[name].shape}")
                 parts.setdefault(name, []).append(part)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no checkpoint ({error}): remove it") from error
+            raise UserError(f"{path} is no checkpoint ({error}): {_REMEDY}") from error
     return Checkpoint(step, run, {name: tuple(found) for name, found in parts.items()}, validation)

@@ -45,8 +45,9 @@ def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, st
     atomic_write(path, write)
 
 
-def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays (mapped from the file, read-only) and the metadata. Raises UserError if it is not such a file."""
+def load(path: Path, *, remedy: str = "copy the bundle again") -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays (mapped from the file, read-only) and the metadata. Raises UserError, with the `remedy`, if it is not
+    such a file."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
@@ -59,7 +60,7 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): copy the bundle again") from error
+        raise UserError(f"{path} is not a whole safetensors file ({error}): {remedy}") from error
 
 
 def _array(path: Path, data_start: int, entry: Any) -> np.ndarray:
