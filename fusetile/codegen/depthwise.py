@@ -111,9 +111,9 @@ def weight_grad(
     ints = (loops.blocks, loops.rows, columns, loops.band, *_reads(left, taps))
     ints += (right.image, right.block, right.row)
     steps = _steps(target, block, left, taps, right)
-    if steps.x_pixel > steps.x_tap and dw.taps * (block // target.width + 1) < target.registers:
-        steps = replace(steps, width=block)  # pixels of a row share no loads, so that there are registers for all sums
-    kernel = _gradient(dw.window, steps)
+    shared = steps.x_pixel == steps.x_tap  # loads, by pixels of a row, which then take registers besides the sums
+    fits = not shared and dw.taps * (block // target.width + 1) < target.registers
+    kernel = _gradient(dw.window, replace(steps, width=block if fits else min(block, target.width)))
     summed = KernelCall(kernel, loops.units, (left.start, right.start, ref(partial)), ints)
     numbers = (loops.images, loops.blocks, loops.bands, dw.taps, dw.k)
     finish = KernelCall(_finish(block), loops.blocks, (ref(partial), dw.start), numbers)
@@ -208,34 +208,34 @@ def _gradient(window: tuple[int, int], steps: Steps) -> Kernel:
     taps, block, width = window[0] * window[1], steps.block, steps.width
     lane = f"part * {width} + v"
     add = (
-        f"sums[{{tap}} * {width} + v] = sums[{{tap}} * {width} + v]"
+        f"sums[{{tap}} * {block} + {lane}] = sums[{{tap}} * {block} + {lane}]"
         f" + X[x0 + w * {steps.x_pixel} + {{a}} * x_tap_h + {{b}} * {steps.x_tap} + {lane}]"
         f" * DY[y0 + w * {steps.y_pixel} + {lane}]"
     )
     clear = f"for t in T.serial({taps}):\n" + textwrap.indent(
-        vectors([f"sums[t * {width} + v] = T.float32(0)"], width), "    "
+        vectors([f"sums[t * {block} + v] = T.float32(0)"], block), "    "
     )
     store = f"for t in T.serial({taps}):\n" + textwrap.indent(
-        vectors([f"PARTIAL[(u * {taps} + t) * {block} + {lane}] = sums[t * {width} + v]"], width), "    "
+        vectors([f"PARTIAL[(u * {taps} + t) * {block} + v] = sums[t * {block} + v]"], block), "    "
     )
     body = f"""
 for u in T.serial(lo, hi):
 {textwrap.indent(_UNIT.strip(), " " * 4)}
-    for part in T.serial({block // width}):
-{textwrap.indent(clear, " " * 8)}
-        for r in T.serial(T.min(band, rows - u % bands * band)):
-            h: T.int32 = u % bands * band + r
-            x0: T.int32 = n * x_image + k * x_block + h * x_row
-            y0: T.int32 = n * y_image + k * y_block + h * y_row
+{textwrap.indent(clear, " " * 4)}
+    for r in T.serial(T.min(band, rows - u % bands * band)):
+        h: T.int32 = u % bands * band + r
+        x0: T.int32 = n * x_image + k * x_block + h * x_row
+        y0: T.int32 = n * y_image + k * y_block + h * y_row
+        for part in T.serial({block // width}):
             for w in T.serial(columns):
 {textwrap.indent(_over_taps(window, vectors([add], width)), " " * 16)}
-{textwrap.indent(store, " " * 8)}
+{textwrap.indent(store, " " * 4)}
 """
     return make_kernel(
         f"depthwise_gradient_{window[0]}x{window[1]}_{steps.tag}",
         pointers=dict.fromkeys(("X", "DY", "PARTIAL"), "float32"),
         ints=("blocks", "rows", "columns", "band", *_X, *_Y),
-        scratch={"sums": ((taps * width,), "float32")},
+        scratch={"sums": ((taps * block,), "float32")},
         body=body,
     )
 
