@@ -94,7 +94,10 @@ def test_choices(tmp_path: Path) -> None:
         node("Where", "m4 b low", "c"),
         node("Relu", "c", "r"),
         node("Equal", "r zero", "dark"),
-        node("Where", "dark a c", "y"),
+        node("Where", "dark a c", "d"),
+        node("Log", "d", "l"),  # of what is below zero
+        node("IsNaN", "l", "bad"),
+        node("Where", "bad low d", "y"),
     ]
     weights = {
         "w": normal(4, 3, 2, 2),

@@ -44,6 +44,7 @@ RULES: dict[str, Rule] = {
     "HardSwish": pointwise.function("HardSwish"),
     "Identity": pointwise.identity,
     "InstanceNormalization": norm.instance_normalization,
+    "IsNaN": masks.is_nan,
     "LRN": norm.local_response_normalization,
     "LayerNormalization": norm.layer_normalization,
     "LeakyRelu": pointwise.function("LeakyRelu", alpha=0.01),

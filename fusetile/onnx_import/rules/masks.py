@@ -57,6 +57,13 @@ def equal(importer: Importer, node: Node) -> None:
     finish(importer, node, "Mul", sides, dims=dims)
 
 
+def is_nan(importer: Importer, node: Node) -> None:
+    """What is not at least itself."""
+    view = importer.view(node)
+    number = importer.step(node, "number", "IsAtLeast", [view.base, view.base])
+    _inverse(importer, node, view.over(number))
+
+
 def both(kind: str) -> Rule:
     """And, which is a product, and Or, a maximum."""
 
@@ -70,13 +77,17 @@ def both(kind: str) -> Rule:
 def inverted(importer: Importer, node: Node) -> None:
     mask = importer.mask(node.inputs[0])
     if mask is None:
-        view = importer.view(node)
-        turned = importer.step(node, "turned", "Scale", [view.base], {"factor": -1.0})
-        pointwise(importer, node, "Shift", view.over(turned), {"offset": 1.0})
+        _inverse(importer, node, importer.view(node))
         return
     if mask.kept is None:
         raise importer.refuse(node, "random numbers are true or false only after a comparison")
     importer.masks[node.outputs[0]] = replace(mask, kept=1 - mask.kept)
+
+
+def _inverse(importer: Importer, node: Node, view: View) -> None:
+    """1 for 0, and 0 for 1."""
+    turned = importer.step(node, "turned", "Scale", [view.base], {"factor": -1.0})
+    pointwise(importer, node, "Shift", view.over(turned), {"offset": 1.0})
 
 
 def masked(importer: Importer, node: Node) -> bool:
