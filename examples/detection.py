@@ -28,9 +28,9 @@ SCANS_HELD_BACK = 360  # of 1797: only in the test scenes
 DIGITS = (3, 7)  # per scene
 ENLARGED = (3, 7)  # 8x8 scans become 24x24 to 48x48 pixels
 ANCHORS = 3
-BATCH, EPOCHS, LEARNING_RATE = 16, 8, 0.004
+BATCH, EPOCHS, LEARNING_RATE = 16, 10, 0.004
 GOAL = 0.8
-SHOWN_score = 0.4
+SHOWN_score = 0.3
 PIXEL = 3  # how large pixels of scenes are drawn
 
 
