@@ -1,6 +1,6 @@
 """Train a small YOLOv2 to find and read digits, with four nodes on this computer; look at what it finds.
 
-python -m examples.detection         # some minutes on two cores; files go to out/detection
+python -m examples.detection         # 2 to 5 minutes on two cores; files go to out/detection
 """
 
 from __future__ import annotations
