@@ -117,7 +117,7 @@ def read_profile(path: Path) -> Profile:
             bandwidth=_positive(document, "bandwidth"),
             memory_bytes=int(_positive(document, "memory_bytes")),
             speeds=tuple((kind, _speed(entry)) for kind, entry in document.get("speeds", {}).items()),
-            messaging=Messaging(**document.get("messaging", {})),
+            messaging=Messaging(**{key: float(value) for key, value in document.get("messaging", {}).items()}),
         )
         return Profile(
             device, (_positive(link, "bytes_per_second"), _positive(link, "latency_seconds")) if link else None

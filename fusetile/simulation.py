@@ -212,7 +212,8 @@ def show(prediction: Prediction, console: Console) -> None:
     console.print(table)
     one, core, step = prediction.one_device_seconds, prediction.one_core_seconds, prediction.step_seconds
     console.print(
-        f"Predicted step: {_text(step)}, {one / step:.2f} times as fast as {prediction.alone} alone ({_text(one)}), "
+        f"Predicted step, plan {prediction.plan}: {_text(step)}, "
+        f"{one / step:.2f} times as fast as {prediction.alone} alone ({_text(one)}), "
         f"{core / step:.2f} times as fast as one core of it ({_text(core)})",
         highlight=False,
         soft_wrap=True,

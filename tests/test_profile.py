@@ -88,6 +88,8 @@ def test_the_planner_reads_what_was_measured(tmp_path: Path) -> None:
         ("version = [", "kitchen.toml: not a TOML file"),
         ("version = 99", "not a profile of version 1"),
         ('version = 1\nname = "kitchen"', "not a whole profile.*target"),
+        (toml(measured()).replace("cores = 4", "cores = 0"), "not a whole profile.*cores = 0"),
+        (toml(measured()) + '[messaging]\nbyte_seconds = "few"\n', "not a whole profile.*few"),
     ],
 )
 def test_broken_profiles_are_refused(content: str | None, saying: str, tmp_path: Path) -> None:
