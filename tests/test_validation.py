@@ -12,11 +12,17 @@ import onnx
 import onnxruntime
 import pytest
 
-from fusetile.passes.differentiate import BoxOptions
+from fusetile.onnx_import import import_onnx
+from fusetile.passes.differentiate import BoxOptions, add_loss
+from fusetile.passes.fuse import fuse
+from fusetile.passes.infer import infer
+from fusetile.passes.prune import prune
 from fusetile.reference import evaluate
 from fusetile.runtime.precision import detections, mean_average_precision, suppressed, true_boxes
 from models import vgg_small
 from tests.commands import fusetile, images, save
+from tests.graphs import feeds
+from tests.training import training_graph
 from tests.yolo import ANCHORS, loss_alone, random_boxes
 
 Array = np.ndarray
@@ -152,7 +158,7 @@ def test_maps(loss: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "val.npz", x=x[10:], y=y[10:])
     model, out = one_layer(tmp_path, outputs=14 if loss == "yolov2" else 3), tmp_path / "out"
     data = ("--data", tmp_path / "train.npz", "--val", tmp_path / "val.npz", "--log", tmp_path / "log.jsonl")
-    run = ("--loss", loss, *options, "--nodes", 2, "--batch", 4, "--guard", "-o", out)
+    run = ("--loss", loss, "--nodes", 2, *options, "--batch", 4, "--guard", "-o", out)
     assert fusetile("train", model, *data, *run) == 0
     check(log(tmp_path / "log.jsonl")[-1], expected(*answers(out / "trained.onnx", tmp_path / "val.npz")))
 
@@ -194,3 +200,27 @@ def test_training_that_gets_no_better_stops(tmp_path: Path, capfd: pytest.Captur
     assert [record["step"] for record in log(tmp_path / "log.jsonl")] == [4]
     assert fusetile("train", own, *data[:2], *run, "--patience", 2) == 2
     assert "--patience 2 needs --val" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3", "googlenet", "vision_transformer", "unet", "siamese"])
+def test_the_forward_pass_is_that_of_a_trained_model(name: str, tmp_path: Path) -> None:
+    """PyTorch's, in evaluation mode; and every op has the name, and so the place, of one of the training step."""
+    torch = pytest.importorskip("torch")
+    from tests.networks import NETWORKS, export, made
+
+    module, shapes = made(name), NETWORKS[name].inputs
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_(0, 0.1)
+            norm.running_var.uniform_(0.5, 1.5)
+    export(module, shapes, tmp_path / "model.onnx", "legacy")
+    graph, loss = import_onnx(tmp_path / "model.onnx", batch=2), NETWORKS[name].loss
+    trained = training_graph(graph, loss=loss)
+    inference = fuse(prune(infer(add_loss(graph, loss=loss), trained=trained)))
+    assert set(inference.ops) <= set(trained.ops)
+    fed = feeds(inference)
+    found = evaluate(inference, fed)
+    with torch.no_grad():
+        outputs = module.eval()(*(torch.from_numpy(fed[key]) for key in inference.inputs))
+    for key, output in zip(inference.outputs, [outputs] if torch.is_tensor(outputs) else outputs, strict=True):
+        np.testing.assert_allclose(found[key].reshape(output.shape), output.numpy(), atol=1e-4, rtol=1e-4)
