@@ -278,8 +278,8 @@ def test_strict_numerics_reach_every_kernel(tmp_path: Path, monkeypatch: pytest.
     """From the option to the kernels: F(4x4) is used unless it is forbidden."""
     used: dict[str, set[str]] = {}
 
-    def kernels(build: Path, *, drafts: Any, training: Training, **rest: Any) -> None:
-        symbols = {step.kernel.symbol for draft in drafts for step in draft.steps if isinstance(step, KernelCall)}
+    def kernels(build: Path, *, laid: Any, training: Training, **rest: Any) -> None:
+        symbols = {step.kernel.symbol for draft in laid.drafts for step in draft.steps if isinstance(step, KernelCall)}
         used[training.numerics] = {symbol[:9] for symbol in symbols if symbol.startswith("winograd")}
 
     monkeypatch.setattr(pipeline_module, "write_bundle", kernels)
