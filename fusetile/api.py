@@ -100,6 +100,8 @@ def train(
     if where is None:
         _check_iterable(data, training, run)
         training = replace(training, source="node0")
+    if training.validation and run.val is None:
+        raise UserError("--validation is for devices that will be given --val; here give --val DATA")
     check_paths(where, run, out)
     training = replace(training, validation=run.val is not None)
     if training.loss == YOLO and training.max_boxes is None:

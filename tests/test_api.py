@@ -72,6 +72,8 @@ def test_compile_for_devices_and_mistakes(model: Path, tmp_path: Path) -> None:
     assert (build / "nodes" / "a" / "program.json").exists()
     with pytest.raises(fusetile.UserError, match="no such file"):
         fusetile.train(model, tmp_path / "none.npz", out=tmp_path / "out")
+    with pytest.raises(fusetile.UserError, match="here give --val DATA"):
+        fusetile.train(model, tmp_path / "none.npz", out=tmp_path / "out", training=Training(validation=True))
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         fusetile.nothing  # noqa: B018
 
