@@ -125,7 +125,7 @@ def _losses_of(graph: Graph, loss: str) -> str:
 def _seed(graph: Graph) -> str:
     """A tensor that holds the gradient of the loss, 1. The rules of `LOSSES` do without."""
     one = np.ones(graph.tensors[graph.loss].shape, np.float32)
-    return graph.add_parameter(graph.fresh(f"grad.{graph.loss}"), Parameter(one, trainable=False))
+    return graph.add_parameter(graph.fresh(f"grad.{graph.loss}"), Parameter(one, trainable=False), kind="map")
 
 
 def _add_target(graph: Graph, i: int, shape: Sequence[int], dtype: str = "float32") -> str:

@@ -105,10 +105,10 @@ def write(
     step: int,
     run: Mapping[str, Any],
     validation: Mapping[str, Any] | None = None,
-    kept: int = KEPT,
+    alone: bool = False,
 ) -> Path:
-    """Write this node's file, and remove all its others but the newest `kept` in all. `validation`: what the run's
-    validations have shown."""
+    """Write this node's file, and remove all its others but the newest `KEPT`; or, if it is to be `alone`, all others
+    but those of this run's other nodes. `validation`: what the run's validations have shown."""
     arrays, described = {}, {}
     for shard in changing(program):
         values = unpack(arena, shard.buffer, shard.box)
@@ -124,10 +124,12 @@ def write(
     content = {"step": step, "model_hash": program.model_hash, "run": dict(run), "arrays": described}
     content["validation"] = validation
     safetensors.save(path, arrays, {"checkpoint": json.dumps(content)})
-    mine = [file for _, rank, nodes, file in _files(folder) if (rank, nodes) == (program.rank, program.nodes)]
-    mine.remove(path)
-    for file in mine[: len(mine) + 1 - kept]:
-        file.unlink()
+    there = [(rank, nodes, file) for _, rank, nodes, file in _files(folder) if file != path]
+    mine = [file for rank, nodes, file in there if (rank, nodes) == (program.rank, program.nodes)]
+    if alone:
+        mine += [file for _, nodes, file in there if nodes != program.nodes]
+    for file in mine if alone else mine[: len(mine) + 1 - KEPT]:
+        file.unlink(missing_ok=True)  # other nodes of this run may do so, too
     return path
 
 

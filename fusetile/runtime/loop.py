@@ -115,9 +115,9 @@ class Loop:
         """A checkpoint of this node; the lowest rank also puts the model there, for `fusetile export`."""
         program, model = self._program, self._options.bundle / "model.onnx"
         folder.mkdir(parents=True, exist_ok=True)
-        kept = 1 if folder == self._options.best else checkpoint.KEPT
+        best = folder == self._options.best
         shown = history.json() if history.best_step else None
-        checkpoint.write(folder, program, self._arena, step=step, run=self._terms, validation=shown, kept=kept)
+        checkpoint.write(folder, program, self._arena, step=step, run=self._terms, validation=shown, alone=best)
         if program.rank == LOWEST and model.is_file() and not (folder / model.name).exists():
             with model.open("rb") as source:
                 atomic_write(folder / model.name, partial(shutil.copyfileobj, source))

@@ -83,12 +83,9 @@ def run(options: Options, signals: Signals) -> None:
         "epochs": options.epochs,
         "resume": options.resume,
         "followed": options.followed,
-    }
-    same |= {
         "augment": options.augment.text,
         "mean": list(options.mean),
         "std": list(options.std),
-        "followed": options.followed,
     }
     same |= {"validation": [options.val_every, options.patience], "samples": local.counts}
     same |= {"shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}

@@ -112,6 +112,28 @@ def test_several_outputs_and_weights_that_are_not_trained(tmp_path: Path) -> Non
         assert error < 1e-5, f"{plan}: {where} is off by {error}"
 
 
+def test_numbers_of_any_layout_make_a_loss(tmp_path: Path) -> None:
+    """A number is stored with as many dimensions as what it was made of."""
+    nodes = [*SQUARES[:2], *(node("ReduceMean", x, f"{x}.mean", keepdims=0) for x in ("q", "a"))]
+    nodes += [node("ReduceSum", "q", "sum", keepdims=0), node("Div", "sum q.mean", "ratio")]
+    nodes += [node("Sub", "q.mean a.mean", "less"), node("Add", "less ratio", "loss")]
+    path = loss(tmp_path, nodes, {"a": (FLOAT, ("N", 4)), "p": MAP, "t": MAP})
+    pooled = [node("GlobalAveragePool", "p", "g"), node("Flatten", "g", "a")]
+    proto = model([node("Conv", "x w", "p"), *pooled], {"x": (2, 3, 5, 4)}, ["a", "p"], {"w": normal(4, 3, 2, 2)})
+    onnx.save(proto, tmp_path / "network.onnx")
+    graph = training_graph(import_onnx(tmp_path / "network.onnx", loss=path), loss="model")
+    fed = feeds(graph)
+    values = evaluate(graph, fed)
+    (target,) = graph.targets
+    assert [name for name in graph.parameters if graph.tensors[name].kind == "filter"] == ["w", "w.velocity"]
+    squares = (values["p"].astype(float) - fed[target]) ** 2
+    assert values[graph.loss].item() == pytest.approx(squares.mean() - values["p"].mean() + squares.size, rel=1e-5)
+    gradients = 2 * (values["p"] - fed[target]) / squares.size - 1 / squares.size
+    expected = np.stack([np.einsum("nohw,nchw->oc", gradients, fed["x"][:, :, i : i + 4, j : j + 3])
+                         for i in range(2) for j in range(2)], axis=-1).reshape(4, 3, 2, 2)  # fmt: skip
+    np.testing.assert_allclose(values[graph.gradients["w"]], expected, rtol=1e-3, atol=1e-5)
+
+
 def test_the_loss_sees_the_input(tmp_path: Path) -> None:
     """Of an autoencoder, there is nothing else in the data."""
     nodes = [node("Slice", "x start stop axes", "t"), *SQUARES]

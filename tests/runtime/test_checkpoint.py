@@ -20,14 +20,14 @@ __all__ = ["library", "start"]  # fixtures
 RUN = {"samples": 40, "batch": 8}
 
 
-def written(folder: Path, nodes: int, step: int) -> np.ndarray:
+def written(folder: Path, nodes: int, step: int, *, alone: bool = False) -> np.ndarray:
     """All nodes write; returns the whole weight."""
     w = np.random.default_rng(step).standard_normal(toy.COLUMNS).astype(np.float32)
     for rank in range(nodes):
         program = toy.program(rank, ("h:1",) * nodes)
         arena, (shard,) = make_arena(program.arena_bytes), program.shards
         pack(arena, shard.buffer, shard.box, w[slice(*shard.box[0])])
-        checkpoint.write(folder, program, arena, step=step, run=RUN)
+        checkpoint.write(folder, program, arena, step=step, run=RUN, alone=alone)
     return w
 
 
@@ -54,6 +54,14 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
     assert list(checkpoint.usable(tmp_path, toy.program(0, ("h:1",) * 2))) == [100, 15]
     with pytest.raises(UserError, match="not complete"):
         checkpoint.checkpoints(tmp_path)[0].trained()
+
+
+def test_the_best_of_another_run_goes(tmp_path: Path) -> None:
+    """Whatever its step, and however many nodes it had."""
+    for nodes, step in ((3, 4), (3, 2), (2, 9), (2, 2)):
+        w = written(tmp_path, nodes, step, alone=True)
+        assert len(list(tmp_path.iterdir())) == nodes
+    np.testing.assert_array_equal(checkpoint.usable(tmp_path, toy.program(0, ("h:1",)))[2].trained()["weight"], w)
 
 
 def test_of_one_step_only_its_own_files_are_read(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def operands(importer: Importer, node: Node, indices: Sequence[int]) -> tuple[li
         found = [_laid_out(importer, node, i, views.get(i), shapes[i], anchor) for i in indices]
         if None not in found:
             return [name for name in found if name is not None], importer.seen_through(anchor)
-    rank = len(full)
+    rank = max(1, len(full))  # a number is stored with a dimension of one
     wide = {i: (1,) * (rank - len(shape)) + tuple(shape) for i, shape in shapes.items()}
     small = merged([wide[i] for i in indices])
     if small is None:
@@ -90,7 +90,7 @@ def operands(importer: Importer, node: Node, indices: Sequence[int]) -> tuple[li
         names.append(importer.tensor(node, view))
     result = View("", whole_view([max(sizes) for sizes in zip(*small, strict=True)])).reshaped(full)
     assert result is not None
-    return names, None if len(full) <= 4 else result.dims
+    return names, None if 1 <= len(full) <= 4 else result.dims
 
 
 def _laid_out(
