@@ -143,8 +143,11 @@ def train_locally(
         if not existed and not any(out.iterdir()):
             out.rmdir()  # nothing came of it
     export_run(out, out / TRAINED, model=build / "model.onnx")
-    if options.val and (out / f"{BEST}.safetensors").is_file():
-        export_run(out / f"{BEST}.safetensors", out / f"{BEST}.onnx", model=build / "model.onnx")
+    best = out / f"{BEST}.safetensors"
+    if options.val and best.is_file():
+        export_run(best, best.with_suffix(".onnx"), model=build / "model.onnx")
+    elif options.val:
+        best.with_suffix(".onnx").unlink(missing_ok=True)  # of another run
 
 
 def _end_with_parent() -> None:

@@ -205,10 +205,13 @@ def _write(options: Options, program: Program, result: dict[str, dict[str, np.nd
     lines = [f"{len(result[PARAMETERS])} trained parameters: {path}"]
     if end.reason:
         lines.insert(0, f"stopped after step {end.step}: {end.reason}")
+    best, path = end.history.best_step, options.out / "best.safetensors"
     if result[BEST]:
-        path = options.out / "best.safetensors"
-        write_parameters(path, result[BEST], program, end.history.best_step)
-        lines.append(f"the best of them, after step {end.history.best_step}: {path}")
+        write_parameters(path, result[BEST], program, best)
+        lines.append(f"the best of them, after step {best}: {path}")
+    elif best:
+        path.unlink(missing_ok=True)  # of another run
+        lines.append(f"the best of them, after step {best}, are lost: not all nodes have their part in {options.best}")
     if not options.quiet:
         print("\n".join(lines), flush=True)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,11 +88,15 @@ def give(pieces: list[Piece], transport: Transport) -> None:
 
 
 def gather(pieces: list[Piece], transport: Transport | None) -> dict[str, dict[str, np.ndarray]]:
-    """On the lowest rank: group -> ONNX name -> whole array in ONNX orientation."""
+    """On the lowest rank: group -> ONNX name -> whole array in ONNX orientation. There are no best weights if a node's
+    part of them is lost."""
     if transport is not None:
         pieces = pieces + [_from_description(*shard) for shard in transport.gather_shards()]
-    groups = (PARAMETERS, GRADIENTS, BEST)
-    return {group: _join([piece for piece in pieces if piece.group == group]) for group in groups}
+    groups = {group: _named(pieces, group) for group in (PARAMETERS, GRADIENTS, BEST)}
+    best = groups[BEST]
+    if best.keys() != groups[PARAMETERS].keys() or any(map(_missing, best.values())):
+        groups[BEST] = {}
+    return {group: {name: _join(name, parts) for name, parts in found.items()} for group, found in groups.items()}
 
 
 def _describe(piece: Piece) -> dict[str, object]:
@@ -122,17 +126,22 @@ def _from_description(description: Mapping[str, Any], view: memoryview) -> Piece
     return Piece(group, name, tuple(shape), transposed, box, np.frombuffer(view, dtype).reshape(extents(box)))
 
 
-def _join(pieces: list[Piece]) -> dict[str, np.ndarray]:
+def _named(pieces: Iterable[Piece], group: str) -> dict[str, list[Piece]]:
     named: dict[str, list[Piece]] = {}
     for piece in pieces:
-        named.setdefault(piece.name, []).append(piece)
-    return {name: _join_one(name, parts) for name, parts in sorted(named.items())}
+        if piece.group == group:
+            named.setdefault(piece.name, []).append(piece)
+    return dict(sorted(named.items()))
 
 
-def _join_one(name: str, parts: list[Piece]) -> np.ndarray:
+def _missing(parts: Sequence[Piece]) -> list[Box]:
+    everything = whole(parts[0].shape)
+    return uncovered(everything, tuple(part.box for part in parts)) if volume(everything) else []
+
+
+def _join(name: str, parts: Sequence[Piece]) -> np.ndarray:
     first = parts[0]
-    missing = uncovered(whole(first.shape), tuple(part.box for part in parts))
-    if volume(whole(first.shape)) and missing:
+    if missing := _missing(parts):
         raise PlanError(f"no device has {text(missing[0])} of {name!r}")
     if len(parts) == 1:
         joined = first.values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from fusetile.box import Box, slices
 from fusetile.errors import PlanError, UserError
 from fusetile.runtime import safetensors
-from fusetile.runtime.result import PARAMETERS, Piece, gather, load_weights, pieces_of, write_gradients
+from fusetile.runtime.result import BEST, PARAMETERS, Piece, gather, load_weights, pieces_of, write_gradients
 from fusetile.runtime.storage import make_arena
 from tests.runtime import toy
 
@@ -35,6 +36,16 @@ def test_a_transposed_parameter_is_turned_back() -> None:
 def test_a_missing_part_is_a_fault_of_the_plan() -> None:
     with pytest.raises(PlanError, match=r"no device has \[2,4\)x\[0,4\) of 'w'"):
         gather([piece(((0, 4), (4, 6))), piece(((0, 2), (0, 4)))], None)
+
+
+def test_of_the_best_weights_there_are_all_or_none() -> None:
+    """A node may have lost its part of them; the result of the training is there nevertheless."""
+    last = [piece(((0, 4), (0, 6))), replace(piece(((0, 4), (0, 6))), name="v")]
+    best = [replace(part, group=BEST) for part in last]
+    assert gather(last + best, None)[BEST].keys() == {"v", "w"}
+    for lost in (best[:1], [best[0], replace(best[1], box=((0, 2), (0, 6)), values=WHOLE[:2])]):
+        found = gather(last + lost, None)
+        assert found[PARAMETERS].keys() == {"v", "w"} and not found[BEST]
 
 
 def test_gradients_are_written_under_any_name(tmp_path: Path) -> None:
