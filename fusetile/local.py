@@ -252,7 +252,7 @@ def _from_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], str | None, Pat
     folder = path.parent if path.is_file() else path
     found = checkpoint.checkpoints(folder)
     if path.is_file():
-        found = [each for each in found if any(part.path == path for parts in each.parts.values() for part in parts)]
+        found = [each for each in found if path in each.files]
     if not found:
         raise UserError(f"{path}: there is no checkpoint")
     for each in found[:-1]:

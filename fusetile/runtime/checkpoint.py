@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,15 +60,17 @@ class Checkpoint:
     step: int
     run: Mapping[str, Any]
     parts: Mapping[str, tuple[Part, ...]]  # by parameter
-    validation: Mapping[str, Any] | None = None
+    validation: Mapping[str, Any] | None
+    files: tuple[Path, ...]
+    absent: int  # nodes whose files are not there
 
     def covers(self, name: str, box: Box) -> bool:
         """Whether the files that are there have all of a parameter's box."""
         return not uncovered(box, tuple(part.box for part in self.parts.get(name, ())))
 
     def is_whole(self) -> bool:
-        """Whether the files that are there have everything."""
-        return all(self.covers(name, whole(parts[0].shape)) for name, parts in self.parts.items())
+        """Whether the files of all nodes are there: of what others have only they know."""
+        return not self.absent
 
     def read(self, name: str, box: Box) -> np.ndarray:
         """The canonical array of a parameter's box."""
@@ -81,13 +83,12 @@ class Checkpoint:
 
     def trained(self) -> dict[str, np.ndarray]:
         """ONNX name -> array, in the orientation of the model. Raises UserError if a node's file is missing."""
+        if not self.is_whole():
+            raise UserError(f"step {self.step} is not complete: the files of all nodes must be in one folder")
         found = {}
         for name, parts in self.parts.items():
             if parts[0].onnx_name:
-                everything = whole(parts[0].shape)
-                if not self.covers(name, everything):
-                    raise UserError(f"step {self.step} is not complete: the files of all nodes must be in one folder")
-                values = self.read(name, everything)
+                values = self.read(name, whole(parts[0].shape))
                 found[parts[0].onnx_name] = values.swapaxes(0, 1) if parts[0].transposed else values
         return found
 
@@ -140,7 +141,8 @@ def checkpoints(folder: Path, *, step: int | None = None) -> list[Checkpoint]:
     for found, _, nodes, path in _files(folder):
         if step in (None, found):
             groups.setdefault((found, nodes), []).append(path)
-    return [_read_group(paths) for _, paths in sorted(groups.items(), reverse=True)]
+    ordered = sorted(groups.items(), reverse=True)
+    return [_read_group(paths, absent=nodes - len(paths)) for (_, nodes), paths in ordered]
 
 
 def usable(folder: Path, program: Program, *, step: int | None = None) -> dict[int, Checkpoint]:
@@ -176,7 +178,7 @@ def _files(folder: Path) -> list[tuple[int, int, int, Path]]:
     return sorted((int(m[1]), int(m[2]), int(m[3]), path) for m, path in names if m)
 
 
-def _read_group(paths: Iterable[Path]) -> Checkpoint:
+def _read_group(paths: Sequence[Path], *, absent: int) -> Checkpoint:
     parts: dict[str, list[Part]] = {}
     step, run, validation = 0, {}, None
     for path in paths:
@@ -196,4 +198,6 @@ def _read_group(paths: Iterable[Path]) -> Checkpoint:
                 parts.setdefault(name, []).append(part)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is no checkpoint ({error}): {_REMEDY}") from error
-    return Checkpoint(step, run, {name: tuple(found) for name, found in parts.items()}, validation)
+    return Checkpoint(
+        step, run, {name: tuple(found) for name, found in parts.items()}, validation, tuple(paths), absent
+    )

@@ -64,6 +64,14 @@ def test_the_best_of_another_run_goes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(checkpoint.usable(tmp_path, toy.program(0, ("h:1",)))[2].trained()["weight"], w)
 
 
+def test_what_other_nodes_have_only_they_know(tmp_path: Path) -> None:
+    """This node's file has all of the one parameter that it names; the other's may name more."""
+    written(tmp_path, 1, 5)
+    (tmp_path / "step-00000005.rank-0-of-1.safetensors").rename(tmp_path / "step-00000005.rank-0-of-2.safetensors")
+    with pytest.raises(UserError, match="step 5 is not complete"):
+        checkpoint.checkpoints(tmp_path)[0].trained()
+
+
 def test_of_one_step_only_its_own_files_are_read(tmp_path: Path) -> None:
     """Others may be about to be removed by the nodes that they belong to."""
     for step in (5, 10):
