@@ -116,7 +116,7 @@ Y = np.arange(8) % 5
         ({"x": X, "y": Y + 1}, "'y' has class 5 at sample 4.*5 classes, 0 to 4"),
         ({"x": X, "y": Y - 1}, "'y' has class -1 at sample 0"),
         ({"x": X, "y": Y[:7]}, "different numbers of samples"),
-        ({"x": X[:3], "y": Y[:3]}, "3 samples, fewer than one batch of 4"),
+        ({"x": X[:3], "y": Y[:3]}, "3 samples, fewer than one step of 4"),
     ],
 )
 def test_bad_data(here: Path, capfd: pytest.CaptureFixture[str], arrays: dict[str, np.ndarray], saying: str) -> None:
@@ -218,7 +218,7 @@ def test_data_are_looked_at_before_the_plan_is_made(
     for data, option, saying in (
         ("data.npz", ("--mean", "1,2"), "--mean: 2 numbers for the 1 channels of 'x'"),
         ("data.npz", ("--augment", "colour"), "colours of images and of uint8 arrays"),
-        ("short.npz", (), "3 samples, fewer than one batch of 4"),
+        ("short.npz", (), "3 samples, fewer than one step of 4"),
     ):
         refused(capfd, "train", "model.onnx", "--data", data, "--batch", 4, *option, "-o", "out", saying=saying)
 

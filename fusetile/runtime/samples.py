@@ -88,7 +88,7 @@ class Samples:
             raise UserError(f"{path}: the arrays have different numbers of samples ({listed or 'there are none'})")
         self.count = next(iter(counts.values()))
         if self.count < batch:
-            raise UserError(f"{path} has {self.count} samples, fewer than one batch of {batch}")
+            raise UserError(f"{path} has {self.count} samples, fewer than one step of {batch}")
         for feed in feeds:
             _check(self.columns[feed.key], feed, path, augmentation)
 

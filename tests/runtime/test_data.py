@@ -121,7 +121,7 @@ def test_a_node_without_feeds_counts_the_samples(tmp_path: Path) -> None:
         ({"image": X, "y": Y + 1}, "'y' has class 4 at sample 3; the model has 4 classes, 0 to 3"),
         ({"image": X, "y": Y - 1}, "'y' has class -1 at sample 0"),
         ({"image": X, "y": Y[:9]}, "different numbers of samples .image: 10, y: 9"),
-        ({"image": X[:3], "y": Y[:3]}, "has 3 samples, fewer than one batch of 4"),
+        ({"image": X[:3], "y": Y[:3]}, "has 3 samples, fewer than one step of 4"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
