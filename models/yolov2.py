@@ -84,6 +84,7 @@ if __name__ == "__main__":
     options.add_argument(
         "--layers", type=int, default=16, help=f"how many layers, pools counted: 1 to {len(LAYERS)}, or {WHOLE}: all"
     )
+    options.add_argument("--classes", type=int, help="without it: none, or COCO's 80 of the whole or small network")
     options.add_argument("--tiny", action="store_true", help="the small network instead")
     options.add_argument("--anchors", type=int, default=ANCHORS, help="of the whole network, or of the small one")
     write(options, build)
