@@ -69,7 +69,7 @@ def simple(symbol: str, statement: str = "X[u] = T.float32(1)") -> Kernel:
     return make_kernel(symbol, pointers={"X": "float32"}, body=f"for u in T.serial(lo, hi):\n    {statement}")
 
 
-@pytest.mark.parametrize("name", ["pi3", "pi4", "pi5", "armv7", "avx2"])
+@pytest.mark.parametrize("name", ["pi3", "armv7", "avx2"])
 def test_every_family_links_for_every_device(name: str, tmp_path: Path) -> None:
     kernels = {kernel.symbol: kernel for op in OPS for kernel in kernels_of(*op)}
     buffer = Buffer("x", ((0, 8),), "float32", (1, 8))

@@ -253,7 +253,7 @@ def test_tiles_of_arm(tmp_path, hardly_any_cache):
     check_all(8, replace(TARGETS["pi3"], **here), tmp_path, 6)
 
 
-@pytest.mark.parametrize("name", ["pi3", "pi4", "pi5", "arm64", "armv7"])
+@pytest.mark.parametrize("name", ["pi3", "armv7"])
 def test_arm_multiplies_by_element_and_spills_nothing(name):
     m = machine(TARGETS[name], 8)
     written = written_lines(m, pixel=8, lines=24 if m.written >= 24 else 8)

@@ -238,7 +238,7 @@ def test_what_winograd_cannot_do_is_direct(use, monkeypatch):
         Case("Conv", [x, w], attrs, filters=(1,)).check(atol=1e-4, border=(1, 1))
 
 
-@pytest.mark.parametrize("name", ["pi3", "pi4", "pi5", "arm64", "armv7"])
+@pytest.mark.parametrize("name", ["pi3", "armv7"])
 @pytest.mark.parametrize("m", [2, 4])
 def test_multiplication_on_arm_needs_no_stack(name, m):
     """Loops of multiplications multiply by element and keep everything in registers."""
