@@ -27,7 +27,7 @@ from fusetile.planner.space import Choice, Space, space_of
 
 WEIGHTS = tuple(float(weight) for weight in np.linspace(0, 1, 21))
 EMPHASES = tuple((waiting, busy) for waiting in (1.0, 1.5, 2.5) for busy in (0.0, 0.15, 0.3, 0.6, 1.0))
-PLAYED = 8
+PLAYED = 16
 """Plans of the search that are simulated."""
 PRICES = (0.3, 3.0, 30.0)
 """What all the memory of a device costs if none of the plans fits, in steps."""
