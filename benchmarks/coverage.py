@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from fusetile.errors import FusetileError
 from tests.networks import EXPORTERS, NETWORKS
 from tests.networks.compare import error_of, kernel_error, plan_error, step_of
 
@@ -60,15 +59,7 @@ def _row(name: str, exporter: str, opset: int | None, *, kernels: bool) -> tuple
                 error, limit, where = kernel_error(step, "auto", NODES, Path(folder))
                 cells.append(f"{error:.0e}" + (f" at {where} (limit {limit:.0e})" if error > limit else ""))
                 works &= error <= limit
-        except (
-            FusetileError,
-            AssertionError,
-            KeyError,
-            ValueError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-        ) as error:
+        except Exception as error:  # whatever it is, it is what the table is to show
             text = " ".join(f"{type(error).__name__}: {error}".split())
             return [f"**{text[:400]}**"], False
     return cells, works

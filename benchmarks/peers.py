@@ -159,7 +159,7 @@ def torch_function(kind: str, attrs: dict[str, Any], constants: list[np.ndarray]
             return lambda *parts: torch.cat(parts, attrs["axis"])
         case "Flatten":
             return lambda x: x.flatten(1)
-    raise NotImplementedError(f"PyTorch's function for {kind}")
+    raise SystemExit(f"it is not known here which function of PyTorch is ONNX's {kind}")
 
 
 # -- ONNX Runtime ------------------------------------------------------------------------------------------------------

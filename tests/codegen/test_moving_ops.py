@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fusetile.ops.rearrange import inverse, reshaped, shape_of, whole_view
+from fusetile.ops.rearrange import Dims, inverse, reshaped, shape_of, whole_view
 from fusetile.ops.resample import Taps
 from tests.codegen.harness import Case, middle, seeded
 
@@ -70,7 +70,7 @@ def test_pad(axis: int) -> None:
         case.check(middle(case.domain.box, case.domain, channels=8), rtol=0, atol=0, **LAYOUT)
 
 
-def shuffled(shape: tuple[int, ...], split: tuple[int, ...], order: tuple[int, ...], result: tuple[int, ...]):  # type: ignore[no-untyped-def]
+def shuffled(shape: tuple[int, ...], split: tuple[int, ...], order: tuple[int, ...], result: tuple[int, ...]) -> Dims:
     """Reshape, transpose, reshape."""
     view = reshaped(whole_view(shape), split)
     assert view

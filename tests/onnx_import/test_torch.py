@@ -15,11 +15,12 @@ from fusetile.passes.differentiate import differentiate
 from fusetile.reference import evaluate
 from tests.onnx_import.test_rules import check, kinds
 
-torch = pytest.importorskip("torch")
-nn = torch.nn
+pytest.importorskip("torch")
+import torch
+from torch import nn
 
 
-class Residual(nn.Module):  # type: ignore[name-defined,misc]
+class Residual(nn.Module):
     """A branch, a shortcut, a concat, every pool, a view that reads the batch, dropout."""
 
     def __init__(self) -> None:

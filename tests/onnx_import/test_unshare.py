@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,10 @@ def merged_by_identity() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("merged", [merged_by_name, merged_by_identity])
-def test_every_norm_gets_its_own_vectors_and_the_same_result(merged: object, tmp_path: Path) -> None:
-    proto = merged()  # type: ignore[operator]
+def test_every_norm_gets_its_own_vectors_and_the_same_result(
+    merged: Callable[[], onnx.ModelProto], tmp_path: Path
+) -> None:
+    proto = merged()
     before = proto.SerializeToString()
     apart = unshare_norms(proto)
     onnx.checker.check_model(apart, full_check=True)

@@ -65,7 +65,9 @@ class Case:
         return found
 
 
-def window(stride=1, pads=(0, 0, 0, 0), dilation=1) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+def window(
+    stride: int | tuple[int, int] = 1, pads: tuple[int, ...] = (0, 0, 0, 0), dilation: int | tuple[int, int] = 1
+) -> dict[str, Any]:
     strides = stride if isinstance(stride, tuple) else (stride, stride)
     dilations = dilation if isinstance(dilation, tuple) else (dilation, dilation)
     return {"strides": strides, "dilations": dilations, "pads": pads}

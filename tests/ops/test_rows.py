@@ -405,7 +405,7 @@ def differentiated(
         value = rng.standard_normal(shape)
         if what == "positive":
             value, what = np.abs(value) + 0.5, "map"
-        names.append(graph.add_tensor(f"p{i}", shape, "float32", what))  # type: ignore[arg-type]
+        names.append(graph.add_tensor(f"p{i}", shape, kind="filter" if what == "filter" else "map"))
         graph.parameters[names[-1]] = Parameter(value, trainable=True)
     if kind == "Normalize":
         if attrs["count"]:
@@ -449,7 +449,7 @@ def assert_gradients(graph: Graph, fed: Mapping[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=[f"{case[0]}-{i}" for i, case in enumerate(DIFFERENTIABLE)])
-def test_gradients_are_those_of_finite_differences(case: tuple[str, list, dict]) -> None:  # type: ignore[type-arg]
+def test_gradients_are_those_of_finite_differences(case: tuple[str, list[Any], dict[str, Any]]) -> None:
     graph, fed = differentiated(*case, loss="mse")
     assert len(graph.gradients) == sum(what != "step" for _, what in case[1])
     assert_gradients(graph, fed)

@@ -19,7 +19,7 @@ from fusetile.graph import FORWARD, UPDATE, Graph
 from fusetile.ops import Axis, Domain, domain_of
 from fusetile.passes.assign import assign
 from fusetile.passes.communicate import LOGGED, Communication, aligned, communicate, moved_bytes
-from fusetile.passes.group import group
+from fusetile.passes.group import Halo, group
 from fusetile.passes.keep import is_left_out, originals
 from fusetile.passes.tile import CHANNEL_AXES, SMALLEST_SHARD_elements, Split, cut, shard, tile
 from fusetile.plan import Placement, Plan, uncovered
@@ -286,8 +286,9 @@ def assert_delivered(graph: Graph, plan: Plan, communication: Communication, blo
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_needed_element_is_delivered_exactly_once(name: str, nodes: int, plan: str) -> None:
     graph = training(name)
-    for halo in ("exchange", "recompute"):
-        assert_delivered(graph, *planned(graph, plan, nodes, halo=halo), block=8)  # type: ignore[arg-type]
+    halos: tuple[Halo, ...] = ("exchange", "recompute")
+    for halo in halos:
+        assert_delivered(graph, *planned(graph, plan, nodes, halo=halo), block=8)
 
 
 @pytest.mark.parametrize("seed", range(12))

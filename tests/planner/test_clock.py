@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fusetile.cluster import Link
@@ -13,7 +15,7 @@ LINK = Link(1e6, 0.01)
 CHUNK_seconds = CHUNK_bytes / 1e6
 
 
-def approximately(seconds: float):  # type: ignore[no-untyped-def]
+def approximately(seconds: float) -> Any:
     return pytest.approx(seconds, abs=1e-9)
 
 

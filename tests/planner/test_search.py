@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fusetile.planner import search
-from fusetile.planner.search import cost_of_choice, minimise
+from fusetile.planner.search import Table, cost_of_choice, minimise
 
 SHAPES = {
     "chain": [(0, 1), (1, 2), (2, 3), (3, 4)],
@@ -20,7 +20,7 @@ SHAPES = {
 }
 
 
-def instance(shape: str, seed: int):  # type: ignore[no-untyped-def]
+def instance(shape: str, seed: int) -> tuple[list[Table], dict[tuple[int, int], Table]]:
     rng = np.random.default_rng(seed)
     sizes = rng.integers(1, 5, 5)
     nodes = [rng.random(size) for size in sizes]
@@ -29,7 +29,7 @@ def instance(shape: str, seed: int):  # type: ignore[no-untyped-def]
     return nodes, edges
 
 
-def brute_force(nodes, edges) -> float:  # type: ignore[no-untyped-def]
+def brute_force(nodes: list[Table], edges: dict[tuple[int, int], Table]) -> float:
     return min(cost_of_choice(nodes, edges, choice) for choice in product(*(range(len(table)) for table in nodes)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -63,10 +64,10 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Pat
     target = tmp_path / "file"
     target.write_bytes(b"old")
 
-    def fail(file: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        atomic_write(target, fail)  # type: ignore[arg-type]
+        atomic_write(target, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and target.read_bytes() == b"old"
