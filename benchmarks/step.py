@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from fusetile.cluster import local_cluster
-from fusetile.pipeline import Training, compile_model
+from fusetile.options import Loss, Training
+from fusetile.pipeline import compile_model
 
 WARM_UP = 2
 
@@ -40,7 +41,7 @@ class Case:
 
     model: str
     size: int
-    loss: str = "cross-entropy"
+    loss: Loss = "cross-entropy"
 
 
 CASES = (

@@ -120,7 +120,7 @@ Y = np.arange(8) % 5
     ],
 )
 def test_bad_data(here: Path, capfd: pytest.CaptureFixture[str], arrays: dict[str, np.ndarray], saying: str) -> None:
-    np.savez("bad.npz", **arrays)  # type: ignore[arg-type]
+    np.savez("bad.npz", allow_pickle=True, **arrays)
     given = ("--data", "bad.npz", "--batch", 4, "--nodes", 2, "--plan", "batch")
     refused(capfd, "train", "model.onnx", *given, "-o", "out", saying=saying)
 

@@ -13,11 +13,13 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+from fusetile.cluster import Cluster
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.passes.add_optimizer import Optimizer
@@ -92,7 +94,7 @@ def by_torch(proto: onnx.ModelProto, graph: Graph, fed: dict[str, np.ndarray], l
     return found
 
 
-def check(case: Known, plan: str, cluster, **options) -> None:  # type: ignore[no-untyped-def]
+def check(case: Known, plan: str, cluster: int | Cluster, **options: Any) -> None:
     error, where = worst(run_plan(case.graph, *planned(case.graph, plan, cluster, **options), case.fed), case.expected)
     assert error < TOLERANCE, f"{plan} {options}: {where} is off by {error}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fusetile.philox import SHUFFLE, permutation, philox, uniform
+from fusetile.philox import SHUFFLE, Words, permutation, philox, uniform
 
 # kat_vectors of Random123: philox4x32 10, counter, key, output
 VECTORS = [
@@ -19,16 +19,26 @@ def words(text: str) -> list[int]:
     return [int(word, 16) for word in text.split()]
 
 
-@pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
-def test_published_vectors(counter: str, key: str, expected: str) -> None:
-    c0, c1, c2, c3 = (np.array([word], np.uint64) for word in words(counter))
+def counter(index: int, high: int, step: int, site: int) -> Words:
+    """The counter of one block."""
+    return (
+        np.array([index], np.uint64),
+        np.array([high], np.uint64),
+        np.array([step], np.uint64),
+        np.array([site], np.uint64),
+    )
+
+
+@pytest.mark.parametrize(("start", "key", "expected"), VECTORS)
+def test_published_vectors(start: str, key: str, expected: str) -> None:
     k0, k1 = words(key)
-    assert [int(word[0]) for word in philox((c0, c1, c2, c3), (k0, k1))] == words(expected)
+    c0, c1, c2, c3 = words(start)
+    assert [int(word[0]) for word in philox(counter(c0, c1, c2, c3), (k0, k1))] == words(expected)
 
 
 def test_counter_layout_is_index_step_site_and_key_is_seed() -> None:
     index, step, site, seed = 0x5_0000_0007, 11, 3, 0x9_0000_0002
-    block = philox(tuple(np.array([w], np.uint64) for w in (7, 5, step, site)), (2, 9))  # type: ignore[arg-type]
+    block = philox(counter(7, 5, step, site), (2, 9))
     drawn = uniform(seed=seed, site=site, step=step, index=np.array([index]))
     assert drawn[0] == np.float32((int(block[0][0]) >> 8) / 2**24)
 
@@ -60,7 +70,7 @@ def test_permutation_is_one_and_changes_with_seed_and_epoch() -> None:
 
 def test_permutation_sorts_64_bit_keys() -> None:
     def key(i: int) -> int:
-        low, high, _, _ = philox(tuple(np.array([w], np.uint64) for w in (i, 0, 4, SHUFFLE)), (5, 0))  # type: ignore[arg-type]
+        low, high, _, _ = philox(counter(i, 0, 4, SHUFFLE), (5, 0))
         return int(low[0]) | int(high[0]) << 32
 
     assert permutation(seed=5, epoch=4, count=50).tolist() == sorted(range(50), key=key)

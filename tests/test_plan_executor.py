@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fusetile.box import volume
-from fusetile.cluster import local_cluster
+from fusetile.box import Box, Interval, volume
+from fusetile.cluster import Cluster, local_cluster
 from fusetile.errors import UserError
 from fusetile.graph import Graph
 from fusetile.passes import communicate as communicate_pass
 from fusetile.passes.assign import assign
 from fusetile.passes.group import Halo
-from fusetile.plan import Move, redistribute
+from fusetile.plan import Layout, Move, redistribute
 from fusetile.reference import evaluate
 from tests.graphs import NETWORKS, Net, feeds
 from tests.random_graphs import random_graph
@@ -30,7 +32,7 @@ def reference(name: str, batch: int) -> tuple[Graph, dict[str, np.ndarray], dict
     return graph, fed, evaluate(graph, fed)
 
 
-def check(name: str, batch: int, plan: str, cluster, **options) -> None:  # type: ignore[no-untyped-def]
+def check(name: str, batch: int, plan: str, cluster: int | Cluster, **options: Any) -> None:
     graph, fed, expected = reference(name, batch)
     placed, communication = planned(graph, plan, cluster, **options)
     error, where = worst(run_plan(graph, placed, communication, fed), expected)
@@ -167,7 +169,7 @@ def test_plans_that_are_none(plan: str) -> None:
 def test_a_missing_move_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not delivered is NaN, or missing in the sum."""
 
-    def loses(layout, need) -> list[Move]:  # type: ignore[no-untyped-def]
+    def loses(layout: Layout, need: tuple[Box, ...]) -> list[Move]:
         moves = redistribute(layout, need)
         crossing = [move for move in moves if move.source != move.target]
         return [move for move in moves if move != crossing[0]] if crossing else moves
@@ -181,7 +183,7 @@ def test_a_missing_move_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_halo_that_is_too_small_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     from fusetile.ops.base import Window
 
-    def narrow(self, iterations):  # type: ignore[no-untyped-def]
+    def narrow(self: Window, iterations: Mapping[str, Interval]) -> Interval:
         start, stop = iterations[self.axis]
         return (start * self.stride - self.pad, (stop - 1) * self.stride - self.pad + self.dilation * (self.taps - 1))
 

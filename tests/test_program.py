@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +88,7 @@ def test_one_step_per_line() -> None:
         (lambda fields: fields | {"surprise": 1}, "surprise"),
     ],
 )
-def test_what_is_not_a_program_is_refused(change, error: str) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_not_a_program_is_refused(change: Callable[[dict[str, Any]], dict[str, Any]], error: str) -> None:
     broken = json.dumps(change(json.loads(to_json(program()))))
     with pytest.raises((ValueError, KeyError, TypeError), match=error):
         from_json(broken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def by_torch(y: np.ndarray, boxes: np.ndarray, options: BoxOptions) -> tuple[flo
     coord, obj, noobject, class_ = options.factors
     total = torch.zeros((), dtype=torch.float64)
 
-    def iou(a, b):  # type: ignore[no-untyped-def]
+    def iou(a: Sequence[float], b: Sequence[float]) -> float:
         wide = min(a[0] + a[2] / 2, b[0] + b[2] / 2) - max(a[0] - a[2] / 2, b[0] - b[2] / 2)
         high = min(a[1] + a[3] / 2, b[1] + b[3] / 2) - max(a[1] - a[3] / 2, b[1] - b[3] / 2)
         common = max(wide, 0.0) * max(high, 0.0)
