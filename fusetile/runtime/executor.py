@@ -52,10 +52,10 @@ class Executor:
             else:
                 action()
             if transport is not None:
-                transport.progress += 1
+                transport.count()
                 transport.check()
         if transport is not None:
-            transport.end_turn(self._posted)
+            transport.finish(self._posted)
         return None if self._loss is None else self._loss.read().item()
 
     def _guarded(self, action: Callable[[], None], index: int) -> Callable[[], None]:

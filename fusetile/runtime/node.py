@@ -99,7 +99,7 @@ def run(options: Options, signals: Signals) -> None:
         if program.nodes > 1:
             meeting = _meet(program, options, same, list(there), local.told())
             transport = Transport(program, meeting.links, deadline=options.deadline)
-            transport.step = meeting.wants["start"]  # peers may begin before this node does
+            transport.begin_at(meeting.wants["start"])  # peers may begin before this node does
             stack.enter_context(running(transport, signals))
         data, held_back = local.connected(transport, meeting.samples)
         total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch

@@ -16,7 +16,8 @@ import numpy as np
 from fusetile.box import Box, contains, extents, slices, volume, whole
 from fusetile.errors import ProtocolError
 from fusetile.program import Feed, Routine
-from fusetile.runtime.transport import SAMPLES, SAMPLES_tags, Transport
+from fusetile.runtime.io_thread import SAMPLES, SAMPLES_tags
+from fusetile.runtime.transport import Transport
 
 Wanted = list[tuple[str, Box]]
 """What a node wants of every batch: boxes of the arrays of these names."""

@@ -118,7 +118,7 @@ def _measure(
         least = list(map(min, least, took))
         totals.append(sum(took))
         if transport is not None:
-            transport.progress += 1
+            transport.count()
             transport.check()
     scale = float(np.median(totals)) / sum(least)
     taken: dict[str, float] = {}
@@ -173,7 +173,7 @@ def measure_link(program: Program, arena: np.ndarray, transport: Transport, scal
                 transport.wait([recvs[sends.index(send)].tag])
             took.append((time.perf_counter() - began) / len(some))
             processor.append((time.process_time() - began_cpu) / len(some))
-        transport.end_turn([step.tag for step in sends] + [step.tag for step in recvs])
+        transport.finish([step.tag for step in sends] + [step.tag for step in recvs])
         times.append((took[1], took[2], processor[1], processor[2]))
     each, whole, each_cpu, whole_cpu = np.median(times[1:], axis=0)
     return LinkSpeed(

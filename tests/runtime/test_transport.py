@@ -196,7 +196,7 @@ def test_steps_arrays_and_goodbyes_between_two(ends: Ends) -> None:
                 made.send(1 - rank, rank, (arrays[rank] + np.uint8(step)).data, 0)
                 made.wait([1 - rank])
                 got[rank].append(place.copy())
-                made.end_turn([0, 1])
+                made.finish([0, 1])
             if rank == 0:
                 shards.extend(view.tobytes() for _, view in made.gather_shards())
                 time.sleep(0.2)  # it writes the result
