@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from fusetile.checks import check_data, check_paths, check_resumed
 from fusetile.cluster import Cluster, local_cluster, read_cluster
 from fusetile.codegen.assemble import sample_feeds
 from fusetile.errors import FusetileError, UserError
 from fusetile.graph import Graph
-from fusetile.local import BEST, RESULT, TRAINED, check_data, check_paths, free_ports, train_locally
+from fusetile.local import BEST, CHECKPOINTS, RESULT, TRAINED, free_ports, train_locally
 from fusetile.options import RunOptions, Training
 from fusetile.pipeline import compile_model
 from fusetile.runtime import safetensors
@@ -102,24 +103,29 @@ def train(
         training = replace(training, source="node0")
     if training.validation and run.val is None:
         raise UserError("--validation is for devices that will be given --val; here give --val DATA")
-    check_paths(where, run, out)
+    check_paths(where, run, out, checkpoints=out / CHECKPOINTS)
     training = replace(training, validation=run.val is not None)
     if training.loss == YOLO and training.max_boxes is None:
-        needed = [most_boxes(path) for path in (where, run.val) if path is not None]
+        needed = [most_boxes(where, "train")] if where else []
+        needed += [most_boxes(run.val, "val")] if run.val else []
         training = replace(training, max_boxes=max(training.boxes.most, *needed))
     devices = local_cluster(nodes, ports=free_ports(nodes)).with_source(training.source)
 
     def look(name: str, graph: Graph) -> None:
         if name == "prune":
             feeds = sample_feeds(graph)
-            check_data(where, run, feeds, least=feeds[0].shape[0] * training.accumulate)
+            batch = feeds[0].shape[0]
+            samples = check_data(where, run, feeds, least=batch * training.accumulate)
+            if run.resume and samples is not None:
+                place = out / CHECKPOINTS
+                check_resumed(place, run, training, graph, model=Path(model), samples=samples, batch=batch)
 
     with tempfile.TemporaryDirectory(prefix="fusetile-") as folder:
         with watch() as trace:
             trace.on_graph = look
             build = compile(model, out=Path(folder) / "build", cluster=devices, training=training, trace=trace)
-        samples = where or cast(Iterable[Sample], data)
-        train_locally(build, devices, samples, run, out, on_step=on_step, quiet=quiet)
+        source = where or cast(Iterable[Sample], data)
+        train_locally(build, devices, source, run, out, on_step=on_step, quiet=quiet)
     _, metadata = safetensors.load(out / RESULT)
     best = out / f"{BEST}.onnx"
     return Trained(out / TRAINED, int(metadata["steps"]), best if run.val and best.exists() else None)

@@ -42,7 +42,7 @@ DataOption = Annotated[
         "--data",
         help="An .npz or a folder of .npy: inputs under the model's input names (or x), targets under y (or y0, ...). "
         "Or a folder of images: a folder per class, or images and labels (YOLO's boxes), images and masks (classes per "
-        "pixel), input and target.",
+        "pixel), input and target. Or the data.yaml of a YOLO dataset.",
     ),
 ]
 ClusterOption = Annotated[
@@ -108,7 +108,14 @@ def compile_command(
     _say(recomputed_text(plan))
     _say(f"Wrote {out}: plan.json and a folder per device, nodes/{{{','.join(node.name for node in devices.nodes)}}}")
     _say(f"Next: fusetile explain {out} shows the plan. Copy each folder to its device and start there:")
-    _say("  fusetile-runtime NAME --data DATA")
+    given = "--data DATA --val DATA" if training.validation else "--data DATA"
+    source = devices.with_source(training.source).source
+    if source is None:
+        _say(f"  fusetile-runtime NAME {given}")
+    else:
+        _say(f"  fusetile-runtime {devices.nodes[source].name} {given}")
+        if len(devices.nodes) > 1:
+            _say("  fusetile-runtime NAME, on the others")
 
 
 @app.command("train")

@@ -22,13 +22,9 @@ from fusetile.cluster import Cluster
 from fusetile.errors import FusetileError, PeerFailure, UserError
 from fusetile.onnx_export import export_onnx
 from fusetile.options import RunOptions
-from fusetile.program import Feed
 from fusetile.runtime import checkpoint, safetensors
-from fusetile.runtime.augment import Augmentation
-from fusetile.runtime.files import check_writable
 from fusetile.runtime.follow import Following
 from fusetile.runtime.progress import StepRecord
-from fusetile.runtime.samples import Samples, Scaling
 from fusetile.runtime.stream import Sample, Stream
 
 RESULT, TRAINED, CHECKPOINTS, BEST = "trained.safetensors", "trained.onnx", "checkpoints", "best"
@@ -47,29 +43,6 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
-
-
-def check_paths(data: Path | None, options: RunOptions, out: Path) -> None:
-    """Find out before a model is compiled what can't work afterwards. Raises UserError."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"-o {out}: there is a file of that name; choose a folder")
-    for flag, path in (("--data", data), ("--val", options.val)):
-        if path is not None and not path.exists():
-            raise UserError(f"{flag} {path}: there is no such file or folder")
-    for flag, value in (("--val-every", options.val_every), ("--patience", options.patience)):
-        if value is not None and options.val is None:
-            raise UserError(f"{flag} {value} needs --val DATA")
-    Augmentation.parse(options.augment)
-    check_writable(options.log, options.save_gradients)
-
-
-def check_data(data: Path | None, options: RunOptions, feeds: Sequence[Feed], *, least: int) -> None:
-    """The same for the data, when it is known what the model wants of them: `least` samples, or more."""
-    scaling = Scaling(*options.scaling)
-    if data is not None:
-        Samples(data, feeds, least, scaling, Augmentation.parse(options.augment))
-    if options.val is not None:
-        Samples(options.val, feeds, 1, scaling, Augmentation())
 
 
 def train_locally(
@@ -103,7 +76,7 @@ def train_locally(
                 command += ["--stream", str(sockets[1].fileno())] if sockets else ["--data", str(data)]
             command += replace(options, threads=threads, val=options.val if has_data else None).arguments()
             command += ["--checkpoints", str(out / CHECKPOINTS), "--best", str(out / BEST)]
-            command += ["--out", str(out)] if first else []
+            command += ["--checked", *(["--out", str(out)] if first else [])]
             command += ["--quiet"] if quiet or not first else []
             command += ["--followed"] if on_step else []
             command += ["--follow", str(pipes[2]), str(pipes[1])] if on_step and first else []

@@ -199,11 +199,12 @@ def test_plans_for_a_single_node(here: Path, capfd: pytest.CaptureFixture[str], 
 def test_paths_are_looked_at_before_the_model_is(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     refused(capfd, "train", "nosuch.onnx", "--data", "nosuch.npz", "-o", "out", saying="--data nosuch.npz")
     refused(capfd, "train", "nosuch.onnx", "--data", "data.npz", "-o", "model.onnx", saying="-o model.onnx.*a file")
-    for option, value, saying in (
-        ("--log", "none/x", "to the folder none"),
-        ("--augment", "flop", "there is no 'flop'"),
+    for options, saying in (
+        (("--log", "none/x"), "to the folder none"),
+        (("--augment", "flop"), "there is no 'flop'"),
+        (("--resume",), "--resume: there is no checkpoint of all nodes in out/checkpoints"),
     ):
-        given = ("nosuch.onnx", "--data", "data.npz", option, value, "-o", "out")
+        given = ("nosuch.onnx", "--data", "data.npz", *options, "-o", "out")
         refused(capfd, "train", *given, saying=saying)
 
 

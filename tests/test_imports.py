@@ -75,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
 TOP = {
     "__main__",
     "api",
+    "checks",
     "cli",
     "explain",
     "local",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,21 @@ class Checkpoint:
         """Whether the files of all nodes are there: of what others have only they know."""
         return not self.absent
 
+    @property
+    def best_step(self) -> int:
+        """The step of the best validation until then; 0 if there was none."""
+        return int(self.validation["best_step"]) if self.validation else 0
+
+    def check_run(self, run: Mapping[str, Any]) -> None:
+        """Raises UserError if it is that of another run."""
+        for key, value in run.items():
+            was = self.run.get(key)
+            if was != value:
+                raise UserError(
+                    f"the checkpoint of step {self.step} comes from a run with {key} = {was}; this run has {value}: "
+                    "resume with the same model, data and options"
+                )
+
     def read(self, name: str, box: Box) -> np.ndarray:
         """The canonical array of a parameter's box."""
         parts = [part for part in self.parts[name] if volume(intersect(part.box, box))]
@@ -106,10 +121,10 @@ def write(
     step: int,
     run: Mapping[str, Any],
     validation: Mapping[str, Any] | None = None,
-    alone: bool = False,
+    beside: Collection[int] | None = None,
 ) -> Path:
-    """Write this node's file, and remove all its others but the newest `KEPT`; or, if it is to be `alone`, all others
-    but those of this run's other nodes. `validation`: what the run's validations have shown."""
+    """Write this node's file, and remove all its others but the newest `KEPT`; or, if it is to be `beside` only certain
+    steps, all of other steps, also those of other plans. `validation`: what the run's validations have shown."""
     arrays, described = {}, {}
     for shard in changing(program):
         values = unpack(arena, shard.buffer, shard.box)
@@ -125,11 +140,14 @@ def write(
     content = {"step": step, "model_hash": program.model_hash, "run": dict(run), "arrays": described}
     content["validation"] = validation
     safetensors.save(path, arrays, {"checkpoint": json.dumps(content)})
-    there = [(rank, nodes, file) for _, rank, nodes, file in _files(folder) if file != path]
-    mine = [file for rank, nodes, file in there if (rank, nodes) == (program.rank, program.nodes)]
-    if alone:
-        mine += [file for _, nodes, file in there if nodes != program.nodes]
-    for file in mine if alone else mine[: len(mine) + 1 - KEPT]:
+    others = [each for each in _files(folder) if each[3] != path]
+    mine = [(at, file) for at, rank, nodes, file in others if (rank, nodes) == (program.rank, program.nodes)]
+    if beside is None:
+        removed = [file for _, file in mine[: len(mine) + 1 - KEPT]]
+    else:
+        foreign = [(at, file) for at, _, nodes, file in others if nodes != program.nodes]
+        removed = [file for at, file in mine + foreign if at not in beside]
+    for file in removed:
         file.unlink(missing_ok=True)  # other nodes of this run may do so, too
     return path
 
@@ -145,6 +163,12 @@ def checkpoints(folder: Path, *, step: int | None = None) -> list[Checkpoint]:
     return [_read_group(paths, absent=nodes - len(paths)) for (_, nodes), paths in ordered]
 
 
+def check_new(folder: Path, *, resume: bool, every: int | None) -> None:
+    """Raises UserError if checkpoints will be written among those of an earlier run, and it is not this one."""
+    if every and not resume and checkpoints(folder):
+        raise UserError(f"there are checkpoints of an earlier run in {folder}: give --resume, or remove them")
+
+
 def usable(folder: Path, program: Program, *, step: int | None = None) -> dict[int, Checkpoint]:
     """By step, or of just one, what this node can go on from: the files here have all of its shards."""
     found: dict[int, Checkpoint] = {}
@@ -156,13 +180,7 @@ def usable(folder: Path, program: Program, *, step: int | None = None) -> dict[i
 
 def load(checkpoint: Checkpoint, program: Program, arena: np.ndarray, *, run: Mapping[str, Any]) -> None:
     """Put the shards into the arena. Raises UserError if the checkpoint is that of another run."""
-    for key, value in {**run, "model": program.model_hash}.items():
-        was = checkpoint.run.get(key)
-        if was != value:
-            raise UserError(
-                f"the checkpoint of step {checkpoint.step} comes from a run with {key} = {was}; this run has {value}: "
-                "resume with the same model, data and options"
-            )
+    checkpoint.check_run({**run, "model": program.model_hash})
     for shard in changing(program):
         pack(arena, shard.buffer, shard.box, checkpoint.read(shard.parameter, shard.box))
 

@@ -151,7 +151,7 @@ class Reader(Feeder):
 
 
 class Data(Reader):
-    """Samples in files. Raises UserError if anything about them is wrong."""
+    """Samples in files. Raises UserError if anything about them is wrong; see Samples."""
 
     def __init__(
         self,
@@ -162,12 +162,21 @@ class Data(Reader):
         scaling: Scaling | None = None,
         augmentation: Augmentation | None = None,
         routine: Routine | None = None,
+        checked: bool = False,
     ) -> None:
         super().__init__(program, scaling=scaling, routine=routine)
         self._shuffle, self._augmentation = shuffle, augmentation or Augmentation()
         least = program.batch * program.accumulate if routine is None else 1
         wanted = self._feeds if program.source is None else program.samples
-        samples = Samples(path, wanted, least, self._scaling, self._augmentation)
+        samples = Samples(
+            path,
+            wanted,
+            least=least,
+            part="train" if routine is None else "val",
+            scaling=self._scaling,
+            augmentation=self._augmentation,
+            checked=checked,
+        )
         self._columns, self.count = samples.columns, samples.count
         self._epoch, self._order = -1, np.arange(self.count)
 

@@ -1,5 +1,6 @@
 """A folder of images with boxes in YOLO's format: FOLDER/images/1.jpg with FOLDER/labels/1.txt, or both in one folder;
-or FOLDER/images/train with FOLDER/labels/train, when the former is given. Pictures need Pillow.
+or FOLDER/images/train with FOLDER/labels/train, when the former is given; or what a data.yaml says. Pictures need
+Pillow.
 
 Each line of a .txt is an object: its class (0, 1, ...), then its centre's x and y, its width and its height, as parts
 of the image's width and height. An image without objects has an empty file. The names of the classes, if there are
@@ -12,44 +13,40 @@ size, which boxes do not notice.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 
 from fusetile.errors import UserError
 from fusetile.runtime.augment import SAME, Change
+from fusetile.runtime.data_yaml import SUFFIXES, DataYaml, Part
 from fusetile.runtime.images import ImageFolder, image_files
 
 NOTHING = (-1.0, 0.0, 0.0, 0.0, 0.0)
 """The row of no object."""
-_NAME = re.compile(r"\s*(?:-\s+|\d+\s*:\s*)?(['\"]?)(.+?)\1\s*(?:#.*)?")  # maybe with a dash or a number before it
 _OVER = 1e-3  # of a picture: what rounding may add to the size of a box
 
 
 class Detection:
-    """The pictures, their boxes, and the names of the classes, if there are any. Raises UserError for a folder that
-    can't be used."""
+    """The pictures, their boxes, and the names of the classes, if there are any. Raises UserError for a folder, or a
+    data.yaml, that can't be used."""
 
-    def __init__(self, folder: Path) -> None:
-        pictures, labels = _folders(folder)
-        self.folder, self.files = folder, image_files(pictures)
-        if not self.files:
-            inner = [each for each in sorted(pictures.iterdir()) if each.is_dir() and image_files(each)]
-            raise UserError(f"there is no image in {pictures}" + (f"; say --data {inner[0]}" if inner else ""))
-        self.texts = [labels / f"{file.stem}.txt" for file in self.files]
+    def __init__(self, path: Path, part: Part = "train") -> None:
+        self.path, self.files, self.names = path, *_found(path, part)
+        labels = {folder: _labels_of(folder) for folder in {file.parent for file in self.files}}
+        self.texts = [labels[file.parent] / f"{file.stem}.txt" for file in self.files]
         self.boxes = [np.array([box for _, box in _read(*pair)], np.float32) for pair in self._pairs()]
         if not self.most:
-            raise UserError(f"{labels}: there is no box in any of the {len(self.texts)} .txt files")
-        self.names = _names(folder, labels)
+            raise UserError(f"{self.texts[0].parent}: there is no box in any of the {len(self.texts)} .txt files")
 
     @classmethod
     def is_one(cls, path: Path) -> bool:
         """Whether there are labels beside the images of this folder, or images right in it and nothing else to use."""
         if (path / "images").is_dir() and (path / "labels").is_dir():
             return True
+        if path.is_file():
+            return path.suffix in SUFFIXES
         return (
             path.is_dir() and bool(image_files(path)) and not ImageFolder.is_one(path) and not any(path.glob("*.npy"))
         )
@@ -62,7 +59,7 @@ class Detection:
     def targets(self, most: int, classes: int) -> Boxes:
         """The boxes as an array [samples, most, 5]. Raises UserError if a picture has more, or one of another class."""
         if self.names and len(self.names) != classes:
-            raise UserError(f"{self.folder} has {len(self.names)} names of classes, the model {classes} classes")
+            raise UserError(f"{self.path} has {len(self.names)} names of classes, the model {classes} classes")
         for text, boxes in zip(self.texts, self.boxes, strict=True):
             if len(boxes) > most:
                 raise UserError(
@@ -110,16 +107,27 @@ class Boxes:
             )
 
 
-def _folders(folder: Path) -> tuple[Path, Path]:
-    """Where the pictures are, and where their labels."""
-    if (folder / "images").is_dir() and (folder / "labels").is_dir():
-        return folder / "images", folder / "labels"
-    parts = list(folder.absolute().parts)
-    for i in (i for i in reversed(range(len(parts))) if parts[i] == "images"):
-        beside = Path(*parts[:i], "labels", *parts[i + 1 :])
-        if beside.is_dir():
-            return folder, beside
-    return folder, folder
+def _found(path: Path, part: Part) -> tuple[list[Path], list[str]]:
+    """The pictures, and the names of the classes."""
+    if path.is_file():
+        dataset = DataYaml(path)
+        return dataset.images(part), dataset.names
+    pictures = path / "images" if (path / "images").is_dir() and (path / "labels").is_dir() else path
+    files = image_files(pictures)
+    if not files:
+        inner = [each for each in sorted(pictures.iterdir()) if each.is_dir() and image_files(each)]
+        raise UserError(f"there is no image in {pictures}" + (f"; say --data {inner[0]}" if inner else ""))
+    return files, _names(path, _labels_of(pictures))
+
+
+def _labels_of(pictures: Path) -> Path:
+    """Where the labels of a folder's pictures are: in a folder beside it or above it, or in it."""
+    for parts in (pictures.parts, pictures.absolute().parts):
+        for i in (i for i in reversed(range(len(parts))) if parts[i] == "images"):
+            beside = Path(*parts[:i], "labels", *parts[i + 1 :])
+            if beside.is_dir():
+                return beside
+    return pictures
 
 
 def _read(text: Path, picture: Path) -> Iterator[tuple[int, list[float]]]:
@@ -171,23 +179,5 @@ def _names(folder: Path, labels: Path) -> list[str]:
     for path in (each / "classes.txt" for each in near[:2]):
         if path.is_file():
             return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    for path in (each / "data.yaml" for each in (near[0], near[2], near[2].parent)):
-        if path.is_file():
-            return _yaml_names(path)
-    return []
-
-
-def _yaml_names(path: Path) -> list[str]:
-    """`names` of a data.yaml: a list, or numbers with names, in brackets or a line for each."""
-    found = re.search(r"^names:(.*)", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    if found is None:
-        return []
-    text = found[1].lstrip()
-    if text[:1] in ("[", "{"):
-        items = re.split(r"[\]}]", text[1:])[0].split(",")
-    else:
-        items = list(takewhile(lambda line: not line or line[0] in " \t-#", found[1].splitlines()[1:]))
-    names = [_NAME.fullmatch(item) for item in items if item.split("#")[0].strip()]
-    if not names or not all(names):
-        raise UserError(f"{path}: after 'names:' there are no names, one in each line or [between, brackets]")
-    return [name[2] for name in names if name]
+    files = (each / "data.yaml" for each in (near[0], near[2], near[2].parent))
+    return next((DataYaml(path).names for path in files if path.is_file()), [])

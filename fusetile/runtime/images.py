@@ -4,11 +4,13 @@ FOLDER/dog/1.jpg, ... Classes are numbered in the order of their folders' names,
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,7 +18,10 @@ from fusetile.errors import UserError
 from fusetile.runtime.augment import Change, Size
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+Found = TypeVar("Found")
 _MODES = {1: "L", 3: "RGB"}
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_UNREADABLE = OSError, SyntaxError, ValueError, EOFError  # as Pillow's decoders have it
 
 
 class ImageFolder:
@@ -24,7 +29,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        self.classes = self.names(folder)
         self.files: list[Path] = []
         labels: list[int] = []
         for number, name in enumerate(self.classes):
@@ -36,6 +41,11 @@ class ImageFolder:
             self.files += found
             labels += [number] * len(found)
         self.labels = np.array(labels, np.int64)
+
+    @staticmethod
+    def names(folder: Path) -> list[str]:
+        """Those of the classes."""
+        return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
     @classmethod
     def is_one(cls, path: Path) -> bool:
@@ -68,7 +78,10 @@ class Images:
         self._files, self._fit, self._unit = files, fit, unit
         self.shape = (len(files), *sample)
         self.ndim = len(self.shape)
-        self.sizes = [looked_at(path) for path in files]  # what is no image is found now and not after an hour
+
+    def check(self) -> None:
+        """Raises UserError if one of the files is no image, or not all of one."""
+        for_each(looked_at, self._files)
 
     def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
         """A box of some samples."""
@@ -115,8 +128,10 @@ class Masks:
         self._files, self._classes, self._ignore = files, classes, ignore
         self.shape = (len(files), *sample)
         self.ndim = len(self.shape)
-        for path in files:
-            looked_at(path)
+
+    def check(self) -> None:
+        """Raises UserError for a mask that can't be read, and for a value that is no class: all are decoded."""
+        for_each(lambda path: decoded(path, lambda image: self._values(image, path)), self._files)
 
     def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
         """A box of some samples. Raises UserError for a value that is no class."""
@@ -127,19 +142,21 @@ class Masks:
         path = self._files[row]
 
         def pixels(image: Any) -> np.ndarray:
-            if image.mode not in ("1", "L", "P") or image.format == "JPEG":
-                raise UserError(
-                    f"{path} is an image of kind {image.format} {image.mode}; a mask is a grey or palette PNG, whose "
-                    "values are the numbers of classes"
-                )
-            self._check(np.asarray(image), path)
+            self._values(image, path)
             nearest = _pillow().Resampling.NEAREST
             return np.asarray(image.resize((width, height), nearest, change.window(image.size, image.size)))
 
         found = decoded(path, pixels)
         return found[:, ::-1] if change.flip else found
 
-    def _check(self, values: np.ndarray, path: Path) -> None:
+    def _values(self, image: Any, path: Path) -> np.ndarray:
+        """Those of a mask [H,W], all of which are classes."""
+        if image.mode not in ("1", "L", "P") or image.format == "JPEG":
+            raise UserError(
+                f"{path} is an image of kind {image.format} {image.mode}; a mask is a grey or palette PNG, whose "
+                "values are the numbers of classes"
+            )
+        values = np.asarray(image)
         bad = np.argwhere((values >= self._classes) & (values != (-1 if self._ignore is None else self._ignore)))
         if len(bad):
             row, column = bad[0].tolist()
@@ -147,6 +164,7 @@ class Masks:
                 f"{path} has class {values[row, column]} at row {row}, column {column}; the model has {self._classes} "
                 f"classes, 0 to {self._classes - 1}; --ignore-index is for pixels that do not count"
             )
+        return values
 
 
 class Marks:
@@ -159,6 +177,10 @@ class Marks:
         channels, height, width = sample
         self._masks = Masks(files, (height, width), channels if channels > 1 else ignore + 1, ignore)
         self.shape = (len(files), *sample)
+
+    def check(self) -> None:
+        """See Masks."""
+        self._masks.check()
 
     def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
         """A box of some samples. Raises UserError for a value that is no class."""
@@ -180,15 +202,35 @@ def _pillow() -> ModuleType:
 
 
 def looked_at(path: Path) -> Size:
-    """Width and height of an image. Raises UserError."""
+    """Width and height of an image. Raises UserError, also for one whose end is missing: that is seen without decoding,
+    unless the end is an unusual one."""
     image = _pillow()
     try:
         with image.open(path) as opened:
             if opened.mode[0] in "IF":
                 raise UserError(f"{path} has pixels of kind {opened.mode}: convert it to 8 bits per channel")
-            return opened.size
-    except (OSError, image.DecompressionBombError) as error:
+            size: Size = opened.size
+            if not _ends(path, opened.format):
+                opened.load()
+            return size
+    except (*_UNREADABLE, image.DecompressionBombError) as error:
         raise UserError(f"can't read {path} as an image ({error}): remove it, or replace it") from error
+
+
+def _ends(path: Path, form: str | None) -> bool:
+    """Whether a file ends as a whole one of its format does."""
+    with path.open("rb") as file:
+        if form not in _ENDS:
+            return False
+        file.seek(-len(_ENDS[form]), os.SEEK_END)
+        return file.read() == _ENDS[form]
+
+
+def for_each(look: Callable[[Path], Found], files: Sequence[Path]) -> list[Found]:
+    """What is found in each of the files, looking at several at a time. Raises what is wrong with the first that is not
+    right."""
+    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="check") as pool:
+        return list(pool.map(look, files))  # an error cancels those that have not begun
 
 
 def decoded(path: Path, pixels: Callable[[Any], np.ndarray]) -> np.ndarray:
@@ -196,8 +238,8 @@ def decoded(path: Path, pixels: Callable[[Any], np.ndarray]) -> np.ndarray:
     try:
         with _pillow().open(path) as image:
             return pixels(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # as Pillow's decoders have it
-        raise UserError(f"{path} is damaged ({error}): remove it, or replace it") from error
+    except _UNREADABLE as error:
+        raise UserError(f"can't read {path} as an image ({error}): remove it, or replace it") from error
 
 
 def partners(files: Sequence[Path], folder: Path, what: str) -> list[Path]:

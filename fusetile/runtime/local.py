@@ -12,7 +12,7 @@ from fusetile.runtime.data import Data, Feeder, Reader
 from fusetile.runtime.options import Options
 from fusetile.runtime.outlet import Outlet, read_wanted, wanted_by
 from fusetile.runtime.received import Received
-from fusetile.runtime.samples import Scaling
+from fusetile.runtime.samples import Scaling, check_alike
 from fusetile.runtime.stream import Streamed
 from fusetile.runtime.transport import Transport
 
@@ -45,7 +45,16 @@ class Local:
             return cls(program, scaling, streamed, _held_back(options, program, scaling))
         if options.data is None:
             raise UserError("--data DATA is missing: this node needs the data")
-        data = Data(options.data, program, shuffle=options.shuffle, scaling=scaling, augmentation=options.augment)
+        data = Data(
+            options.data,
+            program,
+            shuffle=options.shuffle,
+            scaling=scaling,
+            augmentation=options.augment,
+            checked=options.checked,
+        )
+        if options.val is not None:
+            check_alike(options.data, options.val)
         return cls(program, scaling, data, _held_back(options, program, scaling))
 
     def close(self) -> None:
@@ -108,4 +117,6 @@ def _held_back(options: Options, program: Program, scaling: Scaling) -> Data | N
         raise UserError(
             f"--val: the bundle {options.bundle} can't validate: compile with --validation, and copy it again"
         )
-    return Data(options.val, program, shuffle=False, scaling=scaling, routine=program.validation)
+    return Data(
+        options.val, program, shuffle=False, scaling=scaling, routine=program.validation, checked=options.checked
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ class End:
 
 class Loop:
     """Steps up to `total`, a validation after every `every` of them. `terms`: what a checkpoint is to hold of the
-    run."""
+    run. `bests`: the steps whose weights are the best by the checkpoints that are there."""
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Loop:
         total: int,
         every: int,
         gradients: bool,
+        bests: Iterable[int],
         follower: Follower | None,
     ) -> None:
         self._options, self._program, self._arena = options, program, arena
@@ -60,6 +62,7 @@ class Loop:
         self._progress, self._transport, self._follower = progress, transport, follower
         self._terms, self._total, self._every, self._gradients = terms, total, every, gradients
         self._losses = Losses(program.rates, total)
+        self._bests = deque(bests, checkpoint.KEPT)
 
     def run(self, start: int, history: History) -> End:
         """The steps that follow `start`. Raises FusetileError for a loss that is no number."""
@@ -115,9 +118,11 @@ class Loop:
         """A checkpoint of this node; the lowest rank also puts the model there, for `fusetile export`."""
         program, model = self._program, self._options.bundle / "model.onnx"
         folder.mkdir(parents=True, exist_ok=True)
-        best = folder == self._options.best
         shown = history.json() if history.best_step else None
-        checkpoint.write(folder, program, self._arena, step=step, run=self._terms, validation=shown, alone=best)
+        beside = self._bests if folder == self._options.best else None
+        checkpoint.write(folder, program, self._arena, step=step, run=self._terms, validation=shown, beside=beside)
+        if beside is None:
+            self._bests.append(history.best_step)
         if program.rank == LOWEST and model.is_file() and not (folder / model.name).exists():
             with model.open("rb") as source:
                 atomic_write(folder / model.name, partial(shutil.copyfileobj, source))

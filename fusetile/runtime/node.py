@@ -130,6 +130,7 @@ def run(options: Options, signals: Signals) -> None:
             total=total,
             every=every,
             gradients=meeting.wants["gradients"],
+            bests=[step for each in there.values() if each is not None and (step := each.best_step)],
             follower=follower,
         )
         end = loop.run(meeting.wants["start"], history)
@@ -149,9 +150,8 @@ def run(options: Options, signals: Signals) -> None:
 def _checkpoints(options: Options, program: Program) -> dict[int, checkpoint.Checkpoint | None]:
     """By step, what this node can start from: with --resume, whole checkpoints; else only step 0."""
     folder = options.checkpoints
+    checkpoint.check_new(folder, resume=options.resume, every=options.checkpoint_every)
     if not options.resume:
-        if options.checkpoint_every and checkpoint.checkpoints(folder):
-            raise UserError(f"there are checkpoints of an earlier run in {folder}: give --resume, or remove them")
         return {0: None}
     found: dict[int, checkpoint.Checkpoint | None] = {**checkpoint.usable(folder, program)}
     if not found:

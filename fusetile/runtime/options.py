@@ -40,6 +40,7 @@ class Options:
     followed: bool
     follow: tuple[int, int] | None
     stream: int | None
+    checked: bool
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     add("bundle", type=Path, metavar="BUNDLE", help="this device's folder, BUILD/nodes/NAME")
     add("--data", type=Path, help="an .npz file or a folder of .npy files: inputs under the model's "
         "input names (or x), targets under y, or y0, y1, ...; the first dimension counts the samples; or a folder of "
-        "images: a folder per class, or images and labels, images and masks, input and target. Needed unless "
-        "another node is the source of the data")  # fmt: skip
+        "images: a folder per class, or images and labels, images and masks, input and target; or a data.yaml. Needed "
+        "unless another node is the source of the data")  # fmt: skip
     add("--val", type=Path, metavar="DATA", help="held-back data of the same kind, for validation: the loss, and the "
         "metrics that go with it, as of a trained model")  # fmt: skip
     add("--val-every", type=count, metavar="N", help="validate after every N steps (default: an epoch), and at the end")
@@ -91,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
         "line of every step to the file descriptor OUT, and go on when a line 'go' comes from IN")  # fmt: skip
     add("--stream", type=int, metavar="FD", help="on the source, instead of --data, for programs: a socket on which a "
         "program makes the samples (see runtime/stream.py)")  # fmt: skip
+    add("--checked", action="store_true", help="for programs: the data have been looked at")
     return lines
 
 

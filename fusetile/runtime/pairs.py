@@ -9,12 +9,13 @@ they are augmented with crop. The target's size is to the input's as the model's
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from math import gcd
 from pathlib import Path
 
 from fusetile.errors import UserError
 from fusetile.runtime.augment import Size
-from fusetile.runtime.images import Fit, Images, image_files, looked_at, partners
+from fusetile.runtime.images import Fit, Images, for_each, image_files, looked_at, partners
 
 ROLES = frozenset({"images", "labels", "masks", "input", "target"})
 """Names of folders that are a part of what is with them."""
@@ -37,45 +38,58 @@ class Pairs:
     def __init__(self, folder: Path) -> None:
         inputs = image_files(folder / "input")
         self._folder = folder
-        self._files = {"input": inputs, "target": partners(inputs, folder / "target", "target")}
-        self.sizes = [tuple(map(looked_at, pair)) for pair in zip(*self._files.values(), strict=True)]
-        first = self.sizes[0]
-        common = [gcd(*sides) for sides in zip(*first, strict=True)]
-        self._units = {
-            role: (size[0] // common[0], size[1] // common[1]) for role, size in zip(self._files, first, strict=True)
+        self.files = {"input": inputs, "target": partners(inputs, folder / "target", "target")}
+        self._first = looked_at(inputs[0]), looked_at(self.files["target"][0])
+        common = [gcd(*sides) for sides in zip(*self._first, strict=True)]
+        self.units = {
+            role: (size[0] // common[0], size[1] // common[1])
+            for role, size in zip(self.files, self._first, strict=True)
         }
-        for pair, sizes in zip(zip(*self._files.values(), strict=True), self.sizes, strict=True):
-            self._check_sizes(pair, sizes)
 
-    def patches(self, role: str, sample: tuple[int, ...]) -> Images:
-        """Inputs or targets as an array of samples [C,H,W]. Raises UserError for images that are too small."""
-        for path, sizes in zip(self._files[role], self.sizes, strict=True):
-            width, height = sizes[role == "target"]
-            if len(sample) == 3 and (width < sample[2] or height < sample[1]):
-                raise UserError(f"{path} has {width}x{height} pixels, less than the model's {sample[2]}x{sample[1]}")
-        return Images(self._files[role], sample, Fit.PATCH, self._units[role])
+    @cached_property
+    def sizes(self) -> dict[str, list[Size]]:
+        """Of all images. Raises UserError if they do not go together."""
+        found = {role: for_each(looked_at, files) for role, files in self.files.items()}
+        for files, sizes in zip(zip(*self.files.values(), strict=True), zip(*found.values(), strict=True), strict=True):
+            self._check_sizes(files, sizes)
+        return found
 
     def check(self, samples: Mapping[str, tuple[int, ...]]) -> None:
         """Raises UserError if the model's sizes are in other proportions than those of the images."""
         if len(samples) == 2:
-            sides = [samples[role][:0:-1] for role in self._files]
+            sides = [samples[role][:0:-1] for role in self.files]
             if not self._fit(*sides):
                 raise UserError(
-                    f"{self._folder}: images of {_x(self.sizes[0][0])} have targets of {_x(self.sizes[0][1])}, and the "
+                    f"{self._folder}: images of {_x(self._first[0])} have targets of {_x(self._first[1])}, and the "
                     f"model makes {_x(sides[1])} of {_x(sides[0])}"
                 )
 
     def _check_sizes(self, files: Sequence[Path], sizes: Sequence[Size]) -> None:
         if not self._fit(*sizes):
-            first = self.sizes[0]
+            first = self._first
             raise UserError(
                 f"{files[1]} has {_x(sizes[1])} pixels and {files[0]} {_x(sizes[0])}: those of the first pair have "
                 f"{_x(first[1])} and {_x(first[0])}, and all must be in the same proportion"
             )
 
     def _fit(self, size: Sequence[int], target: Sequence[int]) -> bool:
-        units = zip(*self._units.values(), strict=True)
+        units = zip(*self.units.values(), strict=True)
         return all(a * v == b * u for a, b, (u, v) in zip(size, target, units, strict=True))
+
+
+class Patches(Images):
+    """Inputs or targets as an array of samples [C,H,W]."""
+
+    def __init__(self, pairs: Pairs, role: str, sample: tuple[int, ...]) -> None:
+        super().__init__(pairs.files[role], sample, Fit.PATCH, pairs.units[role])
+        self._pairs, self._role = pairs, role
+
+    def check(self) -> None:
+        """Raises UserError for images that can't be read, are too small, or do not go with their partners."""
+        least = (self.shape[3], self.shape[2])
+        for path, size in zip(self._pairs.files[self._role], self._pairs.sizes[self._role], strict=True):
+            if size[0] < least[0] or size[1] < least[1]:
+                raise UserError(f"{path} has {_x(size)} pixels, less than the model's {_x(least)}")
 
 
 def _x(size: Sequence[int]) -> str:

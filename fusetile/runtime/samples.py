@@ -1,11 +1,13 @@
 """The samples of a training: an .npz file, a folder of .npy files, or a folder of images; as columns, one for each
-thing that the model is fed. All that can be checked beforehand is checked here."""
+thing that the model is fed. They are checked here, before anything is computed; of images, as far as that can be done
+without decoding them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,9 +18,10 @@ from fusetile.errors import UserError
 from fusetile.program import Feed
 from fusetile.runtime.arrays import Array, Kind, open_arrays
 from fusetile.runtime.augment import Augmentation, Change
+from fusetile.runtime.data_yaml import Part
 from fusetile.runtime.detection import NOTHING, Boxes, Detection
 from fusetile.runtime.images import Fit, ImageFolder, Images, Marks, Masks
-from fusetile.runtime.pairs import ROLES, Pairs, is_pair, masked_files
+from fusetile.runtime.pairs import ROLES, Pairs, Patches, is_pair, masked_files
 
 _CHECKED_at_once = 1 << 22  # elements
 _UNCOUNTED = 255  # in masks of losses that know of no label to ignore: a pixel of no class
@@ -71,43 +74,52 @@ Reader = Callable[[Path, Sequence[Feed]], Mapping[str, Column | np.ndarray]]
 
 
 class Samples:
-    """The columns of feeds, by their keys. Raises UserError if anything about them is wrong."""
+    """The columns of feeds, by their keys, with at least as many samples. Raises UserError if anything about them is
+    wrong; what is in the files is not looked at if they are `checked`."""
 
     def __init__(
-        self, path: Path, feeds: Sequence[Feed], batch: int, scaling: Scaling, augmentation: Augmentation
+        self,
+        path: Path,
+        feeds: Sequence[Feed],
+        *,
+        least: int,
+        part: Part,
+        scaling: Scaling,
+        augmentation: Augmentation,
+        checked: bool = False,
     ) -> None:
         for feed in feeds:
             if feed.role == "input" and not feed.classes:
                 scaling.check(feed)
         feeds = list({feed.key: feed for feed in feeds}.values())  # some may get several boxes of the same
-        arrays = _open(path, feeds)
+        arrays = _open(path, feeds, part)
         self.columns = {feed.key: _find(arrays, feed, feeds, path) for feed in feeds}
         counts = {key: column.shape[0] for key, column in self.columns.items()} or _counts(arrays)
         if len(set(counts.values())) != 1:
             listed = ", ".join(f"{key}: {count}" for key, count in counts.items())
             raise UserError(f"{path}: the arrays have different numbers of samples ({listed or 'there are none'})")
         self.count = next(iter(counts.values()))
-        if self.count < batch:
-            raise UserError(f"{path} has {self.count} samples, fewer than one step of {batch}")
-        for feed in feeds:
+        if self.count < least:
+            raise UserError(f"{path} has {self.count} samples, fewer than one step of {least}")
+        for feed in () if checked else feeds:
             _check(self.columns[feed.key], feed, path, augmentation)
 
 
-def _open(path: Path, feeds: Sequence[Feed]) -> Mapping[str, Column | np.ndarray]:
+def _open(path: Path, feeds: Sequence[Feed], part: Part) -> Mapping[str, Column | np.ndarray]:
     """Columns, or arrays, by name."""
-    reader = _reader(path)
+    reader = _reader(path, part)
     if reader is not None:
         return reader(path, feeds)
     for inner in sorted(path.iterdir()) if path.is_dir() and not any(path.glob("*.npy")) else ():
-        if inner.name not in ROLES and _reader(inner):
+        if inner.name not in ROLES and _reader(inner, part):
             raise UserError(f"{path} has no images itself, nor arrays; say --data {inner}")
     return open_arrays(path)
 
 
-def _reader(path: Path) -> Reader | None:
+def _reader(path: Path, part: Part) -> Reader | None:
     """What reads a folder of images; None if it is none."""
     if Detection.is_one(path):
-        return _boxed
+        return partial(_boxed, part=part)
     if is_pair(path, "images", "masks"):
         return _masked
     if is_pair(path, "input", "target"):
@@ -115,16 +127,31 @@ def _reader(path: Path) -> Reader | None:
     return _classified if ImageFolder.is_one(path) else None
 
 
-def most_boxes(path: Path) -> int:
+def most_boxes(path: Path, part: Part = "train") -> int:
     """Of data for a detector: boxes in the sample that has most. Raises UserError if there are no boxes in the data."""
     if Detection.is_one(path):
-        return Detection(path).most
+        return Detection(path, part).most
     arrays = open_arrays(path)
     shapes = [arrays[name].shape for name in arrays if name.startswith("y")]  # y, or y0, y1, ...
     most = [shape[1] for shape in shapes if len(shape) == 3 and shape[2] == 5]
     if not most:
         raise UserError(f"{path} has no boxes: neither images with .txt files, nor an array 'y' [samples, boxes, 5]")
     return max(most)
+
+
+def check_alike(data: Path, val: Path) -> None:
+    """Raises UserError if classes of the data that are held back have other numbers than those to train on."""
+    trained, held_back = (_folders_of_classes(path) for path in (data, val))
+    if trained and held_back and trained != held_back:
+        differing = sorted({*trained} ^ {*held_back})
+        raise UserError(
+            f"{val} and {data} must have the same folders of classes, which are numbered by name: only one of them has "
+            + ", ".join(map(repr, differing))
+        )
+
+
+def _folders_of_classes(path: Path) -> list[str]:
+    return ImageFolder.names(path) if _reader(path, "train") is _classified else []
 
 
 def _classified(path: Path, feeds: Sequence[Feed]) -> dict[str, Column | np.ndarray]:
@@ -139,9 +166,9 @@ def _classified(path: Path, feeds: Sequence[Feed]) -> dict[str, Column | np.ndar
     return found
 
 
-def _boxed(path: Path, feeds: Sequence[Feed]) -> dict[str, Column | np.ndarray]:
+def _boxed(path: Path, feeds: Sequence[Feed], part: Part) -> dict[str, Column | np.ndarray]:
     """The one input and the target, or targets, of a detector."""
-    folder = Detection(path)
+    folder = Detection(path, part)
     found: dict[str, Column | np.ndarray] = {}
     for feed in feeds:
         if feed.role == "input":
@@ -173,9 +200,9 @@ def _masked(path: Path, feeds: Sequence[Feed]) -> dict[str, Column | np.ndarray]
 def _paired(path: Path, feeds: Sequence[Feed]) -> dict[str, Column | np.ndarray]:
     """The one input and the one target of a network from images to images."""
     files = Pairs(path)
-    found: dict[str, Column | np.ndarray] = {feed.key: files.patches(feed.role, feed.shape[1:]) for feed in feeds}
+    found: dict[str, Column | np.ndarray] = {feed.key: Patches(files, feed.role, feed.shape[1:]) for feed in feeds}
     files.check({feed.role: feed.shape[1:] for feed in feeds})
-    return found or {"y": np.zeros(len(files.sizes))}
+    return found or {"y": np.zeros(len(files.files["input"]))}
 
 
 def _find(arrays: Mapping[str, Column | np.ndarray], feed: Feed, feeds: Sequence[Feed], path: Path) -> Column:
@@ -206,11 +233,19 @@ def _column(array: np.ndarray, feed: Feed) -> Column:
     sample = feed.shape[1:]
     if feed.boxes and array.dtype.kind == "f" and array.shape[2:] == sample[1:] and array.shape[1] <= sample[0]:
         return Boxes([boxes[boxes[:, 0] != NOTHING[0]] for boxes in array], sample[0])
-    if feed.role == "target" and _is_deeper(array.shape[1:], sample):
+    if feed.role == "target" and (fits(array.shape[1:], sample, feed.classes) or _is_deeper(array.shape[1:], sample)):
         array = array.reshape(len(array), *sample)
     if feed.classes:
         return Array(array, Kind.MASK if array.ndim == 3 else Kind.OTHER)
     return Array(array, Kind.IMAGE if array.ndim == 4 else Kind.OTHER)
+
+
+def fits(shape: tuple[int, ...], sample: tuple[int, ...], classes: int) -> bool:
+    """Whether a target has the shape that is wanted of a sample. Where it is numbers and not classes, dimensions of one
+    may be there or not: one number is [] or [1]."""
+    if classes:
+        return shape == sample
+    return [size for size in shape if size != 1] == [size for size in sample if size != 1]
 
 
 def _is_deeper(shape: tuple[int, ...], sample: tuple[int, ...]) -> bool:
@@ -226,9 +261,11 @@ def _counts(arrays: Mapping[str, Column | np.ndarray]) -> dict[str, int]:
 
 
 def _check(column: Column, feed: Feed, path: Path, augmentation: Augmentation) -> None:
-    """Values that make no sense, as far as they can be found without decoding images."""
-    if feed.boxes and isinstance(column, Boxes):
+    """Files that can't be read, and values that make no sense."""
+    if isinstance(column, Boxes):
         column.check(feed.classes, path)
+    elif isinstance(column, Images | Masks | Marks):
+        column.check()
     elif isinstance(column, Array):
         if feed.classes:
             _check_classes(column, feed, path)

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from fusetile.errors import FusetileError, UserError
 from fusetile.program import Program
 from fusetile.runtime.data import Reader
-from fusetile.runtime.samples import Scaling
+from fusetile.runtime.samples import Scaling, fits
 
 Sample = Mapping[str, ArrayLike]
 _MORE = b"more\n"
@@ -137,11 +137,10 @@ def _checked(sample: Sample, parts: list[dict[str, Any]], number: int) -> dict[s
         if name not in sample:
             raise UserError(f"sample {number} of the data has no {name!r}; it has {', '.join(map(repr, sample))}")
         array = np.asarray(sample[name])
-        if list(array.shape) != part["shape"]:
-            raise UserError(
-                f"sample {number} of the data: {name!r} has shape {array.shape}, not {tuple(part['shape'])}"
-            )
-        found[key] = _typed(array, part, f"sample {number} of the data: {name!r}")
+        wanted = tuple(part["shape"])
+        if array.shape != wanted and not (part["role"] == "target" and fits(array.shape, wanted, part["classes"])):
+            raise UserError(f"sample {number} of the data: {name!r} has shape {array.shape}, not {wanted}")
+        found[key] = _typed(array.reshape(wanted), part, f"sample {number} of the data: {name!r}")
     return found
 
 

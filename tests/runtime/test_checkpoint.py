@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ __all__ = ["library", "start"]  # fixtures
 RUN = {"samples": 40, "batch": 8}
 
 
-def written(folder: Path, nodes: int, step: int, *, alone: bool = False) -> np.ndarray:
+def written(folder: Path, nodes: int, step: int, *, beside: Collection[int] | None = None) -> np.ndarray:
     """All nodes write; returns the whole weight."""
     w = np.random.default_rng(step).standard_normal(toy.COLUMNS).astype(np.float32)
     for rank in range(nodes):
         program = toy.program(rank, ("h:1",) * nodes)
         arena, (shard,) = make_arena(program.arena_bytes), program.shards
         pack(arena, shard.buffer, shard.box, w[slice(*shard.box[0])])
-        checkpoint.write(folder, program, arena, step=step, run=RUN, alone=alone)
+        checkpoint.write(folder, program, arena, step=step, run=RUN, beside=beside)
     return w
 
 
@@ -59,9 +60,16 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
 def test_the_best_of_another_run_goes(tmp_path: Path) -> None:
     """Whatever its step, and however many nodes it had."""
     for nodes, step in ((3, 4), (3, 2), (2, 9), (2, 2)):
-        w = written(tmp_path, nodes, step, alone=True)
+        w = written(tmp_path, nodes, step, beside=())
         assert len(list(tmp_path.iterdir())) == nodes
     np.testing.assert_array_equal(checkpoint.usable(tmp_path, toy.program(0, ("h:1",)))[2].trained()["weight"], w)
+
+
+def test_the_best_that_a_checkpoint_knows_stays(tmp_path: Path) -> None:
+    """A run may have to go on from there, on other nodes."""
+    for nodes, step in ((3, 4), (2, 6), (2, 9)):
+        written(tmp_path, nodes, step, beside=[4])
+    assert [found.step for found in checkpoint.checkpoints(tmp_path) if found.is_whole()] == [9, 4]
 
 
 def test_what_other_nodes_have_only_they_know(tmp_path: Path) -> None:

@@ -87,6 +87,14 @@ def test_boxes_of_the_shuffled_batch_are_read(tmp_path: Path, kind: str, name: s
         assert unpack(arena, made.feeds[3].buffer, ()) == step
 
 
+@pytest.mark.parametrize("shape", [(10,), (10, 1), (10, 1, 1)])
+def test_targets_of_one_number(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    target = Feed("target", "y", (4, 1), Buffer("y", ((0, 4), (0, 1)), offset_bytes=4096))
+    path = save(tmp_path / "d", "npz", image=X, y=X[:, 0, 0, 0].reshape(shape))
+    _, targets = Data(path, program(program().feeds[0], target), shuffle=False)._read(1)
+    np.testing.assert_array_equal(targets, X[:4, 0, 0, :1])
+
+
 def test_in_order_and_fortran_and_other_floats(tmp_path: Path) -> None:
     made = program()
     data = Data(
@@ -233,12 +241,14 @@ def test_a_folder_of_data_sets_is_none(tmp_path: Path) -> None:
         Data(tmp_path / "d", program(), shuffle=False)
 
 
-@pytest.mark.parametrize("what", ["damaged", "empty", "classes", "channels", "std"])
+@pytest.mark.parametrize("what", ["damaged", "cut", "empty", "classes", "channels", "std"])
 def test_folders_that_can_not_be_used(tmp_path: Path, what: str) -> None:
     image_folder(tmp_path)
-    made, scaling = program(), Scaling()
+    scaling = Scaling()
+    made = program(*(replace(feed, classes=feed.classes and 2 + 2 * (what == "classes")) for feed in program().feeds))
     message = {
-        "damaged": "cat/a.png",
+        "damaged": "can't read .*cat/a.png as an image .cannot identify",
+        "cut": "can't read .*cat/b.png as an image .*truncated",
         "empty": "emu: there is no image",
         "classes": "has 2 classes, the model 4",
         "channels": "1 or 3 channels",
@@ -246,6 +256,8 @@ def test_folders_that_can_not_be_used(tmp_path: Path, what: str) -> None:
     }[what]
     if what == "damaged":
         (tmp_path / "cat" / "a.png").write_bytes(b"no png")
+    if what == "cut":
+        (tmp_path / "cat" / "b.png").write_bytes((tmp_path / "cat" / "b.png").read_bytes()[:-30])
     if what == "empty":
         (tmp_path / "emu").mkdir()
     if what == "channels":

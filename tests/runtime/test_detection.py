@@ -17,6 +17,7 @@ from fusetile.runtime.storage import make_arena, unpack
 from tests.runtime import toy
 
 MOST = 3
+NAMES = "names:\n  0: cat\n  1: 'big dog: 2'  # barks\n  2: emu"
 NO_BOX = (-1.0, 0, 0, 0, 0)
 TEXTS = {"a": "1 0.5 0.25 0.5 0.5\n\n 0 0.1 0.9 0.4 0.1\n", "b": "", "c": "2 0.5 0.5 1 1\r\n"}
 TARGETS = np.float32(
@@ -46,16 +47,22 @@ def scenes(folder: Path, layout: str = "beside") -> Path:
         "beside": (folder / "images", folder / "labels"),
         "together": (folder, folder),
         "deeper": (folder / "images" / "train", folder / "labels" / "train"),
+        "yaml": (folder / "images" / "train", folder / "labels" / "train"),
     }[layout]
     for i, (name, text) in enumerate(TEXTS.items()):
         for each in (pictures, labels):
             each.mkdir(parents=True, exist_ok=True)
         image.new("RGB", (8, 12) if i else (16, 6), (10 * i, 20, 30)).save(pictures / f"{name}.png")
         (labels / f"{name}.txt").write_text(text)
+    if layout == "yaml":
+        path = folder / "digits.yaml"
+        path.write_text(f"path: .  # here\ntrain: images/train\nval: list.txt\n\n{NAMES}\ndownload: |\n  no: code\n")
+        (folder / "list.txt").write_text("./images/train/b.png\n\nimages/train/c.png\n")
+        return path
     return pictures if layout == "deeper" else folder
 
 
-@pytest.mark.parametrize("layout", ["beside", "together", "deeper"])
+@pytest.mark.parametrize("layout", ["beside", "together", "deeper", "yaml"])
 def test_images_and_boxes(tmp_path: Path, layout: str) -> None:
     folder, made = scenes(tmp_path / "d", layout), program()
     assert most_boxes(folder) == 2
@@ -127,6 +134,37 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     scenes(tmp_path / "e", "deeper")
     with pytest.raises(UserError, match=r"no image in .*e/images; say --data .*e/images/train"):
         Data(tmp_path / "e", program(), shuffle=False)
+
+
+def test_what_a_yaml_says(tmp_path: Path) -> None:
+    path = scenes(tmp_path / "d", "yaml")
+    held_back = Detection(path, "val")
+    assert [file.name for file in held_back.files] == ["b.png", "c.png"] and held_back.names[1] == "big dog: 2"
+    for train in ("[images/train, list.txt]", "\n- images/train\n- list.txt", "[\n  ../images/train,\n  list.txt,\n]"):
+        path.write_text(f"train: {train}\n")
+        assert len(Detection(path).files) == 5 and not Detection(path).names
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("names: [a]\n", r"digits.yaml has no 'train': .* 'train: images/train'"),
+        ("train:\n", r"digits.yaml has no 'train'"),
+        ("\ntrain: images/none\n", r"digits.yaml, line 2 \(train\): there is no .*d/images/none"),
+        ("train: images\n", r"line 1 \(train\): there is no image in .*d/images"),
+        ("train: images/train/a.png\n", "neither a folder of images nor a .txt"),
+        ("train: broken.txt\n", r"broken.txt, line 2: there is no .*d/nothing.png"),
+        ("train: images/train\nnames:\n  1: cat\n", r"line 2 \(names\): give one; or several .* from 0 on"),
+        ("train: images/train\nnames: [a, b\n", r"line 2 \(names\)"),
+        ("train images\n", r"digits.yaml, line 1: 'train images' is not like 'key: value'"),
+    ],
+)
+def test_yaml_that_says_something_else(tmp_path: Path, text: str, message: str) -> None:
+    path = scenes(tmp_path / "d", "yaml")
+    path.write_text(text)
+    (tmp_path / "d" / "broken.txt").write_text("images/train/a.png\nnothing.png\n")
+    with pytest.raises(UserError, match=message):
+        Data(path, program(), shuffle=False)
 
 
 @pytest.mark.parametrize(
