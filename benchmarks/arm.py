@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -124,11 +125,11 @@ def table_of_others(program: Program, more: Sequence[Other], expected: Results) 
 def openblas(name: str, plugin: Path, folder: Path) -> None:
     """OpenBLAS's product of the matrices that a 1x1 convolution is."""
     layer = Layer(256, 128, 26, 1)
-    profile = profile_product(name, plugin, folder, layer.k, layer.c, layer.out**2)
+    profile = profile_product(name, plugin, folder, layer.k, layer.c, prod(layer.out))
     loops = hot_loops(profile, HOT)
     least, middle = typical_distance(loops)
     stack = sum(len(loop.stack) for loop in loops)
-    sizes, insns = f"{layer.k} x {layer.c} x {layer.out**2}", profile.executed / layer.ideal
+    sizes, insns = f"{layer.k} x {layer.c} x {prod(layer.out)}", profile.executed / layer.ideal
     print(f"\nOpenBLAS, product {sizes}: {insns:.2f} insns, loads {least} {middle:.1f}, [sp] {stack}", flush=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ DIRECT = conv_choice.DIRECT
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A convolution of one image: channels in and out, size of the map and of the window, stride, groups."""
+    """A convolution: channels in and out, rows of the map, size of the window, stride, groups; columns of the map, if
+    it has not as many as rows; images."""
 
     c: int
     k: int
@@ -30,22 +32,31 @@ class Layer:
     window: int
     stride: int = 1
     groups: int = 1
+    columns: int = 0
+    images: int = 1
 
     @property
     def pad(self) -> int:
         return self.window // 2
 
     @property
-    def out(self) -> int:
-        return (self.size + 2 * self.pad - self.window) // self.stride + 1
+    def out(self) -> tuple[int, int]:
+        """Rows and columns of the result."""
+        rows, columns = ((n + 2 * self.pad - self.window) // self.stride + 1 for n in self._map)
+        return rows, columns
+
+    @property
+    def _map(self) -> tuple[int, int]:
+        return self.size, self.columns or self.size
 
     @property
     def ideal(self) -> float:
         """Vector multiply-adds (of 4 floats) of any phase, if none is wasted."""
-        return self.k * self.c // self.groups * self.window**2 * self.out**2 / 4
+        return self.images * self.k * self.c // self.groups * self.window**2 * prod(self.out) / 4
 
     def __str__(self) -> str:
         more = f" s{self.stride}" * (self.stride > 1) + f" g{self.groups}" * (self.groups > 1)
+        more = f"x{self.columns}" * (self.columns > 0) + more + f" b{self.images}" * (self.images > 1)
         return f"{self.window}x{self.window} {self.c}->{self.k} @{self.size}{more}"
 
     def phases(self) -> tuple[str, ...]:
@@ -61,14 +72,14 @@ class Layer:
         if len(self.algorithms()) == 1:
             return DIRECT
         c, k = (self.k, self.c) if phase == PHASES[1] else (self.c, self.k)
-        return conv_choice.tile(FAMILIES[phase], 1, self.out, self.out, c, k, target=target, numerics="fast")
+        return conv_choice.tile(FAMILIES[phase], self.images, *self.out, c, k, target=target, numerics="fast")
 
     def work(self, phase: str, algorithm: int, target: Target) -> Work:
         """The phase on random data."""
         random = np.random.default_rng(0)
-        x = random.standard_normal((1, self.c, self.size, self.size), np.float32)
+        x = random.standard_normal((self.images, self.c, *self._map), np.float32)
         w = random.standard_normal((self.k, self.c // self.groups, self.window, self.window), np.float32)
-        dy = random.standard_normal((1, self.k, self.out, self.out), np.float32)
+        dy = random.standard_normal((self.images, self.k, *self.out), np.float32)
         attrs: dict[str, Any] = {"strides": (self.stride,) * 2, "dilations": (1, 1), "pads": (self.pad,) * 4}
         attrs |= {"groups": self.groups} if self.groups > 1 else {}
         if phase == PHASES[0]:

@@ -173,9 +173,10 @@ def tap_convolution(
     A work unit is one tile of output channels x one block of rows; rows are counted over all images. `k_tiles` counts
     the tiles of all `phases`: convolutions of the same x whose results lie between each other, `across` of them from
     left to right. Between chunks of input channels the sums rest in y. `pixel` is the distance in x from one output
-    pixel to the next. `loops` is how many axes of the window have more than one tap. `written` are the lines if they
-    are written out, for ARM, where LLVM would cut a loop over them badly; without, `ragged` says that they are no
-    multiple of the lanes. Pointers x, w, bias, y; the float is the slope of leaky_relu.
+    pixel to the next. `loops` is how many axes of the window have more than one tap; if none, the weights of one block
+    of input channels follow those of another. `written` are the lines if they are written out, for ARM, where LLVM
+    would cut a loop over them badly; without, `ragged` says that they are no multiple of the lanes. Pointers x, w,
+    bias, y; the float is the slope of leaky_relu.
     """
     v = vectors
     over = {"c": "T.min(chunk, blocks - chunk_index * chunk)", "th": "taps_h", "tw": "taps_w"}
@@ -185,6 +186,7 @@ def tap_convolution(
     )
     at = f"(r // {v.per_block}) * {{}} + r % {v.per_block} * {v.width} + e"
     y_at = f"y[y0 + p * {v.offset('y_pixel')} + " + at.format(v.offset("y_block")) + "]"
+    w_block = v.offset("w_block") if loops or not written else f"{written.lines * v.block}"
 
     def multiply(x_value: str, line: str, length: int) -> str:
         value = f"acc[p, r, e] + {x_value} * w[w0 + {line} * {v.block} + {at.format(v.offset('w_k'))}]"
@@ -248,7 +250,7 @@ else:
         {indent(each("acc[p, r, e] = T.float32(0)"), 8)}
 for {", ".join(over)} in T.grid({", ".join(over.values())}):
     x1: {v.index} = {v.offset(f"x_start + {start} * {pixel}")} + {v.offset("c")} * {v.offset("x_block")}{x_tap}
-    w0: {v.index} = {v.offset("w_start")} + {v.offset("c")} * {v.offset("w_block")}{w_tap}
+    w0: {v.index} = {v.offset("w_start")} + {v.offset("c")} * {w_block}{w_tap}
     {indent(next_tile(length), 4)}
     {indent(written_out(length, written) if written else looped(length), 4)}
 {store}

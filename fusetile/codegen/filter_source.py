@@ -28,33 +28,12 @@ def transpose_filter(*, vectors: Vectors, lines: int, window: bool) -> Kernel:
     """t[c][k][tap][k lane][c lane] = w[k][c][tap][c lane][k lane]; c lanes beyond `lines` are zero, and the taps of w
     have any distance, so that a start at the last one turns the window around. `window`: there is more than one.
 
-    Squares of 4 x 4 floats are transposed in registers; left to itself, LLVM stores float by float. A work unit is one
-    block of input channels. Pointers w, t.
+    Lines are transposed in registers, by fours; left to itself, LLVM stores float by float. A work unit is one block of
+    input channels. Pointers w, t.
     """
     v, block, quads = vectors, vectors.block, lines // 4
-    quad = "T.Ramp({}, 1, 4)"
-    low, high = [0, 4, 1, 5], [2, 6, 3, 7]
-    # interleaving rows i and i + 2 into rows 2i and 2i + 1, twice, transposes
-    shuffles = [
-        f"square[{target + 2 * i + half}, {quad.format(0)}] = T.Shuffle("
-        f"[square[{source + i}, {quad.format(0)}], square[{source + i + 2}, {quad.format(0)}]], {order})"
-        for source, target in ((0, 4), (4, 8))
-        for i in (0, 1)
-        for half, order in enumerate((low, high))
-    ]
-    load = "\n".join(
-        f"square[{i}, {quad.format(0)}] = w[{quad.format(f'w0 + (q * 4 + {i}) * {block} + g * 4')}]" for i in range(4)
-    )
-    store = "\n".join(
-        f"t[{quad.format(f't0 + (g * 4 + {i}) * {block} + q * 4')}] = square[{8 + i}, {quad.format(0)}]"
-        for i in range(4)
-    )
-    whole = f"""
-for q, g in T.grid({quads}, {block // 4}):
-    {indent(load, 4)}
-    {indent(chr(10).join(shuffles), 4)}
-    {indent(store, 4)}
-"""
+    deinterleaved = v.wide and block == 8
+    whole = _deinterleaved(block, quads) if deinterleaved else _squares(block, quads)
     rest = f"""
 for line, e in T.grid({lines % 4}, {block}):
     t[t0 + e * {block} + {quads * 4} + line] = w[w0 + ({quads * 4} + line) * {block} + e]
@@ -79,7 +58,46 @@ for c in T.serial(lo, hi):
         pointers=dict.fromkeys(("w", "t"), "float32"),
         body=body,
         ints=TRANSPOSE_INTS,
-        scratch={"square": ((12, 4), "float32")},
+        scratch={} if deinterleaved else {"square": ((12, 4), "float32")},
+    )
+
+
+def _squares(block: int, quads: int) -> str:
+    """Transposes 4 x 4 floats: interleaving rows i and i + 2 into rows 2i and 2i + 1, twice."""
+    quad = "T.Ramp({}, 1, 4)"
+    load = [
+        f"square[{i}, {quad.format(0)}] = w[{quad.format(f'w0 + (q * 4 + {i}) * {block} + g * 4')}]" for i in range(4)
+    ]
+    shuffles = [
+        f"square[{target + 2 * i + half}, {quad.format(0)}] = T.Shuffle("
+        f"[square[{source + i}, {quad.format(0)}], square[{source + i + 2}, {quad.format(0)}]], {order})"
+        for source, target in ((0, 4), (4, 8))
+        for i in (0, 1)
+        for half, order in enumerate(([0, 4, 1, 5], [2, 6, 3, 7]))
+    ]
+    store = [
+        f"t[{quad.format(f't0 + (g * 4 + {i}) * {block} + q * 4')}] = square[{8 + i}, {quad.format(0)}]"
+        for i in range(4)
+    ]
+    return f"""
+for q, g in T.grid({quads}, {block // 4}):
+    {indent(chr(10).join([*load, *shuffles, *store]), 4)}
+"""
+
+
+def _deinterleaved(block: int, quads: int) -> str:
+    """The same for lines of 8 floats with half the instructions, as 64-bit ARM has them: two lines are loaded with
+    every fourth float in the same register (ld4), and of two such registers the even and the odd floats are rows. Rows
+    are stored one after another, which takes one instruction per pair of vectors."""
+
+    def fourths(line: int, j: int) -> str:
+        return f"T.Shuffle([w[T.Ramp(w0 + {line * block}, 1, {2 * block})]], {[j, 4 + j, 8 + j, 12 + j]})"
+
+    return "\n".join(
+        f"t[T.Ramp(t0 + {i * block + 4 * q}, 1, 4)] = "
+        f"T.Shuffle([{fourths(4 * q, i % 4)}, {fourths(4 * q + 2, i % 4)}], {[i // 4 + 2 * lane for lane in range(4)]})"
+        for i in range(block)
+        for q in range(quads)
     )
 
 

@@ -29,7 +29,8 @@ CASES = (
     (Layer(128, 128, 28, 1), INPUT, DIRECT, 1.25),
     (Layer(128, 128, 28, 1), WEIGHT, DIRECT, 1.3),
     (Layer(512, 128, 7, 1), FORWARD, DIRECT, 1.25),
-    (Layer(512, 128, 7, 1), INPUT, DIRECT, 1.3),  # 49 pixels use the turned weights, which take 0.08
+    (Layer(512, 128, 7, 1), INPUT, DIRECT, 1.25),  # only 49 pixels use the turned weights
+    (Layer(128, 512, 7, 1, images=4), INPUT, DIRECT, 1.25),
     (Layer(512, 128, 7, 1), WEIGHT, DIRECT, 1.3),
     (Layer(3, 32, 52, 3), FORWARD, DIRECT, 1.4),
     (Layer(3, 32, 52, 3), WEIGHT, DIRECT, 1.4),
