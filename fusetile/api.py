@@ -12,7 +12,6 @@ trained = fusetile.train(
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from fusetile.cluster import Cluster, local_cluster, read_cluster
 from fusetile.codegen.assemble import sample_feeds
 from fusetile.errors import FusetileError, UserError
 from fusetile.graph import Graph
-from fusetile.local import BEST, CHECKPOINTS, RESULT, TRAINED, free_ports, train_locally
+from fusetile.local import BEST, CHECKPOINTS, RESULT, TRAINED, free_ports, temporary_folder, train_locally
 from fusetile.options import RunOptions, Training
 from fusetile.pipeline import compile_model
 from fusetile.runtime import safetensors
@@ -120,10 +119,10 @@ def train(
                 place = out / CHECKPOINTS
                 check_resumed(place, run, training, graph, model=Path(model), samples=samples, batch=batch)
 
-    with tempfile.TemporaryDirectory(prefix="fusetile-") as folder:
+    with temporary_folder() as folder:
         with watch() as trace:
             trace.on_graph = look
-            build = compile(model, out=Path(folder) / "build", cluster=devices, training=training, trace=trace)
+            build = compile(model, out=folder / "build", cluster=devices, training=training, trace=trace)
         source = where or cast(Iterable[Sample], data)
         train_locally(build, devices, source, run, out, on_step=on_step, quiet=quiet)
     _, metadata = safetensors.load(out / RESULT)

@@ -10,9 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +45,15 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A new folder, which goes at the end, or when this process ends in whatever way: a shell waits for that."""
+    folder = tempfile.mkdtemp(prefix="fusetile-")
+    remove = ["sh", "-c", 'cat; rm -rf "$1"', "sh", folder]
+    with subprocess.Popen(remove, stdin=subprocess.PIPE, start_new_session=True):  # its input ends with this process
+        yield Path(folder)
 
 
 def train_locally(

@@ -20,6 +20,7 @@ from fusetile.cluster import Cluster, MESSAGE_seconds
 from fusetile.cost import cost_of
 from fusetile.device import PARALLEL_efficiency
 from fusetile.errors import FusetileError, UserError
+from fusetile.local import temporary_folder
 from fusetile.options import Training
 from fusetile.pipeline import Planned, imported, plan_graph, write_planned
 from fusetile.program import ALIGNMENT_bytes, Program, Recv, Send, Step, Wait, to_json
@@ -109,8 +110,8 @@ def profile_here(cluster: Cluster, out: Path, *, seconds: float, trace: Trace) -
     """Measure all nodes, which are processes on this computer, for so long: OUT/NAME.toml."""
     if out.exists() and not out.is_dir():
         raise UserError(f"-o {out}: there is a file of that name; choose a folder")
-    with tempfile.TemporaryDirectory(prefix="fusetile-") as folder:
-        build = Path(folder) / "build"
+    with temporary_folder() as folder:
+        build = folder / "build"
         write_probes(cluster, build, trace=trace)
         processes = []
         with trace.stage("measure"):

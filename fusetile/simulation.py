@@ -7,7 +7,6 @@ of such ops when it runs the whole network alone. Then both are played against t
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from fusetile.cost import Cost, cost_of, is_convolution, seconds_on
 from fusetile.device import Device, Speed
 from fusetile.explain import megabytes
 from fusetile.graph import Graph
+from fusetile.local import temporary_folder
 from fusetile.options import Training
 from fusetile.passes.assign import assign
 from fusetile.passes.rematerialize import cheap, rematerialize
@@ -142,8 +142,8 @@ def _usage(planned: Planned, timeline: Timeline, messages: Sequence[Message], cl
 
 def _run(planned: Planned, model: Path, cluster: Cluster, training: Training, trace: Trace) -> tuple[Rehearsed, ...]:
     """All programs of a plan with this computer's kernels, timed."""
-    with tempfile.TemporaryDirectory(prefix="fusetile-") as folder, trace.stage("rehearse"):
-        build = Path(folder) / "build"
+    with temporary_folder() as folder, trace.stage("rehearse"):
+        build = folder / "build"
         ours = for_target(planned, host(), cluster=cluster, training=training)
         write_planned(ours, build, model=model, cluster=cluster, training=training, trace=trace)
         return rehearse(build)

@@ -417,3 +417,17 @@ def test_a_stopped_training_leaves_nothing(here: Path, number: signal.Signals) -
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert names(here) == ["data.npz", "log.jsonl", "model.onnx"]
+
+
+def test_a_killed_process_leaves_no_folder(tmp_path: Path) -> None:
+    command = "import time; from fusetile.local import temporary_folder as made\nwith made(): print(1); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-uc", command], env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stdout.readline() and names(tmp_path)
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 20
+    while names(tmp_path) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not names(tmp_path)
