@@ -12,6 +12,7 @@ trained = fusetile.train(
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,9 +23,11 @@ from fusetile.checks import check_data, check_paths, check_resumed
 from fusetile.cluster import Cluster, local_cluster, read_cluster
 from fusetile.codegen.assemble import sample_feeds
 from fusetile.errors import FusetileError, UserError
+from fusetile.explain import read_plan
 from fusetile.graph import Graph
-from fusetile.local import BEST, CHECKPOINTS, RESULT, TRAINED, free_ports, temporary_folder, train_locally
+from fusetile.local import BEST, CHECKPOINTS, REPORT, RESULT, TRAINED, free_ports, temporary_folder, train_locally
 from fusetile.options import RunOptions, Training
+from fusetile.picture import report_html
 from fusetile.pipeline import compile_model
 from fusetile.runtime import safetensors
 from fusetile.runtime.progress import StepRecord
@@ -82,7 +85,8 @@ def train(
     quiet: bool = True,
     watch: Callable[[], AbstractContextManager[Trace]] = lambda: nullcontext(Trace()),
 ) -> Trained:
-    """Compile an ONNX file for this computer, train with that many node processes, and write `out`/trained.onnx.
+    """Compile an ONNX file for this computer, train with that many node processes, and write `out`/trained.onnx
+    and `out`/report.html, which shows the plan and the losses.
 
     `data`: a file or folder, or an iterable of samples, such as {"x": image [C,H,W], "y": 3}: arrays by the names that
     the model's inputs and targets have in files. It is iterated in a thread, for the first node, which sends the others
@@ -124,7 +128,10 @@ def train(
             trace.on_graph = look
             build = compile(model, out=folder / "build", cluster=devices, training=training, trace=trace)
         source = where or cast(Iterable[Sample], data)
-        train_locally(build, devices, source, run, out, on_step=on_step, quiet=quiet)
+        log = run.log or folder / "log.jsonl"
+        train_locally(build, devices, source, replace(run, log=log), out, on_step=on_step, quiet=quiet)
+        steps = [json.loads(line) for line in log.read_text().splitlines()]
+        (out / REPORT).write_text(report_html(read_plan(build), steps))
     _, metadata = safetensors.load(out / RESULT)
     best = out / f"{BEST}.onnx"
     return Trained(out / TRAINED, int(metadata["steps"]), best if run.val and best.exists() else None)

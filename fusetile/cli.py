@@ -18,7 +18,7 @@ from fusetile import api
 from fusetile.cluster import Cluster, local_cluster, read_cluster
 from fusetile.errors import FusetileError, UserError
 from fusetile.explain import devices_table, explain_build, read_plan, recomputed_text
-from fusetile.local import export_run, free_ports
+from fusetile.local import REPORT, export_run, free_ports
 from fusetile.options import RunOptions, Training, spread
 from fusetile.pipeline import PASSES
 from fusetile.progress import CompileProgress
@@ -145,7 +145,7 @@ def train_command(
         quiet=False,
         watch=lambda: _watched(title, verbose=verbose),
     )
-    _say(f"Trained model: {out / 'trained.onnx'} (passes onnx.checker)")
+    _say(f"Trained model: {out / 'trained.onnx'} (passes onnx.checker); losses and plan in pictures: {out / REPORT}")
 
 
 @app.command("export")

@@ -85,14 +85,15 @@ def _milliseconds(seconds: float) -> str:
 def devices_table(plan: dict[str, Any]) -> Table:
     """A row per device: memory, predicted computation, bytes sent."""
     table = Table(
-        "node", "device", "address", "arena", "of memory", "compute per step", "sent per step", title="Devices"
+        "node", "device, cores", "address", "arena", "of memory", "compute per step", "sent per step", title="Devices"
     )
+    table.columns[2].overflow = "fold"  # where the terminal is narrow, nothing is lost
     for column in table.columns[3:]:
         column.justify = "right"
     for node in plan["nodes"]:
         table.add_row(
             node["name"],
-            f"{node['device']}, {node['cores']} cores",
+            f"{node['device']}, {node['cores']}",
             node["address"],
             megabytes(node["arena_bytes"]),
             f"{100 * node['arena_bytes'] / node['memory_bytes']:.1f} %",
@@ -110,8 +111,9 @@ def recomputed_text(plan: dict[str, Any]) -> str:
         return "All maps that the backward pass reads are kept"
     rest = max(node["compute_seconds"] for node in plan["nodes"]) - seconds
     share = f" (+{100 * seconds / rest:.1f} %)" if rest > 0 else ""
-    saved = ", ".join(f"{megabytes(node['saved_bytes'])} on {node['name']}" for node in plan["nodes"])
-    return f"Recomputes {maps} maps in the backward pass: {_milliseconds(seconds)} of a step{share}, saves {saved}"
+    saved = [f"{megabytes(node['saved_bytes'])} on {node['name']}" for node in plan["nodes"] if node["saved_bytes"]]
+    text = f"Recomputes {maps} maps in the backward pass: {_milliseconds(seconds)} of a step{share}"
+    return text + (f", saves {', '.join(saved)}" if saved else "")
 
 
 def _print_group(plan: dict[str, Any], number: int, group: dict[str, Any], console: Console) -> None:

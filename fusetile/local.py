@@ -29,7 +29,8 @@ from fusetile.runtime.follow import Following
 from fusetile.runtime.progress import StepRecord
 from fusetile.runtime.stream import Sample, Stream
 
-RESULT, TRAINED, CHECKPOINTS, BEST = "trained.safetensors", "trained.onnx", "checkpoints", "best"
+RESULT, TRAINED, REPORT = "trained.safetensors", "trained.onnx", "report.html"
+CHECKPOINTS, BEST = "checkpoints", "best"
 GRACE_seconds = 5.0
 """So long after one node has failed the others may take to say what they saw of it."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
