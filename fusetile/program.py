@@ -161,7 +161,9 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Gradient:
-    """The box of a trained parameter's gradient that this device holds just before call `call` of step `step`."""
+    """The box of a trained parameter's gradient that this device has just before call `call` of step `step`: in
+    `buffer` or, if the gradient itself is never in memory, as transposed(`buffer`) times `factor`, both of which are
+    [batch, channels] and may hold more."""
 
     parameter: str
     onnx_name: str
@@ -171,6 +173,7 @@ class Gradient:
     buffer: Buffer
     step: int
     call: int
+    factor: Buffer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +320,8 @@ def _buffer(item: dict[str, Any]) -> Buffer:
 
 
 def _with_buffer(item: dict[str, Any]) -> dict[str, Any]:
-    return {key: _buffer(value) if key == "buffer" else _tuples(value) for key, value in item.items()}
+    buffers = {key: _buffer(item[key]) for key in ("buffer", "factor") if item.get(key)}
+    return {key: _tuples(value) for key, value in item.items()} | buffers
 
 
 def _tuples(value: Any) -> Any:

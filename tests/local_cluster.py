@@ -14,6 +14,7 @@ import numpy as np
 
 from fusetile.box import slices, whole
 from fusetile.program import Program, Recv, Run, Send, Wait, from_json
+from fusetile.runtime.executor import gradient_values
 from fusetile.runtime.guard import Guard
 from fusetile.runtime.native import Library
 from fusetile.runtime.safetensors import load
@@ -109,7 +110,7 @@ class LocalCluster:
         for gradient in device.program.gradients:
             if (gradient.step, gradient.call) == (step, call):
                 total = self.gradients.setdefault(gradient.parameter, np.zeros(gradient.shape, np.float32))
-                total[slices(gradient.box)] = unpack(device.arena, gradient.buffer, gradient.box)
+                total[slices(gradient.box)] = gradient_values(device.arena, gradient)
 
     def parameters(self) -> dict[str, np.ndarray]:
         """Every updated parameter, assembled from its shards."""

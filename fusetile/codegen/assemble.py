@@ -174,7 +174,12 @@ def assemble(
             replace(shard, buffer=placed(shard.buffer)) for shard in _shards(graph, communication, storage, rank)
         ),
         gradients=tuple(
-            replace(gradient, buffer=placed(gradient.buffer)) for gradient in _gradients(graph, draft, where)
+            replace(
+                gradient,
+                buffer=placed(gradient.buffer),
+                factor=placed(gradient.factor) if gradient.factor else None,
+            )
+            for gradient in _gradients(graph, draft, where)
         ),
         loss=placed(storage.delivered[loss]),
         segment_seconds=seconds,
@@ -361,14 +366,13 @@ def _shards(graph: Graph, communication: Communication, storage: DeviceBuffers, 
 
 
 def _gradients(graph: Graph, draft: Draft, where: list[tuple[int, int]]) -> list[Gradient]:
-    """Where each gradient can be read: just before the update, in the update's shards, piece by piece."""
+    """Where each gradient can be read: just before the update, in the update's shards."""
     found = []
     producers = graph.producers()
     for name in graph.gradients:
-        for piece in draft.pieces.get(producers[graph.next_value[name]].name, []):
+        if piece := draft.pieces.get(producers[graph.next_value[name]].name):
             shape, parameter = graph.tensors[name].shape, graph.parameters[name]
             step, call = where[piece.at]
-            found.append(
-                Gradient(name, parameter.onnx_name, shape, parameter.transposed, piece.box, piece.buffer, step, call)
-            )
+            names = (name, parameter.onnx_name, shape, parameter.transposed)
+            found.append(Gradient(*names, piece.box, piece.buffer, step, call, piece.factor))
     return found

@@ -56,6 +56,7 @@ from fusetile.codegen.filter_source import (
     transpose_filter,
 )
 from fusetile.codegen.targets import Target
+from fusetile.codegen.update import Updating
 from fusetile.graph import Op
 from fusetile.ops.base import Domain
 from fusetile.program import Buffer
@@ -171,9 +172,17 @@ def _together(parts: Sequence[_Phase], across: int, dx: View) -> Phases:
 
 
 def lower_conv_weight_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+    op: Op,
+    domain: Domain,
+    box: Box,
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Buffer],
+    *,
+    target: Target,
+    updating: Updating | None = None,
 ) -> Lowered:
-    """ConvWeightGrad and GemmWeightGrad: dw from x and dy."""
+    """ConvWeightGrad and GemmWeightGrad: dw from x and dy. With `updating`, of a GemmWeightGrad, the output is not dw
+    but the weights."""
     if volume(box) == 0:
         return Lowered()
     x, dy = inputs
@@ -194,7 +203,7 @@ def lower_conv_weight_grad(
         left, right = replace(left, row=merged * left.row), replace(right, row=merged * right.row)
         rows, columns = rows // merged, columns * merged
     k_blocks, c_blocks = blocks(written[0], outputs[0].block[0]), blocks(written[1], outputs[0].block[1])
-    return _gradient(op, m, left, right, dw, step, Sizes(images, rows, columns, k_blocks, c_blocks))
+    return _gradient(op, m, left, right, dw, step, Sizes(images, rows, columns, k_blocks, c_blocks), updating)
 
 
 # -- calls ------------------------------------------------------------------------------------------------------------
@@ -273,7 +282,16 @@ def _convolve(
     return tuple(calls)
 
 
-def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int, int], sizes: Sizes) -> Lowered:
+def _gradient(
+    op: Op,
+    m: Machine,
+    x: View,
+    dy: View,
+    dw: Filter,
+    step: tuple[int, int],
+    sizes: Sizes,
+    updating: Updating | None,
+) -> Lowered:
     """The calls of a weight gradient: per width of tile one, and one more that adds partial sums."""
     lines, (taps_h, taps_w) = dw.lines, dw.window
     if step[1] == lines:
@@ -328,7 +346,11 @@ def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int
             "d_k": d_k,
             "d_block": dw.block,
         }
-        pointers = (x.start, moved(dy.start, cover.first * dy.block), start)
+        pointers = [x.start, moved(dy.start, cover.first * dy.block), start]
+        numbers = list(_order(GRADIENT_INTS, ints))
+        if updating:
+            pointers += [*(moved(state, cover.first * dw.k) for state in updating.states), *updating.controls]
+            numbers.append(0)
         in_rows = m.written and dy.pixel == m.vectors.block
         kernel = weight_gradient(
             vectors=m.vectors,
@@ -336,9 +358,11 @@ def _gradient(op: Op, m: Machine, x: View, dy: View, dw: Filter, step: tuple[int
             pixel=x.pixel if in_rows else 0,
             in_line=bool(m.written and 1 in (sizes.images, sizes.rows)),
             window=not m.written or (taps_h, taps_w) != (1, 1),
+            update=updating.arithmetic if updating else None,
         )
         units = count * cover.tiles * -(-sizes.c_blocks // parts.unit_blocks)
-        calls.append(KernelCall(kernel, units, pointers, _order(GRADIENT_INTS, ints)))
+        floats = updating.floats if updating else ()
+        calls.append(KernelCall(kernel, units, tuple(pointers), tuple(numbers), floats))
         if count > 1:
             sums = {
                 "parts": count,

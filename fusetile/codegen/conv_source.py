@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from fusetile.codegen.calls import Kernel, make_kernel, prefetch
+from fusetile.codegen.calls import vectors as each_vector
+from fusetile.codegen.update import Arithmetic
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +294,13 @@ for unit in T.serial(lo, hi):
 
 @cache
 def weight_gradient(
-    *, vectors: Vectors, tile: Tile, pixel: int = 0, in_line: bool = False, window: bool = True
+    *,
+    vectors: Vectors,
+    tile: Tile,
+    pixel: int = 0,
+    in_line: bool = False,
+    window: bool = True,
+    update: Arithmetic | None = None,
 ) -> Kernel:
     """dw = sum over rows and columns of x * dy, for the tiles of lines of every row of taps.
 
@@ -301,22 +309,25 @@ def weight_gradient(
     cache, in which all units of a thread take their turn, and inner chunks, which the innermost cache holds; between
     inner chunks the sums rest in dw. With `pixel` > 0, that is the distance in x from one pixel to the next, in dy it
     is a block, and several pixels are written out. `in_line`: all rows are `x_row` and `y_row` apart, as those of a
-    single image are; `window`: there is more than one tap. Pointers x, dy, dw.
+    single image are; `window`: there is more than one tap. With `update` there is one row, and the arrays that the
+    update changes, which lie like dw, take its place: dw itself is nowhere. Pointers x, dy, dw (or those arrays and
+    the update's controls).
     """
     v = vectors
     turn = max(1, WRITTEN_PRODUCTS // (tile.long * tile.blocks * v.per_block)) if pixel else 1
     x_pixel, y_pixel = (str(pixel), str(v.block)) if pixel else ("x_pixel", "y_pixel")
-    at = f"(r // {v.per_block}) * {{}} + r % {v.per_block} * {v.width} + e"
+    at = f"(r // {v.per_block}) * {{}} + r % {v.per_block} * {v.width} + {{}}"
 
     def tile_body(length: int, start: str) -> str:
-        d_at = f"dw[d0 + ({start} + p) * {v.block} + {at.format(v.offset('d_k'))}]"
+        line = f"d0 + ({start} + p) * {v.block}"
+        d_at = f"dw[{line} + {at.format(v.offset('d_k'), 'e')}]"
 
         def each(statement: str) -> str:
             return _each(statement, length, tile.blocks, v)
 
         def work(at_pixel: int) -> str:
             x_at = f"x1 + {at_pixel * pixel}"
-            y_at = f"dy[y0 + {at_pixel * v.block} + {at.format(v.offset('y_block'))}]"
+            y_at = f"dy[y0 + {at_pixel * v.block} + {at.format(v.offset('y_block'), 'e')}]"
             groups = length // v.lanes if v.lanes else 0
             grouped = groups * v.lanes
             text = ""
@@ -362,13 +373,25 @@ for i in T.serial(T.truncdiv(row_stop + height - 1, height) - first_image):
         y_start: {v.index} = {v.offset("y_tile + image * y_image + h * y_row")}
         {indent(row, 8)}
 """
-        return f"""
+        begin, end = each("acc[p, r, e] = T.float32(0)"), each(f"{d_at} = acc[p, r, e]")
+        if update:
+            end = updated(update, length, f"{line} + {at.format(v.offset('d_k'), 'v')}")
+        else:
+            begin = f"""
 if first > 0:
-    {indent(each("acc[p, r, e] = T.float32(0)"), 4)}
+    {indent(begin, 4)}
 else:
     {indent(each(f"acc[p, r, e] = {d_at}"), 4)}
-{rows if in_line else rows_of_images}
-{each(f"{d_at} = acc[p, r, e]")}
+"""
+        return f"{begin}\n{rows if in_line else rows_of_images}\n{end}"
+
+    def updated(update: Arithmetic, length: int, element: str) -> str:
+        places = {"g": "acc[p, r, v]"} | {name: f"{name}[{element}]" for name in update.changed}
+        statements = [statement.format_map(places) for statement in update.statements]
+        return f"""
+for p in T.unroll({length}):
+    for r in T.unroll({tile.blocks * v.per_block}):
+        {indent(each_vector(statements, v.width), 8)}
 """
 
     tap = f"""
@@ -406,10 +429,14 @@ for outer in T.serial(T.truncdiv(part_rows + outer_rows - 1, outer_rows)):
     }
     if v.lanes:
         scratch["xv"] = ((max(tile.long // v.lanes, 1), v.lanes), "float32")
+    if update:
+        scratch |= {f"t{i}": ((v.width,), "float32") for i in range(update.scratch)}
     return make_kernel(
-        f"conv_gradient{'_window' * window}{'_in_line' * in_line}_p{pixel}_t{tile.tag}_{v.tag}",
-        pointers=dict.fromkeys(("x", "dy", "dw"), "float32"),
+        f"conv_gradient{'_window' * window}{'_in_line' * in_line}_p{pixel}_t{tile.tag}_{v.tag}"
+        + (f"_{update.name}" if update else ""),
+        pointers=dict.fromkeys(("x", "dy", *((*update.changed, *update.controls) if update else ("dw",))), "float32"),
         body=body,
-        ints=GRADIENT_INTS,
+        ints=(*GRADIENT_INTS, *(("zero",) if update else ())),
+        floats=update.floats if update else (),
         scratch=scratch,
     )

@@ -228,5 +228,5 @@ def block_gradient(
     turns = -(-part_rows // outer_rows)
     if 2 * (x_bytes + y_bytes) <= m.outer_bytes or again <= 2 * d_bytes * turns * (2 * d_bytes > m.outer_bytes):
         outer_rows = part_rows
-    unit_blocks = max(1, units * parts // MIN_UNITS) if m.row else 1
+    unit_blocks = max(1, units * parts // MIN_UNITS) if m.row or part_rows == 1 else 1
     return Parts(part_rows, outer_rows, inner_rows, min(unit_blocks, blocks))

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from fusetile.box import Box, volume
-from fusetile.codegen.bands import banded, bands
-from fusetile.codegen.calls import KernelCall, Ref, ref
+from fusetile.codegen.calls import KernelCall, Lowered, Ref, ref
 from fusetile.codegen.conv_choice import Numerics
 from fusetile.codegen.lower import lower
 from fusetile.codegen.move import accumulate, copy, zero, zero_border
 from fusetile.codegen.narrow import SCALE_bytes, decode, encode, partials_bytes
 from fusetile.codegen.targets import Target
+from fusetile.codegen.updating import lower_updating, updating
 from fusetile.graph import Graph
 from fusetile.ops import domain_of, row
 from fusetile.passes.buffers import DeviceBuffers, channel_block
@@ -49,11 +49,13 @@ class DraftRecv:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A box of a gradient, which is complete in `buffer` just before step `at` of the draft."""
+    """A box of a gradient, which is complete just before step `at` of the draft: in `buffer`, or as its product with
+    `factor` (see `program.Gradient`)."""
 
     box: Box
-    buffer: Buffer
     at: int
+    buffer: Buffer
+    factor: Buffer | None = None
 
 
 DraftStep = KernelCall | DraftSend | DraftRecv | Wait
@@ -69,7 +71,7 @@ class Draft:
     persistent: set[str] = field(default_factory=set)
     fed: set[str] = field(default_factory=set)
     logged: set[str] = field(default_factory=set)
-    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    pieces: dict[str, Piece] = field(default_factory=dict)
     scratch_bytes: dict[str, int] = field(default_factory=dict)  # by op
 
 
@@ -110,7 +112,7 @@ class _Emitter:
         self.compared = graph.compared()
         self.draft = Draft()
         self.actions = schedule.actions[device]
-        self.banded = banded(graph, plan, communication, storage, self.actions, device)
+        self.updating = updating(graph, plan, communication, storage, self.actions, device)
         self.taken = {op.name: op.inputs[1] for op in graph.ops.values() if row(op.kind).kernel == "update"}
 
     def run(self) -> Draft:
@@ -151,10 +153,10 @@ class _Emitter:
 
     def _act(self, action: Action) -> None:
         match action:
-            case Compute(op) if op in self.banded:
-                self._compute_in_bands(op, self.banded[op])
-            case Compute(op) if op not in self.banded.values():
-                self._compute(op, self.plan.placements[op].compute[self.device])
+            case Compute(op) if op in self.updating:
+                self._compute_updating(self.updating[op], op)
+            case Compute(op) if op not in self.updating.values():
+                self._compute(op)
             case Pack(tag):
                 self._pack(self.schedule.transfers[tag])
             case Ship(tag):
@@ -170,39 +172,38 @@ class _Emitter:
             case Place(delivery):
                 self._place(delivery)
 
-    def _compute(self, name: str, box: Box, band: Buffer | None = None) -> None:
-        """A box of an op's iterations; with `band`, that stands for the gradient that is made or taken."""
-        op = self.graph.ops[name]
-        gradient = self.taken.get(name)
-        inputs = [band if band and tensor == gradient else self._input(name, tensor) for tensor in op.inputs]
-        outputs = [band] if band and not gradient else [self._use(self.storage.home[tensor]) for tensor in op.outputs]
-        domain = domain_of(self.graph, op)
+    def _compute(self, name: str) -> None:
+        """This device's iterations of an op."""
+        op, box = self.graph.ops[name], self.plan.placements[name].compute[self.device]
+        inputs = [self._input(name, tensor) for tensor in op.inputs]
+        outputs = [self._use(self.storage.home[tensor]) for tensor in op.outputs]
+        domain, gradient = domain_of(self.graph, op), self.taken.get(name)
         if gradient in self.graph.gradients.values():
             place = inputs[op.inputs.index(gradient)]
-            self.draft.pieces.setdefault(name, []).append(Piece(domain.output(box), place, len(self.draft.steps)))
-        lowered = lower(op, domain, box, inputs, outputs, target=self.target, numerics=self.numerics)
+            self.draft.pieces[name] = Piece(domain.output(box), len(self.draft.steps), place)
+        self._lowered(name, lower(op, domain, box, inputs, outputs, target=self.target, numerics=self.numerics))
+
+    def _compute_updating(self, name: str, update: str) -> None:
+        """An op that makes a gradient, and the update that takes it."""
+        op, taking, gradient = self.graph.ops[name], self.graph.ops[update], self.taken[update]
+        box, domain = self.plan.placements[name].compute[self.device], domain_of(self.graph, op)
+        inputs = [self._input(name, tensor) for tensor in op.inputs]
+        others = [self._input(update, tensor) for tensor in taking.inputs if tensor != gradient]
+        outputs = [self._use(self.storage.home[tensor]) for tensor in taking.outputs]
+        if gradient in self.graph.gradients.values():
+            x, dy = inputs
+            self.draft.pieces[update] = Piece(domain.output(box), len(self.draft.steps), dy, x)
+        self._lowered(name, lower_updating(op, taking, domain, box, inputs, others, outputs, target=self.target))
+
+    def _lowered(self, name: str, lowered: Lowered) -> None:
+        """Append the calls of an op, and make their scratch known."""
         names = {buffer.name: Ref(f"{buffer.name} of {name}") for buffer in lowered.scratch}
-        scratch_bytes = sum(buffer.size_bytes for buffer in lowered.scratch)
-        self.draft.scratch_bytes[name] = max(scratch_bytes, self.draft.scratch_bytes.get(name, 0))
+        self.draft.scratch_bytes[name] = sum(buffer.size_bytes for buffer in lowered.scratch)
         for buffer in lowered.scratch:
             label = names[buffer.name].buffer
-            known = self.draft.buffers.get(label, buffer)
-            self.draft.buffers[label] = replace(max(known, buffer, key=lambda one: one.size_bytes), name=label)
+            self.draft.buffers[label] = replace(buffer, name=label)
         for call in lowered.calls:
             self._call(replace(call, op=name), names)
-
-    def _compute_in_bands(self, update: str, maker: str) -> None:
-        """An update, and before it the op that makes its gradient."""
-        home = self.storage.home[self.taken[update]]
-        domain = domain_of(self.graph, self.graph.ops[maker])
-        made = self.plan.placements[maker].compute[self.device]
-        for box in bands(domain.output(made), home):
-            rows_columns = dict(zip("kc", box, strict=True))
-            part = tuple(rows_columns.get(axis.name, all_) for axis, all_ in zip(domain.axes, made, strict=True))
-            band = replace(home, name=f"a band of {home.name}", box=box)
-            self._use(band)
-            self._compute(maker, part, band)
-            self._compute(update, box, band)
 
     def _call(self, call: KernelCall, places: Mapping[str, Ref]) -> None:
         """Append a call; buffers in `places` lie at that address of another one."""

@@ -1,6 +1,7 @@
 """The weight update: an optimizer's assignments in one pass, in place, in any layout of the parameter.
 
-Products and sums are never contracted, so that every CPU computes the same bits.
+Products and sums are never contracted, so that every CPU computes the same bits. The kernel that makes the gradient of
+a fully connected layer does the same arithmetic (see `updating`).
 """
 
 from __future__ import annotations
@@ -61,39 +62,77 @@ class _Translator:
         return name
 
 
-def lower_update(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
-    """One pass over the shard: the weight, its gradient and its states."""
-    written = domain.output(box)
-    before, [moved] = conform(op, [(inputs[1], domain.need(box, 1))], outputs[0].block)
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What an update does to an element, for any kernel that goes over elements in vectors of lanes v: statements about
+    {g} and the `changed` arrays {w} and states, which also use the arrays `controls` of one element, the float
+    arguments `floats`, the int argument `zero` and scratch vectors t0, t1, ..., of which there are `scratch`."""
+
+    name: str
+    changed: tuple[str, ...]
+    controls: tuple[str, ...]
+    floats: tuple[str, ...]
+    scratch: int
+    statements: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Updating:
+    """An update for a kernel that makes a weight's gradient: its arithmetic and the values of its floats, and where the
+    states, which lie like the weight, and the controls are."""
+
+    arithmetic: Arithmetic
+    floats: tuple[float, ...]
+    states: tuple[Ref, ...]
+    controls: tuple[Ref, ...]
+
+
+def arithmetic(op: Op) -> tuple[Arithmetic, tuple[float, ...]]:
+    """The arithmetic of an update, and the values of its floats."""
     changed = ("w", *states_of(op.kind, op.attrs))
     controls = (RULES[op.kind].rate, *controls_of(op.kind, op.attrs))
-    names = operand_names(op.kind, op.attrs)
     translate = _Translator(
         op.attrs, {**{name: f"{{{name}}}" for name in (*changed, "g")}, **{n: f"{n}[0]" for n in controls}}
     )
     for name, expression in assignments(op.kind, op.attrs):
         translate.assign(name, expression)
     stores = [f"{{{name}}} = {translate.values[name]}" for name in changed]
-    flags = [
-        flag for flag in ("momentum", "nesterov", "weight_decay", "decoupled", "clipped", "ema") if op.attrs.get(flag)
-    ]
+    flags = [flag for flag in _FLAGS if op.attrs.get(flag)]
+    floats, values = zip(*translate.floats.values(), strict=True) if translate.floats else ((), ())
+    statements = (*translate.statements, *stores)
+    name = "_".join((op.kind.lower(), *flags))
+    return Arithmetic(name, changed, controls, floats, len(translate.statements), statements), values
+
+
+def control_refs(op: Op, inputs: Sequence[Buffer]) -> tuple[Ref, ...]:
+    """Where the controls of an update are, in the order of its arithmetic. `inputs` are without the gradient."""
+    names = [name for name in operand_names(op.kind, op.attrs) if name != "g"]
+    return tuple(ref(inputs[names.index(name)]) for name in (RULES[op.kind].rate, *controls_of(op.kind, op.attrs)))
+
+
+def lower_update(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """One pass over the shard: the weight, its gradient and its states."""
+    written = domain.output(box)
+    weight, gradient, *others = inputs
+    before, [moved] = conform(op, [(gradient, domain.need(box, 1))], outputs[0].block)
+    does, values = arithmetic(op)
     kernel = strided_kernel(
-        "_".join((op.kind.lower(), *flags)),
-        operands=dict.fromkeys((*changed, "g"), "float32"),
-        constants=dict.fromkeys(controls, "float32"),
-        statements=[*translate.statements, *stores],
+        does.name,
+        operands=dict.fromkeys((*does.changed, "g"), "float32"),
+        constants=dict.fromkeys(does.controls, "float32"),
+        statements=does.statements,
         more_ints=("zero",),
-        floats=[name for name, _ in translate.floats.values()],
-        scratch={f"t{i}": "float32" for i in range(len(translate.statements))},
+        floats=does.floats,
+        scratch={f"t{i}": "float32" for i in range(does.scratch)},
     )
     call = strided_call(
         kernel,
         [*((buffer, written) for buffer in outputs), moved],
-        constants=[ref(inputs[i], domain.need(box, i)) for i in map(names.index, controls)],
+        constants=control_refs(op, [weight, *others]),
         more_ints=(0,),
-        floats=[number for _, number in translate.floats.values()],
+        floats=values,
     )
     return Lowered((*before.calls, call), before.scratch)
 

@@ -96,8 +96,18 @@ class Executor:
             if isinstance(action, Segment):
                 action(done, gradient.call)
                 done = gradient.call
-            snapshot.append((gradient, unpack(self._arena, gradient.buffer, gradient.box)))
+            snapshot.append((gradient, gradient_values(self._arena, gradient)))
         if isinstance(action, Segment):
             action(done)
         else:
             action()
+
+
+def gradient_values(arena: np.ndarray, gradient: Gradient) -> np.ndarray:
+    """A gradient as a canonical array, at the moment at which it is there."""
+    if gradient.factor is None:
+        return unpack(arena, gradient.buffer, gradient.box)
+    rows, columns = gradient.box
+    batch = gradient.buffer.box[0]
+    dy, x = unpack(arena, gradient.buffer, (batch, rows)), unpack(arena, gradient.factor, (batch, columns))
+    return dy.T @ x
