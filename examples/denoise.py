@@ -33,7 +33,7 @@ PATCH = 48  # pixels, of what is trained on
 GOAL_db = 4.0  # above the noisy photographs
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status is 0 if the photograph has become better by the goal."""
     options = argparse.ArgumentParser(description="Learn to take noise out of photographs, in tiles on local nodes.")
     options.add_argument("--nodes", type=int, default=4, help="node processes (default 4)")
@@ -41,7 +41,7 @@ def main() -> int:
     options.add_argument("--steps", type=int, default=450, help="training steps (default 450)")
     options.add_argument("--seed", type=int, default=0, help="of the noise, the first weights and the patches")
     options.add_argument("-o", "--out", type=Path, default=Path("out/denoise"), help="where files go")
-    chosen = options.parse_args()
+    chosen = options.parse_args(arguments)
     start, out, random = time.monotonic(), chosen.out, np.random.default_rng(chosen.seed)
 
     say("1. The data: pieces of photographs, and the same pieces with noise")
@@ -58,9 +58,9 @@ def main() -> int:
     command = ["train", model, "--data", out / "pairs", "--nodes", chosen.nodes, "--plan", chosen.plan]
     command += ["--loss", "mse", "--batch", 16, "--optimizer", "adam", "--lr", 0.003, "--schedule", "cosine"]
     command += ["--augment", "flip,crop", "--steps", chosen.steps, "--seed", chosen.seed, "-o", out]
-    arguments = [str(part) for part in command]
-    print("$ fusetile", " ".join(arguments), flush=True)
-    fusetile(arguments)
+    words = [str(part) for part in command]
+    print("$ fusetile", " ".join(words), flush=True)
+    fusetile(words)
 
     say("4. What it has never seen, the rest of the photographs, in ONNX Runtime")
     better = [improve(out, name, image[:, SEEN:], random) for name, image in photographs.items()]

@@ -6,8 +6,10 @@ python -m examples.detection         # 2 to 5 minutes on two cores; files go to 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from fusetile.yolo import box_iou
 from models import yolov2
 
 SIZE, CELL = 208, 16  # pixels
-SCENES = {"train": 1024, "test": 96}
+SCENES, TESTED = 1024, 96
 SCANS_HELD_BACK = 360  # of 1797: only in the test scenes
 DIGITS = (3, 7)  # per scene
 ENLARGED = (3, 7)  # 8x8 scans become 24x24 to 48x48 pixels
@@ -34,20 +36,22 @@ SHOWN_score = 0.3
 PIXEL = 3  # how large pixels of scenes are drawn
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; the exit status is 0 if the precision is over the goal."""
     options = argparse.ArgumentParser(description="Train a detector on digits with local nodes, score and draw it.")
     options.add_argument("--nodes", type=int, default=4, help="node processes (default 4)")
     options.add_argument("--plan", default="auto", help="how layers are cut over the nodes (default auto)")
+    options.add_argument("--scenes", type=int, default=SCENES, help=f"to train on (default {SCENES})")
     options.add_argument("--epochs", type=int, default=EPOCHS, help=f"passes over the scenes (default {EPOCHS})")
     options.add_argument("--seed", type=int, default=0, help="of the scenes, the first weights and the shuffling")
     options.add_argument("-o", "--out", type=Path, default=Path("out/detection"), help="where files go")
-    chosen = options.parse_args()
+    chosen = options.parse_args(arguments)
     start, out = time.monotonic(), chosen.out
+    scenes = {"train": chosen.scenes, "test": min(chosen.scenes, TESTED)}
 
     say("1. The data: scans of handwritten digits, placed in scenes, as a folder in YOLO's format")
-    sizes = write_scenes(out, chosen.seed)
-    print(f"{SCENES['train']} scenes to train on: {out / 'train'}; {SCENES['test']} held back: {out / 'test'}.")
+    sizes = write_scenes(out, scenes, chosen.seed)
+    print(f"{scenes['train']} scenes to train on: {out / 'train'}; {scenes['test']} held back: {out / 'test'}.")
     anchors = clusters(sizes / CELL)
     text = " ".join(f"{w:.2f},{h:.2f}" for w, h in anchors)
     print(f"{len(sizes)} digits; their {ANCHORS} typical sizes, in cells of {CELL} pixels, are the anchors: {text}")
@@ -60,12 +64,12 @@ def main() -> int:
 
     say(f"3. Compile it for {chosen.nodes} nodes and train: {chosen.nodes} processes that talk over TCP")
     command = ["train", model, "--data", out / "train", "--loss", "yolov2", "--anchors", text]
-    command += ["--val", out / "test", "--val-every", 2 * SCENES["train"] // BATCH]
+    command += ["--val", out / "test", "--val-every", 2 * scenes["train"] // BATCH]
     command += ["--nodes", chosen.nodes, "--plan", chosen.plan, "--batch", BATCH, "--epochs", chosen.epochs]
     command += ["--optimizer", "adam", "--lr", LEARNING_RATE, "--schedule", "one-cycle", "--seed", chosen.seed]
-    arguments = [str(part) for part in [*command, "-o", out]]
-    print("$ fusetile", " ".join(arguments), flush=True)
-    fusetile(arguments)
+    words = [str(part) for part in [*command, "-o", out]]
+    print("$ fusetile", " ".join(words), flush=True)
+    fusetile(words)
 
     say("4. Score the result in ONNX Runtime, and draw what it finds")
     images, true = read_scenes(out / "test")
@@ -80,16 +84,17 @@ def main() -> int:
 # -- the data ----------------------------------------------------------------------------------------------------------
 
 
-def write_scenes(out: Path, seed: int) -> np.ndarray:
-    """Scenes to train on and to test; returns the widths and heights, in pixels, of the digits to train on."""
+def write_scenes(out: Path, scenes: Mapping[str, int], seed: int) -> np.ndarray:
+    """So many scenes to train on and to test; returns the widths and heights, in pixels, of the digits to train on."""
     digits, rng = load_digits(), np.random.default_rng(seed)
     order = rng.permutation(len(digits.images))
     parts = {"test": order[:SCANS_HELD_BACK], "train": order[SCANS_HELD_BACK:]}
     sizes = []
     for name, scans in parts.items():
+        shutil.rmtree(out / name, ignore_errors=True)  # of another run
         for kind in ("images", "labels"):
             (out / name / kind).mkdir(parents=True, exist_ok=True)
-        for number in range(SCENES[name]):
+        for number in range(scenes[name]):
             chosen = rng.choice(scans, rng.integers(*DIGITS, endpoint=True))
             scene, boxes = compose(digits.images[chosen] / 16, rng)
             Image.fromarray(scene).save(out / name / "images" / f"{number:04}.png")
@@ -158,8 +163,8 @@ def draw(out: Path, found: np.ndarray, true: np.ndarray, *, across: int = 3, dow
     """A sheet with the first scenes, and what is found in them."""
     side = SIZE * PIXEL
     sheet = Image.new("RGB", (across * side, down * side))
-    for number in range(across * down):
-        picture = Image.open(out / "test" / "images" / f"{number:04}.png").convert("RGB").resize((side, side))
+    for number, path in enumerate(sorted((out / "test" / "images").iterdir())[: across * down]):
+        picture = Image.open(path).convert("RGB").resize((side, side))
         pen = ImageDraw.Draw(picture)
         mine, theirs = found[(found[:, 0] == number) & (found[:, 2] > SHOWN_score)], true[true[:, 0] == number]
         for row in mine:

@@ -87,7 +87,7 @@ def devices_table(plan: dict[str, Any]) -> Table:
     table = Table(
         "node", "device, cores", "address", "arena", "of memory", "compute per step", "sent per step", title="Devices"
     )
-    table.columns[2].overflow = "fold"  # where the terminal is narrow, nothing is lost
+    table.columns[2].no_wrap = True
     for column in table.columns[3:]:
         column.justify = "right"
     for node in plan["nodes"]:
