@@ -205,33 +205,29 @@ def block_of(cluster: Cluster) -> int:
 
 def for_target(planned: Planned, target: Target, *, cluster: Cluster, training: Training) -> Planned:
     """The same plan, of training steps alone, with kernels for another CPU on all devices."""
-    laid, targets = planned.laid, [target] * len(cluster.nodes)
-    drafts = emit(
-        laid.graph,
-        laid.plan,
-        laid.communication,
-        laid.order,
-        laid.storage,
-        targets=targets,
-        block=block_of(cluster),
-        numerics=training.numerics,
-    )
-    memories = [memory_of(draft, guard=training.guard) for draft in drafts]
-    laid = replace(laid, targets=targets, drafts=drafts, memories=memories)
-    return replace(planned, laid=laid, others={}, memories=memories)
+    laid = replace(planned.laid, targets=[target] * len(cluster.nodes))
+    laid = _emitted(laid, cluster=cluster, training=training)
+    return replace(planned, laid=laid, others={}, memories=laid.memories)
 
 
 def _lay_out_beside(graph: Graph, laid: LaidOut, *, cluster: Cluster, training: Training) -> LaidOut:
     """Another routine of the same programs: its ops are where those of the same names are in the training step."""
     placements = {op.name: laid.plan.placements[op.name] for op in graph.ops.values()}
     plan = replace(laid.plan, placements=placements)
-    other = _lay_out(graph, plan, cluster=cluster, training=training, trace=Trace(), held=laid.held())
+    other = _lay_out(graph, plan, cluster=cluster, training=training, trace=Trace(), held=laid.held(), lean=laid.lean)
     memories = list(map(memory_beside, other.drafts, laid.drafts, laid.memories))
     return replace(other, memories=memories)
 
 
 def _lay_out(
-    graph: Graph, plan: Plan, *, cluster: Cluster, training: Training, trace: Trace, held: Held | None = None
+    graph: Graph,
+    plan: Plan,
+    *,
+    cluster: Cluster,
+    training: Training,
+    trace: Trace,
+    held: Held | None = None,
+    lean: bool = False,
 ) -> LaidOut:
     targets = [target_named(node.device.target) for node in cluster.nodes]
     block = block_of(cluster)
@@ -243,21 +239,39 @@ def _lay_out(
         order = schedule(graph, plan, communication, cluster=cluster)
     with trace.stage("buffers"):
         storage = buffers(graph, plan, communication, order.order, block=block, held=held)
+    laid = LaidOut(graph, plan, communication, order, storage, targets, drafts=(), memories=(), lean=lean)
+    return _emitted(laid, cluster=cluster, training=training, trace=trace)
+
+
+def _emitted(laid: LaidOut, *, cluster: Cluster, training: Training, trace: Trace | None = None) -> LaidOut:
+    """With drafts and arenas."""
+    trace = trace or Trace()
     with trace.stage("emit"):
         drafts = emit(
-            graph, plan, communication, order, storage, targets=targets, block=block, numerics=training.numerics
+            laid.graph,
+            laid.plan,
+            laid.communication,
+            laid.order,
+            laid.storage,
+            targets=laid.targets,
+            block=block_of(cluster),
+            numerics=training.numerics,
+            lean=laid.lean,
         )
     with trace.stage("plan_memory"):
         memories = [memory_of(draft, guard=training.guard) for draft in drafts]
-    return LaidOut(graph, plan, communication, order, storage, targets, drafts, memories)
+    return replace(laid, drafts=drafts, memories=memories)
 
 
 def _economize(
     whole: Graph, plan: Plan, laid: LaidOut, *, cluster: Cluster, training: Training, trace: Trace
 ) -> tuple[LaidOut, Saving]:
-    """Lay the plan out again, with more computed again, until its arenas fit into the devices' memory (three times at
-    most), or once if they fit: for the memory that costs next to no time. `whole` is the graph without copies."""
+    """Lay the plan out again, with kernels that need less scratch and with more computed again, until its arenas fit
+    into the devices' memory (three times at most); or once if they fit, for the memory that costs next to no time.
+    `whole` is the graph without copies."""
     room = room_bytes(cluster)
+    if (laid.arena_bytes > room).any():
+        laid = _emitted(replace(laid, lean=True), cluster=cluster, training=training, trace=trace)
     start = again = cheap(whole)
     scratch = [draft.scratch_bytes for draft in laid.drafts]
     books = Books(whole, laid.plan, laid.communication, laid.order.order, laid.storage, scratch, cluster=cluster)
@@ -269,7 +283,8 @@ def _economize(
         if choice.again == again:
             break
         more = rematerialize(whole, choice.again)
-        tried = _lay_out(more, place_copies(more, plan), cluster=cluster, training=training, trace=trace)
+        placed = place_copies(more, plan)
+        tried = _lay_out(more, placed, cluster=cluster, training=training, trace=trace, lean=laid.lean)
         scale = np.maximum(scale, tried.arena_bytes / choice.peak_bytes)
         if (tried.arena_bytes / room).max() < (laid.arena_bytes / room).max():
             laid, again = tried, choice.again

@@ -55,7 +55,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class LaidOut:
-    """A plan with all that follows from it, down to the arenas."""
+    """A plan with all that follows from it, down to the arenas; `lean` as in `lower`."""
 
     graph: Graph
     plan: Plan
@@ -65,6 +65,7 @@ class LaidOut:
     targets: Sequence[Target]
     drafts: Sequence[Draft]
     memories: Sequence[MemoryPlan]
+    lean: bool = False
 
     @property
     def arena_bytes(self) -> np.ndarray:

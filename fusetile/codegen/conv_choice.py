@@ -87,6 +87,7 @@ def lower_convolution(
     *,
     target: Target,
     numerics: Numerics,
+    lean: bool,
 ) -> Lowered:
     """Conv and Gemm and their gradients."""
     family = row(op.kind).kernel
@@ -95,7 +96,7 @@ def lower_convolution(
         m = tile(family, *_sizes(family, domain, box), target=target, numerics=numerics)
     if m == DIRECT:
         return _DIRECT[family](op, domain, box, inputs, outputs, target=target)
-    return _WINOGRAD[family](op, domain, box, inputs, outputs, target=target, m=m)
+    return _WINOGRAD[family](op, domain, box, inputs, outputs, target=target, m=m, lean=lean)
 
 
 def tile(

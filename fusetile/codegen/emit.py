@@ -85,10 +85,13 @@ def emit(
     targets: Sequence[Target],
     block: int,
     numerics: Numerics = "fast",
+    lean: bool = False,
 ) -> tuple[Draft, ...]:
-    """A draft per device, for its target."""
+    """A draft per device, for its target; `numerics` and `lean` as in `lower`."""
     return tuple(
-        _Emitter(graph, plan, communication, schedule, storage[device], device, targets[device], block, numerics).run()
+        _Emitter(
+            graph, plan, communication, schedule, storage[device], device, targets[device], block, numerics, lean
+        ).run()
         for device in range(plan.nodes)
     )
 
@@ -105,10 +108,11 @@ class _Emitter:
         target: Target,
         block: int,
         numerics: Numerics,
+        lean: bool,
     ) -> None:
         self.graph, self.plan, self.communication = graph, plan, communication
         self.schedule, self.storage, self.device = schedule, storage, device
-        self.target, self.block, self.numerics = target, block, numerics
+        self.target, self.block, self.numerics, self.lean = target, block, numerics, lean
         self.compared = graph.compared()
         self.draft = Draft()
         self.actions = schedule.actions[device]
@@ -181,7 +185,8 @@ class _Emitter:
         if gradient in self.graph.gradients.values():
             place = inputs[op.inputs.index(gradient)]
             self.draft.pieces[name] = Piece(domain.output(box), len(self.draft.steps), place)
-        self._lowered(name, lower(op, domain, box, inputs, outputs, target=self.target, numerics=self.numerics))
+        lowered = lower(op, domain, box, inputs, outputs, target=self.target, numerics=self.numerics, lean=self.lean)
+        self._lowered(name, lowered)
 
     def _compute_updating(self, name: str, update: str) -> None:
         """An op that makes a gradient, and the update that takes it."""

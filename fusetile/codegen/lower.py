@@ -31,12 +31,14 @@ _MODULES = {
     "channel_sum": "moments",
     "channel_moments": "moments",
     "normalize_moments": "moments",
+    "pooled_normalize_moments": "moments",
     "batch_statistics": "norm",
     "frozen_statistics": "norm",
     "running_statistics": "norm",
     "normalize": "norm",
     "normalize_parameter_grad": "norm",
     "normalize_input_grad": "norm",
+    "pooled_normalize_input_grad": "norm",
     "frozen_normalize_input_grad": "norm",
     "cross_entropy": "loss",
     "cross_entropy_grad": "loss",
@@ -70,12 +72,13 @@ def lower(
     *,
     target: Target,
     numerics: Numerics = "fast",
+    lean: bool = False,
 ) -> Lowered:
     """The calls that do the iterations `box` of an op, and the scratch that they use.
 
     `inputs[i]` holds at least `domain.need(box, i)`, `outputs[o]` gets `domain.output(box, o)`, its pad lanes included;
     nothing else of the outputs changes. Boxes start at multiples of the blocks. `numerics` chooses among algorithms
-    that round differently.
+    that round differently; with `lean` less scratch is used, where it takes more time.
     """
     if volume(box) == 0:
         return Lowered()
@@ -86,7 +89,8 @@ def lower(
         if output < len(outputs) and outputs[output] != inputs[i]:
             raise PlanError(f"{op.name}: output {outputs[output].name} must lie in input {inputs[i].name}")
     if family in _CONVOLUTIONS:
-        return lower_convolution(op, domain, box, list(inputs), list(outputs), target=target, numerics=numerics)
+        operands = list(inputs), list(outputs)
+        return lower_convolution(op, domain, box, *operands, target=target, numerics=numerics, lean=lean)
     if family not in _MODULES:
         raise PlanError(f"{op.kind}: no kernel family {family!r}")
     module = import_module(f"fusetile.codegen.{_MODULES[family]}")

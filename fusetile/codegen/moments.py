@@ -12,6 +12,7 @@ from fusetile.box import Box
 from fusetile.codegen.activation import activation_gradient
 from fusetile.codegen.calls import KernelCall, Lowered, Ref, make_kernel, ref, vectors
 from fusetile.codegen.mapped import Loops, loops_over, mapped_call, mapped_kernel
+from fusetile.codegen.pool import Gathered, gathered_maxima
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.targets import Target
 from fusetile.graph import Op
@@ -62,41 +63,67 @@ def lower_normalize_moments(
     return _lower(family, op, domain, box, inputs, outputs[0])
 
 
-def _lower(family: str, op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer) -> Lowered:
+def lower_pooled_normalize_moments(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The same, from the gradient behind a max pool."""
+    family = "normalize_moments_behind" if op.attrs.get("activation") else "normalize_moments"
+    pool = gathered_maxima(op, domain, box, inputs[:2], outputs[0].block)
+    return _lower(family, op, domain, box, inputs, outputs[0], pool)
+
+
+def _lower(
+    family: str,
+    op: Op,
+    domain: Domain,
+    box: Box,
+    inputs: Sequence[Buffer],
+    output: Buffer,
+    pool: Gathered | None = None,
+) -> Lowered:
+    """`pool` gathers the map A from the first two inputs."""
     more, pixel, sums = _PIXEL[family]
     block = output.block[1]
-    maps = [(inputs[i], domain.need(box, i)) for i in range(1 + len(more))]
-    before, maps = conform(op, maps, output.block)
+    names = more if pool else ("A", *more)
+    first = 2 if pool else 0
+    small = range(first + len(names), len(inputs))
+    before, maps = conform(op, [(inputs[i], domain.need(box, i)) for i in range(first, small.start)], output.block)
     loops = loops_over(maps[0][1], block)
     size = loops.units * sums * block
     partial = Buffer(f"{op.name}.partial", ((0, size),), "float64")
     scratch = {f"s{q}": "float64" for q in range(sums)}
     store = [f"PARTIAL[(u * {sums} + {q}) * {block} + v] = s{q}[v]" for q in range(sums)]
     act = activation_gradient(op.attrs if more else {}, "{A}", "e[v]")
-    vectors_of = dict.fromkeys(("STATS", "GAMMA", "BETA")[: max(0, len(inputs) - 2)], "float32")
+    vectors_of = dict.fromkeys(("STATS", "GAMMA", "BETA")[: len(small)], "float32")
     lines = {_BEFORE: [*act.statements, f"d[v] = {act.value}"]}
     pixel = [part.replace("BLOCK", str(block)) for line in pixel for part in lines.get(line, [line])]
+    statements, ints = vectors(pixel, block), {"pair": inputs[small.start].strides[0] if small else 0}
+    if pool:
+        statements, ints = pool.pixel + statements.replace("{A}", "total[v]"), ints | pool.ints
     kernel = mapped_kernel(
-        f"{family}{act.suffix}",
+        f"{family}{act.suffix}{pool.suffix if pool else ''}",
         block=block,
-        maps={"A": "float32", **dict.fromkeys(more, "float32")},
-        pointers={"PARTIAL": "float64", **vectors_of},
-        ints=("pair",),
+        maps=dict.fromkeys(names, "float32"),
+        pointers={"PARTIAL": "float64", **vectors_of, **(pool.pointers if pool else {})},
+        ints=tuple(ints),
         floats=list(act.floats),
         scratch={
             **scratch,
             **{name: "float32" for name in "ted" if f"{name}[v]" in "".join(pixel)},
-            **dict.fromkeys(act.scratch, "float32"),
+            **dict.fromkeys((*act.scratch, *(("total",) if pool else ())), "float32"),
         },
+        before_row=pool.before_row if pool else "",
         before_unit=vectors([f"s{q}[v] = T.float64(0)" for q in range(sums)], block),
-        pixel=vectors(pixel, block),
+        pixel=statements,
         after_unit=vectors(store, block),
     )
-    pointers = [ref(partial), *(ref(inputs[i], domain.need(box, i)) for i in range(2, len(inputs)))]
-    pair = inputs[2].strides[0] if more else 0
-    summed = mapped_call(kernel, loops, maps, pointers=pointers, ints=(pair,), floats=tuple(act.floats.values()))
+    pointers = [ref(partial), *(ref(inputs[i], domain.need(box, i)) for i in small), *(pool.refs if pool else ())]
+    floats = tuple(act.floats.values())
+    summed = mapped_call(kernel, loops, maps, pointers=pointers, ints=tuple(ints.values()), floats=floats)
     finish = _finish(loops, sums, ref(partial), output, domain.output(box))
-    return Lowered((*before.calls, summed, finish), (*before.scratch, partial))
+    made = [before, pool.lowered] if pool else [before]
+    calls = [call for lowered in made for call in lowered.calls]
+    return Lowered((*calls, summed, finish), (*(one for lowered in made for one in lowered.scratch), partial))
 
 
 def _finish(loops: Loops, sums: int, partial: Ref, output: Buffer, box: Box) -> KernelCall:

@@ -9,6 +9,7 @@ from fusetile.codegen.activation import activation, activation_gradient, keeps_z
 from fusetile.codegen.calls import KernelCall, Lowered, make_kernel, ref, vectors
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.move import zero_pads
+from fusetile.codegen.pool import Gathered, gathered_maxima
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.targets import Target
 from fusetile.graph import Op
@@ -157,6 +158,25 @@ def lower_normalize_input_grad(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
     """dx = gamma / std * (dy - moments[0] / count - xhat * moments[1] / count), dy before the activation if any."""
+    return _input_grad(op, domain, box, inputs, outputs)
+
+
+def lower_pooled_normalize_input_grad(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
+) -> Lowered:
+    """The same, from the gradient behind a max pool."""
+    pool = gathered_maxima(op, domain, box, inputs[:2], outputs[0].block)
+    return _input_grad(op, domain, box, inputs, outputs, pool)
+
+
+def _input_grad(
+    op: Op,
+    domain: Domain,
+    box: Box,
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Buffer],
+    pool: Gathered | None = None,
+) -> Lowered:
     c = _CHANNEL.format(block=outputs[0].block[1])
     fused, act = bool(op.attrs.get("activation")), activation_gradient(op.attrs, "{DY}", "e[v]")
     again = [f"e[v] = t[v] * GAMMA[{c}] + BETA[{c}]"] if fused else []
@@ -187,7 +207,8 @@ def lower_normalize_input_grad(
         ],
         scratch=("m", "x", "g", "t", "d", *(("e",) if fused else ()), *act.scratch),
         floats=act.floats,
-        ints={"moments_pair": inputs[4].strides[0], "count": op.attrs["count"]},
+        ints={"moments_pair": inputs[5 if pool else 4].strides[0], "count": op.attrs["count"]},
+        pool=pool,
     )
 
 
@@ -226,25 +247,34 @@ def _maps(
     scratch: Sequence[str],
     ints: Mapping[str, int] | None = None,
     floats: Mapping[str, float] | None = None,
+    pool: Gathered | None = None,
 ) -> Lowered:
-    """One pass over the maps `maps` (the first inputs) to Y; the other inputs are `pointers`, first STATS."""
+    """One pass over the maps `maps` (the first inputs) to Y; the other inputs are `pointers`, first STATS. `pool`
+    gathers the map DY from the first two inputs."""
     block = output.block[1]
     written = domain.output(box)
-    operands = [(inputs[i], domain.need(box, i)) for i in range(len(maps))]
+    names, first = (maps[1:], 2) if pool else (maps, 0)
+    small = range(first + len(names), len(inputs))
+    operands = [(inputs[i], domain.need(box, i)) for i in range(first, small.start)]
     conformed, operands = conform(op, operands, output.block)
-    numbers = {"pair": inputs[len(maps)].strides[0], **(ints or {})}
+    numbers = {"pair": inputs[small.start].strides[0], **(ints or {})}
+    statements = vectors(pixel, block)
+    if pool:
+        statements, numbers = pool.pixel + statements.replace("{DY}", "total[v]"), numbers | pool.ints
+        conformed = Lowered((*conformed.calls, *pool.lowered.calls), (*conformed.scratch, *pool.lowered.scratch))
     kernel = mapped_kernel(
-        name,
+        f"{name}{pool.suffix if pool else ''}",
         block=block,
-        maps=dict.fromkeys((*maps, "Y"), "float32"),
-        pointers=pointers,
+        maps=dict.fromkeys((*names, "Y"), "float32"),
+        pointers={**pointers, **(pool.pointers if pool else {})},
         ints=list(numbers),
         floats=list(floats or {}),
-        scratch=dict.fromkeys(scratch, "float32"),
+        scratch=dict.fromkeys((*scratch, *(("total",) if pool else ())), "float32"),
+        before_row=pool.before_row if pool else "",
         before_unit=vectors(before, block),
-        pixel=vectors(pixel, block),
+        pixel=statements,
     )
-    refs = [ref(inputs[i], domain.need(box, i)) for i in range(len(maps), len(inputs))]
+    refs = [*(ref(inputs[i], domain.need(box, i)) for i in small), *(pool.refs if pool else ())]
     call = mapped_call(
         kernel,
         loops_over(written, block),

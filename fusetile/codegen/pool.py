@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fusetile.box import Box, view4
-from fusetile.codegen.calls import Lowered, ref, vectors
+from fusetile.box import Box, extents, view4
+from fusetile.codegen.calls import Lowered, Ref, ref, vectors
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.targets import Target
@@ -23,7 +24,7 @@ Axis = tuple[int, int, int]  # taps, stride, dilation
 _AXES = (("r", "h"), ("s", "w"))  # name of the tap and of the position along rows and columns
 # a NaN is greater than all, told by its bits: TVM takes floats to be ordered when it simplifies comparisons
 _GREATER = 'T.Or({X} > best[v], T.bitwise_and(T.reinterpret("int32", {X}), 2147483647) > 2139095040)'
-_INTS = ("channels", "h_origin", "w_origin", "h_before", "w_before", "h_after", "w_after", "x_h", "x_w", "H", "W")
+_INTS = ("h_origin", "w_origin", "h_before", "w_before", "h_after", "w_after", "x_h", "x_w", "H", "W")
 
 
 def _axes(op: Op) -> tuple[Axis, Axis]:
@@ -35,11 +36,11 @@ def _name(kind: str, axes: tuple[Axis, Axis], *more: str) -> str:
     return "_".join([kind, *("x".join(map(str, axis)) for axis in axes), *more])
 
 
-def _ints(op: Op, domain: Domain, box: Box, window: Box, image: Sequence[int]) -> tuple[int, ...]:
-    """Values of _INTS: the box's channels, its first row and column, the pads, the first row and column of `window`,
-    the other operand's box, and the size of its image."""
-    _, channels, rows, columns = view4(domain.output(box))
-    return (channels[1] - channels[0], rows[0], columns[0], *op.attrs["pads"], window[2][0], window[3][0], *image)
+def _ints(op: Op, box: Box, window: Box, image: Sequence[int]) -> tuple[int, ...]:
+    """Values of _INTS: the first row and column of a map's box, the pads, the first row and column of `window`, the
+    other operand's box, and the size of its image."""
+    _, _, rows, columns = view4(box)
+    return (rows[0], columns[0], *op.attrs["pads"], window[2][0], window[3][0], *image)
 
 
 def _clip(axis: Axis, tap: str, at: str, size: str) -> str:
@@ -100,18 +101,18 @@ def _pool(
         block=block,
         maps={name: buffer.dtype for name, (buffer, _) in zip(names, maps, strict=True)},
         pointers={"X": "float32"},
-        ints=(*_INTS, "X_image", "X_block", "X_row"),
+        ints=("channels", *_INTS, "X_image", "X_block", "X_row"),
         scratch=scratch,
         before_row=_clip(axes[0], "r", "h", "H"),
         pixel=pixel,
     )
-    written = domain.output(box)
+    written, image = domain.output(box), [dim.size for dim in domain.reads[0][2:]]
     call = mapped_call(
         kernel,
         loops_over(written, block),
         maps,
         pointers=[ref(x, window)],
-        ints=(*_ints(op, domain, box, window, [dim.size for dim in domain.reads[0][2:]]), *x.strides[:3]),
+        ints=(extents(written)[1], *_ints(op, written, window, image), *x.strides[:3]),
     )
     return Lowered((*before.calls, call), before.scratch)
 
@@ -219,70 +220,85 @@ def _gather(axes: tuple[Axis, Axis], inner: str) -> str:
     return text
 
 
-def _pool_grad(
-    kind: str,
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    outputs: Sequence[Buffer],
-    *,
-    names: Sequence[str],
-    inner: str,
-) -> Lowered:
-    """dx from the outputs whose windows hold each pixel; {DY}, {ARG} are the elements of the inputs there."""
-    axes, output = _axes(op), outputs[0]
-    block, window = output.block[1], domain.need(box, 0)
-    before, operands = conform(op, [(buffer, window) for buffer in inputs], output.block)
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What a kernel over the pixels of a pool's input needs so that `pixel` leaves in total[v] what comes to a pixel
+    from the outputs whose windows hold it. The kernel's name ends in `suffix`; `lowered` comes before it."""
+
+    suffix: str
+    pointers: dict[str, str]
+    refs: tuple[Ref, ...]
+    ints: dict[str, int]
+    before_row: str
+    pixel: str
+    lowered: Lowered
+
+
+def _gathered(
+    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], block: tuple[int, int], *, names: str, inner: str
+) -> Gathered:
+    """`inner` adds to total[v]; {DY}, {ARG} are the elements of the inputs `names`."""
+    axes, window = _axes(op), domain.need(box, 0)
+    conformed, operands = conform(op, [(buffer, window) for buffer in inputs], block)
+    maps = dict(zip(names.split(), operands, strict=True))
+    lanes = block[1]
     at = {
-        name: f"{name}[n * {name}_image + k * {name}_block + (oh - x_h) * {name}_row + (ow - x_w) * {block} + v]"
-        for name in names
+        name: f"{name}[n * {name}_image + k * {name}_block + (oh - x_h) * {name}_row + (ow - x_w) * {lanes} + v]"
+        for name in maps
     }
-    pixel = (
-        _holders(axes[1], "s", "w")
-        + vectors(["total[v] = T.float32(0)"], block)
-        + _gather(axes, inner.format_map(at))
-        + vectors(["{DX} = total[v]"], block)
+    image = [dim.size for dim in domain.reads[0][2:]]
+    ints = dict(zip(_INTS, _ints(op, box, window, image), strict=True))
+    for name, (buffer, _) in maps.items():
+        strides = zip(("image", "block", "row"), buffer.strides[:3], strict=True)
+        ints |= {f"{name}_{axis}": stride for axis, stride in strides}
+    return Gathered(
+        _name("", axes),
+        {name: buffer.dtype for name, (buffer, _) in maps.items()},
+        # a box that no window reaches reads nothing: any address will do
+        tuple(ref(buffer, part if part[0][1] else None) for buffer, part in operands),
+        ints,
+        before_row=_holders(axes[0], "r", "h"),
+        pixel=_holders(axes[1], "s", "w")
+        + vectors(["total[v] = T.float32(0)"], lanes)
+        + _gather(axes, inner.format_map(at)),
+        lowered=conformed,
     )
+
+
+def _pool_grad(kind: str, box: Box, output: Buffer, found: Gathered, ints: dict[str, int] | None = None) -> Lowered:
+    """dx, given how each pixel's is gathered."""
+    block, numbers = output.block[1], found.ints | (ints or {})
     kernel = mapped_kernel(
-        _name(kind, axes),
+        kind + found.suffix,
         block=block,
         maps={"DX": "float32"},
-        pointers={name: buffer.dtype for name, (buffer, _) in zip(names, operands, strict=True)},
-        ints=(
-            *_INTS,
-            "image_h",
-            "image_w",
-            *(f"{name}_{axis}" for name in names for axis in ("image", "block", "row")),
-        ),
+        pointers=found.pointers,
+        ints=tuple(numbers),
         scratch={"total": "float32"},
-        before_row=_holders(axes[0], "r", "h"),
-        pixel=pixel,
+        before_row=found.before_row,
+        pixel=found.pixel + vectors(["{DX} = total[v]"], block),
     )
-    image = [dim.size for dim in domain.reads[0][2:]]
-    strides = [stride for buffer, _ in operands for stride in buffer.strides[:3]]
-    written = domain.output(box)
-    call = mapped_call(
-        kernel,
-        loops_over(written, block),
-        [(output, written)],
-        # a box that no window reaches reads nothing: any address will do
-        pointers=[ref(buffer, part if part[0][1] else None) for buffer, part in operands],
-        ints=(*_ints(op, domain, box, window, image), *op.attrs["input_shape"][2:], *strides),
+    loops, ints_ = loops_over(box, block), tuple(numbers.values())
+    call = mapped_call(kernel, loops, [(output, box)], pointers=found.refs, ints=ints_)
+    return Lowered((*found.lowered.calls, call), found.lowered.scratch)
+
+
+def gathered_maxima(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], block: tuple[int, int]) -> Gathered:
+    """The sum of dy over the windows whose maximum a pixel is; `inputs` are dy and argmax."""
+    columns = op.attrs["kernel"][1]
+    inner = vectors(
+        [f'total[v] = total[v] + T.Select(T.Cast("int32", {{ARG}}) == r * {columns} + s, {{DY}}, T.float32(0))'],
+        block[1],
     )
-    return Lowered((*before.calls, call), before.scratch)
+    return _gathered(op, domain, box, inputs, block, names="DY ARG", inner=inner)
 
 
 def lower_max_pool_grad(
     op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
 ) -> Lowered:
     """dx: the sum of dy over the windows whose maximum a pixel is."""
-    columns = op.attrs["kernel"][1]
-    inner = vectors(
-        [f'total[v] = total[v] + T.Select(T.Cast("int32", {{ARG}}) == r * {columns} + s, {{DY}}, T.float32(0))'],
-        outputs[0].block[1],
-    )
-    return _pool_grad("max_pool_grad", op, domain, box, inputs, outputs, names=("DY", "ARG"), inner=inner)
+    found = gathered_maxima(op, domain, box, inputs, outputs[0].block)
+    return _pool_grad("max_pool_grad", domain.output(box), outputs[0], found)
 
 
 def lower_average_pool_grad(
@@ -300,7 +316,9 @@ def lower_average_pool_grad(
             text += f"{at}_count: T.int32 = T.min({first} + {taps}, {size}) - T.max({first}, 0)\n"
     text += vectors(['total[v] = total[v] + {DY} / T.Cast("float32", h_count * w_count)'], outputs[0].block[1])
     kind = "average_pool_grad_padded" if include else "average_pool_grad"
-    return _pool_grad(kind, op, domain, box, inputs, outputs, names=("DY",), inner=text)
+    found = _gathered(op, domain, box, inputs, outputs[0].block, names="DY", inner=text)
+    height, width = op.attrs["input_shape"][2:]
+    return _pool_grad(kind, domain.output(box), outputs[0], found, {"image_h": height, "image_w": width})
 
 
 # -- global ----------------------------------------------------------------------------------------------------------

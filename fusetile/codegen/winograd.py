@@ -7,7 +7,8 @@ is smaller is made as a whole, in scratch; the other one piece by piece, next to
     many channels   V of all tiles, then per tile of output channels: U of a chunk of channels, multiply with all of V
 
 The weight gradient takes the tiles in turns that fit the cache: V of x, Z of dy, then dw += their products. The input
-gradient is a convolution of dy with transposed weights.
+gradient is a convolution of dy with transposed weights. `lean`: slower, with less scratch; the results are the same
+bits.
 
 How tiles lie follows from the origin of the box, so parts of a map that are computed alone differ from the whole by
 rounding; conv_choice states the errors.
@@ -22,7 +23,7 @@ from fusetile.box import Box, extents, view4
 from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, ref
 from fusetile.codegen.conv import Epilogue, Sizes
 from fusetile.codegen.conv_tiles import Machine, machine
-from fusetile.codegen.conv_views import Filter, View, blocks, filter_view, padded_view, view
+from fusetile.codegen.conv_views import Filter, View, blocks, filter_view, moved, padded_view, view
 from fusetile.codegen.targets import Target
 from fusetile.codegen.winograd_parts import m_strides
 from fusetile.codegen.winograd_source import (
@@ -54,11 +55,21 @@ from fusetile.graph import Op
 from fusetile.ops.base import Domain
 from fusetile.program import Buffer
 
+SMALL_floats = 1 << 18  # of scratch: less is not worth another call
+LEAN_BANDS = 8  # at most so many times are the inputs transformed where memory is scarce
 SUMS_AGAIN = 1.25  # that sums of products are read and written again costs this much of reading V
 
 
 def lower_conv(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target, m: int
+    op: Op,
+    domain: Domain,
+    box: Box,
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Buffer],
+    *,
+    target: Target,
+    m: int,
+    lean: bool = False,
 ) -> Lowered:
     """Conv: y = activation(bias + x * w)."""
     x, w, *bias = inputs
@@ -69,11 +80,19 @@ def lower_conv(
     images, _, rows, columns = extents(written)
     sizes = Sizes(images, rows, columns, blocks(written[1], w.block[0]), blocks(channels, w.block[1]))
     source, weights = padded_view(domain, box, 0, x), filter_view(w, domain.need(box, 1))
-    return _convolve(op, target, m, source, weights, view(outputs[0], written), sizes, epilogue)
+    return _convolve(op, target, m, source, weights, view(outputs[0], written), sizes, epilogue, lean=lean)
 
 
 def lower_conv_input_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target, m: int
+    op: Op,
+    domain: Domain,
+    box: Box,
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Buffer],
+    *,
+    target: Target,
+    m: int,
+    lean: bool = False,
 ) -> Lowered:
     """ConvInputGrad: dx from dy and the weights, transposed and flipped."""
     dy, w = inputs
@@ -84,11 +103,19 @@ def lower_conv_input_grad(
     weights = replace(weights, k=weights.block, block=weights.k)
     sizes = Sizes(images, rows, columns, c_blocks, k_blocks)
     source, dx = padded_view(domain, box, 0, dy), view(outputs[0], written)
-    return _convolve(op, target, m, source, weights, dx, sizes, Epilogue(), transposed=True)
+    return _convolve(op, target, m, source, weights, dx, sizes, Epilogue(), lean=lean, transposed=True)
 
 
 def lower_conv_weight_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target, m: int
+    op: Op,
+    domain: Domain,
+    box: Box,
+    inputs: Sequence[Buffer],
+    outputs: Sequence[Buffer],
+    *,
+    target: Target,
+    m: int,
+    lean: bool = False,
 ) -> Lowered:
     """ConvWeightGrad: dw from x and dy."""
     x, dy = inputs
@@ -107,9 +134,13 @@ def lower_conv_weight_grad(
     turns = -(-whole.tiles // turn)
     most = -(-whole.tiles // turns)
     v_block, z_k = padded(most * cpu.vectors.block), padded(most * row)
-    v_xi, z_xi = padded(c_blocks * v_block), padded(k_blocks // wide * z_k)
-    items = k_blocks // wide * c_blocks * (cpu.vectors.block // lines)
-    units, d_unit = min(units_of(target), items), whole.products * lines * row
+    v_xi = padded(c_blocks * v_block)
+    # Z of a band of tiles of output channels at a time: no more than V
+    k_tiles = k_blocks // wide
+    band = max(1, min(k_tiles, max(v_xi, SMALL_floats // whole.products) // z_k))
+    z_xi = padded(band * z_k)
+    parts = c_blocks * (cpu.vectors.block // lines)
+    units, d_unit = min(units_of(target), band * parts), whole.products * lines * row
     v = _scratch(f"{op.name}.inputs", whole.products * v_xi)
     z = _scratch(f"{op.name}.gradients", whole.products * z_xi)
     d = _scratch(f"{op.name}.products", units * d_unit)
@@ -117,40 +148,35 @@ def lower_conv_weight_grad(
     for i in range(turns):
         first, stop = (whole.tiles * j // turns for j in (i, i + 1))
         tiling = grouped(whole, stop - first, cpu.vectors.block)
-        for kernel, source, start, count, across, xi_stride, block_stride in (
-            (transform_input, left, v, c_blocks, 1, v_xi, v_block),
-            (transform_dy, right, z, k_blocks, wide, z_xi, z_k),
-        ):
-            ints = tiling.ints() | {
-                "blocks": count,
-                "first": first,
-                "x_image": source.image,
-                "x_block": source.block,
-                "x_row": source.row,
-                "wide": across,
-                "v_group": 0,
-                "v_tile": across * cpu.vectors.block,
-                "v_xi": xi_stride,
-                "v_block": block_stride,
+        ints = tiling.ints() | {"first": first, "v_group": 0, "blocks": c_blocks, "wide": 1}
+        ints |= {"x_image": left.image, "x_block": left.block, "x_row": left.row}
+        ints |= {"v_tile": cpu.vectors.block, "v_xi": v_xi, "v_block": v_block}
+        code = transform_input(vectors=cpu.vectors, m=m)
+        calls.append(_call(code, c_blocks * tiling.groups, (left.start, ref(v)), INPUT_INTS, ints))
+        for k in range(0, k_tiles, band):
+            tiles = min(band, k_tiles - k)
+            ints |= {"blocks": tiles * wide, "wide": wide}
+            ints |= {"x_image": right.image, "x_block": right.block, "x_row": right.row}
+            ints |= {"v_tile": row, "v_xi": z_xi, "v_block": z_k}
+            code, start = transform_dy(vectors=cpu.vectors, m=m), moved(right.start, k * wide * right.block)
+            calls.append(_call(code, tiles * wide * tiling.groups, (start, ref(z)), INPUT_INTS, ints))
+            sums = {
+                "items": tiles * parts,
+                "units": min(units, tiles * parts),
+                "blocks": c_blocks,
+                "tiles": stop - first,
+                "v_xi": v_xi,
+                "v_block": v_block,
+                "z_xi": z_xi,
+                "z_k": z_k,
+                "d_unit": d_unit,
+                "d_k": dw.k,
+                "d_block": dw.block,
+                "adding": int(i > 0),
             }
-            code = kernel(vectors=cpu.vectors, m=m)
-            calls.append(_call(code, count * tiling.groups, (source.start, ref(start)), INPUT_INTS, ints))
-        ints = {
-            "items": items,
-            "units": units,
-            "blocks": c_blocks,
-            "tiles": stop - first,
-            "v_xi": v_xi,
-            "v_block": v_block,
-            "z_xi": z_xi,
-            "z_k": z_k,
-            "d_unit": d_unit,
-            "d_k": dw.k,
-            "d_block": dw.block,
-            "adding": int(i > 0),
-        }
-        code = filter_gradient(vectors=cpu.vectors, m=m, wide=wide, lines=lines)
-        calls.append(_call(code, units, (ref(v), ref(z), dw.start, ref(d)), GRADIENT_INTS, ints))
+            code = filter_gradient(vectors=cpu.vectors, m=m, wide=wide, lines=lines)
+            pointers = (ref(v), ref(z), moved(dw.start, k * wide * dw.k), ref(d))
+            calls.append(_call(code, sums["units"], pointers, GRADIENT_INTS, sums))
     return Lowered(tuple(calls), (v, z, d))
 
 
@@ -249,6 +275,7 @@ def _convolve(
     sizes: Sizes,
     epilogue: Epilogue,
     *,
+    lean: bool,
     transposed: bool = False,
 ) -> Lowered:
     cpu, units = machine(target, w.lines), units_of(target)
@@ -259,25 +286,28 @@ def _convolve(
     for one in options:
         if one.has_many_channels and one.k_tiles >= MIN_CHANNEL_TILES:
             return _over_channels(one)
-    return _over_tiles(options[-1])
+    return _over_tiles(options[-1], lean=lean)
 
 
-def _over_tiles(one: Convolution) -> Lowered:
-    """Many tiles: U as a whole."""
+def _over_tiles(one: Convolution, *, lean: bool) -> Lowered:
+    """Many tiles: U as a whole, or with `lean` of a band of output channels at a time, for each of which V is made
+    again."""
     tiling, v_group = one.tiling, one.tiling.products * one.v_xi
     c_blocks = tiling.sizes.c_blocks
     u_xi = padded(c_blocks * one.block * one.row)
     m_group, block_groups = one.m_group(by_xi=False), one.block_groups
     items = -(-tiling.groups // block_groups)
     units = min(one.units, items)
-    u = _scratch(f"{one.name}.weights", one.k_tiles * tiling.products * u_xi)
+    u_k = tiling.products * u_xi
+    band = max(-(-one.k_tiles // LEAN_BANDS), min(one.k_tiles, SMALL_floats // u_k)) if lean else one.k_tiles
+    u = _scratch(f"{one.name}.weights", band * u_k)
     v = _scratch(f"{one.name}.inputs", units * block_groups * v_group)
     m = _scratch(f"{one.name}.products", units * block_groups * m_group)
     ints = one.ints() | {
         "items": items,
         "units": units,
         "block_groups": block_groups,
-        "u_k": tiling.products * u_xi,
+        "u_k": u_k,
         "u_xi": u_xi,
         "v_unit": block_groups * v_group,
         "v_group": v_group,
@@ -286,12 +316,23 @@ def _over_tiles(one: Convolution) -> Lowered:
     vectors, activation = one.cpu.vectors, one.epilogue.activation
     weights = transform_filter(vectors=vectors, m=tiling.m, wide=one.wide, transposed=one.transposed)
     kernel = convolve_tiles(vectors=vectors, m=tiling.m, wide=one.wide, long=tiling.long, activation=activation)
-    pointers = (one.x.start, ref(u), one.epilogue.bias or one.w.start, one.y.start, ref(v), ref(m))
-    calls = (
-        _call(weights, one.k_tiles * c_blocks, (one.w.start, ref(u)), FILTER_INTS, ints),
-        _call(kernel, units, pointers, TILES_INTS, ints, (one.epilogue.alpha,)),
-    )
-    return Lowered(calls, (u, v, m))
+    calls = []
+    for k in range(0, one.k_tiles, band):
+        ints["k_tiles"] = tiles = min(band, one.k_tiles - k)
+        w, y = moved(one.w.start, k * one.wide * one.w.k), one.y.moved(k * one.wide * one.y.block)
+        bias = moved(one.epilogue.bias, k * one.row) if one.epilogue.bias else w
+        calls += [
+            _call(weights, tiles * c_blocks, (w, ref(u)), FILTER_INTS, ints),
+            _call(
+                kernel,
+                units,
+                (one.x.start, ref(u), bias, y.start, ref(v), ref(m)),
+                TILES_INTS,
+                ints,
+                (one.epilogue.alpha,),
+            ),
+        ]
+    return Lowered(tuple(calls), (u, v, m))
 
 
 def _over_channels(one: Convolution) -> Lowered:

@@ -7,7 +7,8 @@
     NormalizeInputGrad  dx = gamma * (1/std) * (dy - moments[0]/count - xhat * moments[1]/count)
 
 After fusion Normalize has an activation; then its two gradient ops take the gradient behind the activation, and beta as
-a last input to compute y again.
+a last input to compute y again. If a max pool follows, PooledNormalizeMoments and PooledNormalizeInputGrad take the
+gradient behind that, and argmax.
 
 The sums are float64, so that E[x*x] - E[x]^2 does not cancel. `count` is that of the whole batch, n*h*w.
 The gradient of Normalize with respect to x holds the path through the statistics; the statistics get none of their own.
@@ -32,6 +33,7 @@ from fusetile.ops.base import (
     Attrs,
     Axis,
     Domain,
+    Reference,
     Row,
     Spec,
     channel_access,
@@ -40,6 +42,7 @@ from fusetile.ops.base import (
     same_spec,
 )
 from fusetile.ops.functions import compute, fused_expression, fused_gradient
+from fusetile.ops.pool import holding, unpooled
 
 
 def _pair(channels: int) -> Access:
@@ -61,6 +64,17 @@ def _map_domain(maps: int, *, reduced: bool = False) -> Callable[[Attrs, Sequenc
             axes = tuple(axis if axis.name == "k" else Axis(axis.name, axis.size, "reduction") for axis in axes)
         reads = [access if i < maps else _small(tensor) for i, tensor in enumerate(inputs)]
         return Domain(axes, tuple(reads), (_small(outputs[0]) if reduced else access,))
+
+    return domain
+
+
+def _pooled_domain(*, reduced: bool = False) -> Callable[[Attrs, Sequence[Tensor], Sequence[Tensor]], Domain]:
+    """That of two maps, of which a pool's gradient and argmax stand for the first."""
+
+    def domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
+        dy, _, x, *small = inputs
+        plain = _map_domain(2, reduced=reduced)(attrs, [x, x, *small], outputs)
+        return Domain(plain.axes, (*[holding(attrs, dy.shape)] * 2, *plain.reads[1:]), plain.writes)
 
     return domain
 
@@ -157,6 +171,13 @@ def _normalize_input_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Arr
     return [centred * _wide(gamma * stats[1], dy)]
 
 
+def _behind_pool(reference: Reference) -> Reference:
+    """Of an op that is given a pool's gradient and argmax instead of the gradient dy."""
+    return lambda op, domain, box, inputs: reference(
+        op, domain, box, [unpooled(op, domain, box, inputs[:2]), *inputs[2:]]
+    )
+
+
 def _running(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
     """Of several batches, one after the other."""
     first, *old = inputs[:3]
@@ -233,6 +254,25 @@ register(
         _normalize_input_grad,
         kernel="normalize_input_grad",
         overwrites=(0, 1),
+    )
+)
+register(
+    Row(
+        "PooledNormalizeMoments",
+        _pair_spec("float64"),
+        _pooled_domain(reduced=True),
+        _behind_pool(_normalize_moments),
+        kernel="pooled_normalize_moments",
+    )
+)
+register(
+    Row(
+        "PooledNormalizeInputGrad",
+        lambda attrs, inputs: [Spec(inputs[2].shape)],
+        _pooled_domain(),
+        _behind_pool(_normalize_input_grad),
+        kernel="pooled_normalize_input_grad",
+        overwrites=(2,),
     )
 )
 register(

@@ -133,31 +133,36 @@ def _vjp(kind: str) -> Vjp:
     return vjp
 
 
-def _pool_grad_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
-    dy, x = inputs[0].shape, outputs[0].shape
+def holding(attrs: Attrs, shape: Sequence[int]) -> Access:
+    """The outputs (of the shape `shape`) of a pool whose windows hold pixels of its input."""
     spread = [
         Spread(axis, size, taps, stride, dilation, pad)
-        for size, (axis, taps, stride, dilation, pad) in zip(dy[2:], _dims(attrs), strict=True)
+        for size, (axis, taps, stride, dilation, pad) in zip(shape[2:], _dims(attrs), strict=True)
     ]
-    axes = tuple(Axis(name, size) for name, size in zip("nkhw", x, strict=True))
-    return Domain(axes, tuple((*_maps(dy)[:2], *spread) for _ in inputs), (_maps(x),))
+    return (*_maps(shape)[:2], *spread)
 
 
-def _pool_grad(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    """Spread dy over the windows: max pooling to the tap that `argmax` names, average pooling evenly to all."""
+def _pool_grad_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
+    axes = tuple(Axis(name, size) for name, size in zip("nkhw", outputs[0].shape, strict=True))
+    return Domain(axes, (holding(attrs, inputs[0].shape),) * len(inputs), (_maps(outputs[0].shape),))
+
+
+def unpooled(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> Array:
+    """dy, the first input, spread over the windows: max pooling's to the tap that argmax, the second input, names,
+    average pooling's evenly to all. The axes of `domain` are the pixels' n, k, h and w."""
     need = domain.need(box, 0)
     dy = inputs[0]
     if not dy.size:  # with strides, a box may lie between all windows
-        return [np.zeros(extents(domain.output(box)), dy.dtype)]
+        return np.zeros(extents(box), dy.dtype)
     if len(inputs) == 1:
         dy = dy / _window_areas(op, op.attrs["input_shape"][2:], need[2:], dy.dtype)
-    dx = np.zeros(extents(domain.output(box)), dy.dtype)
+    dx = np.zeros(extents(box), dy.dtype)
     lead = [np.arange(size) for size in dx.shape[:2]]
     for number, tap in enumerate(np.ndindex(*op.attrs["kernel"])):
         (rows, to_rows), (columns, to_columns) = scatter_rows(box, need, _dims(op.attrs), tap, domain)
         part = dy if len(inputs) == 1 else np.where(inputs[1] == number, dy, dy.dtype.type(0))
         dx[np.ix_(*lead, to_rows, to_columns)] += part[:, :, rows][:, :, :, columns]
-    return [dx]
+    return dx
 
 
 def _max_pool_grad_vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
@@ -221,7 +226,7 @@ for _kind, _grad_vjp, _kernel in (
             _kind,
             lambda attrs, inputs: [Spec(attrs["input_shape"])],
             _pool_grad_domain,
-            _pool_grad,
+            lambda op, domain, box, inputs: [unpooled(op, domain, box, inputs)],
             _grad_vjp,
             kernel=_kernel,
         )

@@ -28,6 +28,7 @@ from fusetile.graph import BACKWARD, FORWARD, Graph, Op
 from fusetile.ops import overwritten
 from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import Communication, moved_bytes
+from fusetile.passes.order import late_ops
 from fusetile.plan import Plan
 
 Again = frozenset[str]
@@ -86,6 +87,7 @@ class Books:
             op.name: np.array([found.get(op.name, 0) for found in scratch_bytes], float) for op in self._order
         }
         self._seconds = {op.name: _seconds(graph, op, plan, communication, cluster) for op in self._order}
+        self._kept_back = _kept_back(graph, self._order)
         self._partial = {name for name, layout in communication.layouts.items() if layout.combine == "sum"}
         self._lived = lru_cache(REMEMBERED)(self._live)
 
@@ -119,8 +121,10 @@ class Books:
         return [name for name in worth if name in set(largest[:MOST])]
 
     def _steps(self, again: Again) -> Iterator[tuple[Op, bool, list[str], list[str]]]:
-        """(op, whether it is a copy, what it reads, what it writes) in order. Copies write other names."""
+        """(op, whether it is a copy, what it reads, what it writes) in order, as `order_ops` would have it: late ops
+        that are kept back come before copies. Copies write other names."""
         copied: set[str] = set()
+        done: set[str] = set()
 
         def read(name: str, above: list[tuple[Op, bool, list[str], list[str]]]) -> str:
             op = self._producers.get(name)
@@ -132,13 +136,22 @@ class Books:
                 above.append((op, True, inputs, [_again(output) for output in op.outputs]))
             return _again(name)
 
-        for op in self._order:
+        def run(op: Op) -> Iterator[tuple[Op, bool, list[str], list[str]]]:
+            if op.name in done:
+                return
+            done.add(op.name)
             inputs = list(op.inputs)
             if op.phase == BACKWARD:
+                if any(name in again and self._producers[name].name not in copied for name in inputs):
+                    for late in self._kept_back.get(op.name, ()):
+                        yield from run(late)
                 above: list[tuple[Op, bool, list[str], list[str]]] = []
-                inputs = [read(name, above) for name in op.inputs]
+                inputs = [read(name, above) for name in inputs]
                 yield from above
             yield op, False, inputs, list(op.outputs)
+
+        for op in self._order:
+            yield from run(op)
 
     def _live(self, again: Again) -> tuple[np.ndarray, float]:
         """Bytes that are live at every step, on every device; seconds per step that computing again takes."""
@@ -150,9 +163,9 @@ class Books:
                 first[name] = last[name] = at
             for name in reads:
                 last[name] = at
-        for at, (op, copied, _, writes) in enumerate(steps):
+        for at, (op, _, reads, writes) in enumerate(steps):
             for name in self._places[op.name]:
-                place = _again(name) if copied and _again(name) in first else name
+                place = _again(name) if _again(name) in reads else name
                 if last.get(place) == at and place not in self._lasting and writes[0] in first:
                     last[place] = at - 1  # from here on it is what is written in its place
                     break
@@ -164,6 +177,18 @@ class Books:
         scratch = np.array([self._scratch[op.name] for op, *_ in steps])
         seconds = sum(self._seconds[op.name] for op, copied, *_ in steps if copied)
         return self._always + np.cumsum(change, axis=0)[:-1] + scratch, seconds
+
+
+def _kept_back(graph: Graph, order: Sequence[Op]) -> dict[str, list[Op]]:
+    """Urgent backward op -> the late ones that come before it in the graph, but behind it in the order."""
+    late, found = late_ops(graph), {}
+    at = {name: i for i, name in enumerate(graph.ops)}
+    for i, op in enumerate(order):
+        if op.phase == BACKWARD and op.name not in late:
+            behind = [other for other in order[i + 1 :] if other.name in late and at[other.name] < at[op.name]]
+            if behind:
+                found[op.name] = behind
+    return found
 
 
 def _again(name: str) -> str:
@@ -215,10 +240,14 @@ def economize(books: Books, start: Again, goal_bytes: np.ndarray, *, free_second
         found = [f for f in _shrinking(books, plain, goal_bytes, need) if f.seconds <= plain.seconds + free_seconds]
         best = min([plain, *found], key=lambda found: (round(need(found) / need(plain), 2), found.seconds))
         return _pruned(books, best, start, best.peak_bytes)
-    found = [found for found in _alternatives(books, plain, goal_bytes) if found.excess == 0]
-    if found:
-        return min((_pruned(books, each, start, goal_bytes) for each in found), key=lambda found: found.seconds)
-    return min(_shrinking(books, plain, goal_bytes, need), key=need)
+    found = _alternatives(books, plain, goal_bytes)
+    if min(map(need, found)) > 1:
+        found = list(_shrinking(books, plain, goal_bytes, need))  # what misses one goal may lie within another
+    fitting = [each for each in found if need(each) <= 1]
+    if not fitting:
+        least = min(found, key=need)
+        return _pruned(books, least, start, least.peak_bytes)
+    return min((_pruned(books, each, start, goal_bytes) for each in fitting), key=lambda found: found.seconds)
 
 
 def _shrinking(
@@ -239,12 +268,26 @@ def _shrinking(
 
 def _alternatives(books: Books, plain: Played, goal_bytes: np.ndarray) -> list[Played]:
     candidates = books.candidates(plain.peak_bytes)
-    found = [_greedy(books, plain, candidates, goal_bytes)]
+    found = [_climbed(books, plain, candidates, goal_bytes, start=plain.again)]
     for segments in (2, 3, 4, 6, 8, 11, 16, 23, 32):
         if segments < len(candidates):
             kept = {candidates[i * len(candidates) // segments] for i in range(segments)}
-            found.append(books.play(plain.again | (set(candidates) - kept), goal_bytes))
+            spaced = books.play(plain.again | (set(candidates) - kept), goal_bytes)
+            found.append(_climbed(books, spaced, candidates, goal_bytes, start=plain.again))
     return found
+
+
+def _climbed(books: Books, now: Played, candidates: Sequence[str], goal_bytes: np.ndarray, *, start: Again) -> Played:
+    """Add greedily, take out again what by now only adds to the excess (a pool whose input is computed again anyway),
+    and so on, as long as the excess falls."""
+    now = _greedy(books, now, candidates, goal_bytes)
+    while now.excess > 0:
+        without = [books.play(now.again - {name}, goal_bytes) for name in sorted(now.again - start)]
+        least = min(without, key=lambda found: found.excess, default=now)
+        if least.excess >= now.excess:
+            break
+        now = _greedy(books, least, candidates, goal_bytes)
+    return now
 
 
 def _greedy(books: Books, plain: Played, candidates: Sequence[str], goal_bytes: np.ndarray) -> Played:
@@ -276,9 +319,17 @@ def _greedy(books: Books, plain: Played, candidates: Sequence[str], goal_bytes: 
 
 
 def _pruned(books: Books, found: Played, start: Again, goal_bytes: np.ndarray) -> Played:
-    """Without what is not needed."""
-    for name in sorted(found.again - start, key=lambda name: (-books.play(start | {name}, goal_bytes).seconds, name)):
+    """Without what is not needed, and with other tensors instead where these take less time."""
+    candidates = books.candidates(found.peak_bytes)
+
+    def taking(name: str) -> tuple[float, str]:
+        return -books.play(start | {name}, goal_bytes).seconds, name
+
+    found = books.play(found.again, goal_bytes)
+    for name in sorted(found.again - start, key=taking):
         without = books.play(found.again - {name}, goal_bytes)
+        if without.excess > 0:
+            without = _greedy(books, without, [other for other in candidates if other != name], goal_bytes)
         if without.excess == 0 and without.seconds <= found.seconds:
             found = without
     return found

@@ -5,8 +5,13 @@
     NormalizeMoments(dz, x, ...)                NormalizeInputGrad(dy, x, ..., activation=relu)
     NormalizeInputGrad(dz, x, ...)
 
-Only where nothing else reads z. Convolutions take Relu and LeakyRelu, whose gradient reads y; a normalization takes
-nearly any function of one element, because its gradient ops compute z again.
+    MaxPoolGrad(dp, argmax) -> dy               PooledNormalizeMoments(dp, argmax, x, ...)
+    NormalizeMoments(dy, x, ...)                PooledNormalizeInputGrad(dp, argmax, x, ...)
+    NormalizeInputGrad(dy, x, ...)
+
+Only where nothing else reads z, or dy. Convolutions take Relu and LeakyRelu, whose gradient reads y; a normalization
+takes nearly any function of one element, because its gradient ops compute z again. A pool's gradient is four times its
+output's, in a network's largest maps; what it is read for can put it together from that.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from fusetile.graph import FORWARD, Graph, Op
+from fusetile.graph import BACKWARD, FORWARD, Graph, Op
 from fusetile.ops.functions import FUSED_NAMES
 
 _RECTIFIERS = {"Relu": "relu", "LeakyRelu": "leaky_relu"}
@@ -32,6 +37,9 @@ def fuse(graph: Graph) -> Graph:
     for op in list(graph.ops.values()):
         if op.phase == FORWARD and op.kind in _NAMES["Normalize"]:
             _fuse(graph, op)
+    for op in list(graph.ops.values()):
+        if op.phase == BACKWARD and op.kind == "MaxPoolGrad":
+            _fuse_pool(graph, op)
     return graph.sorted()
 
 
@@ -58,6 +66,17 @@ def _fuse(graph: Graph, op: Op) -> None:
     graph.replace_op(host, outputs=op.outputs, attrs=MappingProxyType({**host.attrs, **activation}))
     for follower in [other for other in graph.ops.values() if other.layer == op.name]:
         graph.replace_op(follower, layer=host.name)
+
+
+def _fuse_pool(graph: Graph, op: Op) -> None:
+    """Fuse a pool's gradient into those of the normalization before it, if nothing else reads it."""
+    behind = _behind(graph.consumers(), op, graph.kept())
+    for reader in behind:
+        attrs = MappingProxyType({**reader.attrs, **op.attrs})
+        inputs = (*op.inputs, *reader.inputs[1:])
+        graph.replace_op(reader, kind=f"Pooled{reader.kind}", inputs=inputs, attrs=attrs)
+    if behind:
+        graph.remove(op)
 
 
 def _is_of(gradient: Op, z: str, y: str) -> bool:

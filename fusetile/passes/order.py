@@ -6,7 +6,8 @@
 Ops of the forward pass and input gradients are urgent: they follow each other as in the graph. Late are weight
 gradients and all that only updates wait for. A late op takes its turn when the next urgent one would have to wait for
 a message, by an estimate: the slowest device, the busiest link. None is kept back beyond the next layer's weight
-gradient, because what it reads takes memory. An update runs once its gradient is expected to have come.
+gradient, nor beyond what is computed again, because what it reads takes memory. An update runs once its gradient is
+expected to have come.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class _Queue:
     ) -> None:
         self.graph, self.communication, self.link = graph, communication, link
         self.seconds = {name: max(parts) for name, parts in seconds.items()}
-        self.late, self.readers = _late(graph), graph.consumers()
+        self.late, self.readers = late_ops(graph), graph.consumers()
         self.crossing: dict[str, list[int]] = {}  # tensor -> its deliveries that cross the network
         for index, delivery in enumerate(communication.deliveries):
             if delivery.transfers():
@@ -58,7 +59,8 @@ class _Queue:
                 continue
             if name in self.late:
                 self._run_kept()
-            while self.kept and (self._ready(name) > self.now or self._opens(name)):
+            needs_room = name in self.graph.repeats
+            while self.kept and (needs_room or self._ready(name) > self.now or self._opens(name)):
                 self._run(self.kept.pop(0))
                 self._update(self.now)
             self._update(self._ready(name))
@@ -138,7 +140,7 @@ class _Queue:
         return any(op.phase != UPDATE and op.name not in self.late for op in ops)
 
 
-def _late(graph: Graph) -> set[str]:
+def late_ops(graph: Graph) -> set[str]:
     """Backward ops that only updates read, and what is recomputed for them alone."""
     readers, producers, late = graph.consumers(), graph.producers(), set[str]()
     for op in reversed(graph.ops.values()):

@@ -148,6 +148,7 @@ class Case:
         threads: Sequence[int] = (1, 2),
         block: int = BLOCK,
         raw: Sequence[int] = (),
+        lean: bool = False,
         **layout: Any,
     ) -> list[np.ndarray]:
         """Lower the op for a box of iterations, run it, and compare with the reference: values in the box, zero in pad
@@ -166,7 +167,7 @@ class Case:
             else buffer_for(name, tensors[name], self.domain.output(box, o), block=block, **layout)
             for o, name in enumerate(self.op.outputs)
         ]
-        lowered = lower(self.op, self.domain, box, inputs, outputs, target=TARGET)
+        lowered = lower(self.op, self.domain, box, inputs, outputs, target=TARGET, lean=lean)
         distinct = {buffer.name: buffer for buffer in (*inputs, *outputs, *lowered.scratch)}
         placed, before = self._prepared(list(distinct.values()), inputs, box)
         at = {buffer.name: buffer for buffer in placed}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.codegen.harness import Case, middle, seeded
+from tests.codegen.test_pool import SHAPE, WINDOWS, image
 
 SHAPES = [(2, 19, 9, 7), (3, 13)]
 LAYOUT = {"margin": 1, "border": (1, 2), "pitch": 1}
@@ -101,3 +102,18 @@ def test_gradients_behind_an_activation(activation: str, shape: tuple[int, ...])
     sums.check(middle(sums.domain.box, sums.domain, channels=8), rtol=2e-6, atol=1e-5, **LAYOUT)
     gradient = Case("NormalizeInputGrad", [dy, x, *scale, moments, shift], {"count": 126, **attrs})
     gradient.check(middle(gradient.domain.box, gradient.domain, channels=8), rtol=1e-5, atol=1e-5, **LAYOUT)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("activation", ["", "leaky_relu"])
+def test_gradients_behind_a_pool(activation: str, window: str) -> None:
+    channels = SHAPE[1]
+    y, argmax = (pool := Case("MaxPool", [image()], WINDOWS[window])).expected(pool.domain.box)
+    attrs = {**WINDOWS[window], "input_shape": SHAPE, "activation": activation, **NUMBERS}
+    moments, shift = seeded(5).standard_normal((2, channels)) * 50, vector(channels, 3) - 1
+    given = [seeded(1).standard_normal(y.shape, np.float32), argmax, image(), stats(channels)]
+    gamma, *beta = [vector(channels, 2), *([shift] if activation else [])]
+    sums = Case("PooledNormalizeMoments", [*given, *([gamma, *beta] if activation else [])], attrs)
+    gradient = Case("PooledNormalizeInputGrad", [*given, gamma, moments, *beta], {"count": 126, **attrs})
+    for case in (sums, gradient):
+        case.check(middle(case.domain.box, case.domain, channels=8), rtol=1e-5, atol=1e-5, **LAYOUT)

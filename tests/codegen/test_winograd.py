@@ -69,6 +69,16 @@ def use(monkeypatch):
     return choose
 
 
+def test_less_scratch_and_the_same_bits(use, monkeypatch):
+    use(4)
+    monkeypatch.setattr(winograd, "SMALL_floats", 1)
+    for case in cases(*PROBLEMS[-1]):
+        plain, lean = (
+            case.check(rtol=1e-3, atol=1e-3, threads=(2,), lean=lean, border=(2, 2)) for lean in (False, True)
+        )
+        assert np.array_equal(plain, lean)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("m", [2, 4])

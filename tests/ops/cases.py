@@ -119,6 +119,10 @@ def _convolutions() -> list[Case]:
     return cases
 
 
+COUNT = {"count": 24}
+RELU = {"activation": "relu", "alpha": 0.0}
+
+
 def _pools() -> list[Case]:
     maxima = {**POOLS, "ceil": CEIL, "ceil, last window dropped": CEIL_DROPPED}
     averages = {name: case for name, case in maxima.items() if name != "dilated"}
@@ -133,6 +137,17 @@ def _pools() -> list[Case]:
             case,
             Case(f"MaxPoolGrad {name}", "MaxPoolGrad", ((y, V), (y, "uint8")), grad),
             Case(f"MaxPoolPick {name}", "MaxPoolPick", ((x, V), (y, "uint8")), attrs),
+        ]
+        maps, pair, vector = ((y, V), (y, "uint8"), (x, V)), ((2, x[1]), V), ((x[1],), V)
+        sums, grad = ((2, x[1]), "float64"), {**grad, **COUNT, **RELU}
+        cases += [
+            Case(f"PooledNormalizeMoments {name}", "PooledNormalizeMoments", (*maps, pair, vector, vector), grad),
+            Case(
+                f"PooledNormalizeInputGrad {name}",
+                "PooledNormalizeInputGrad",
+                (*maps, pair, vector, sums, vector),
+                grad,
+            ),
         ]
     for name, (x, attrs) in averages.items():
         for include in (False, True):
@@ -177,8 +192,6 @@ MAP, ROW, C = (2, 5, 4, 3), (3, 7), (5,)
 PAIR = (2, 5)
 BROADCAST = ((2, 5, 1, 1), (1, 5, 1, 1), C, (1,), (2, 1, 4, 3), (1, 1, 1, 1))  # what fits MAP
 BIG = np.array([[3.0, -2, 5, 1, 4], [40.0, 60, 70, 50, 45]])  # sums whose variance is positive for a count of 24
-COUNT = {"count": 24}
-RELU = {"activation": "relu", "alpha": 0.0}
 
 
 def _moves() -> list[Case]:
