@@ -23,8 +23,10 @@ PLANS = {
     "shufflenet": ("grid:2x2", 4),
     "siamese": ("batch", 2),
     "ssd": ("random:1", 3),
+    "swin": ("random:1", 4),
     "style_transfer": ("grid:3x2", 6),
     "unet": ("grid:2x1", 2),
+    "weight_standardized": ("channel", 3),
     "yolo_11_attention": ("random:3", 4),
     "yolo_v5": ("channel", 4),
 }
@@ -46,4 +48,4 @@ def test_exports_of_the_newer_exporter(name: str, tmp_path: Path) -> None:
 
 
 def test_every_loss_is_used() -> None:
-    assert {network.loss for network in NETWORKS.values()} == {"cross-entropy", "mse"} and len(NETWORKS) == 54
+    assert {network.loss for network in NETWORKS.values()} == {"cross-entropy", "mse"} and len(NETWORKS) == 58

@@ -53,6 +53,7 @@ _MODULES = {
     "reshape": "shape",
     "pad": "shape",
     "rearrange": "rearrange",
+    "restored": "filters",
     "resample": "resample",
     "mat_mul": "matmul",
     "sum_to": "reduce",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +29,13 @@ _LABELLED = ("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss")
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Random numbers that a model draws, of this shape: those between 0 and 1 while `kept` is None, and after a
-    comparison `factor` with the probability `kept`, else 0."""
+    """Random numbers that a model draws, of this shape: those between `low` and `low` + 1 while `kept` is None, and
+    after a comparison `factor` with the probability `kept`, else 0."""
 
     shape: tuple[int, ...]
     kept: float | None = None
     factor: float = 1.0
+    low: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +219,26 @@ class Importer:
             raise self.refuse(
                 node, f"its input {node.inputs[i]!r} is random; only a dropout, random < p times a map, is"
             )
-        what = "an initializer" if name in self.initializers else "a constant"
-        raise self.refuse(node, f"its input {node.inputs[i]!r} is {what}; it must depend on the model's inputs")
+        return self._weight_as_map(node, i)
+
+    def _weight_as_map(self, node: Node, i: int) -> View:
+        """An initializer or a constant as a feature map: a class token, a table of biases. It is stored with a first
+        dimension of one, so that nothing takes that for the batch."""
+        name = self.resolved(node.inputs[i])
+        source = self.transposes.get(name, name)
+        array, base = self.weight(source), self.reshapes.get(source, (source, ()))[0]
+        if array is None or not array.size:
+            raise self.refuse(node, f"its input {node.inputs[i]!r} is {'not known' if array is None else 'empty'}")
+        if base in self.graph.parameters and self.graph.tensors[base].kind == "map":
+            view = self.whole(base).reshaped(array.shape)
+        else:
+            stored = array.shape if array.shape[:1] == (1,) and array.ndim < 5 else (1, *array.shape)
+            stored = stored if len(stored) < 5 else (*stored[:3], prod(stored[3:]))
+            whole = replace(node, inputs=(source,))
+            view = self.whole(self.parameter(whole, 0, shape=stored, kind="map")).reshaped(array.shape)
+        if view is None:
+            raise self.refuse(node, f"its input {node.inputs[i]!r} is shared with a node that uses it in another way")
+        return view if source == name else view.permuted((1, 0))
 
     def mask(self, name: str) -> Mask | None:
         """The random numbers that an operand is, if it is that."""
@@ -271,7 +290,9 @@ class Importer:
         if name in self.masks:
             return self.masks[name].shape
         array = self.weight(name)
-        return self.graph.tensors[name].shape if array is None else array.shape
+        if array is None:
+            return self.graph.tensors[name].shape
+        return array.shape[::-1] if name in self.transposes else array.shape
 
     def constant_input(self, node: Node, i: int, what: str) -> Array:
         """The value of an operand that must be known now, such as a shape or a ratio."""
@@ -355,6 +376,26 @@ class Importer:
         ):
             raise self.refuse(node, f"its operand {name!r} is shared with a node that uses it in another way")
         return name
+
+    def vector(self, node: Node, i: int, channels: int) -> str:
+        """Operand `i` as one number per channel: a parameter, or computed."""
+        if self.weight(node.inputs[i]) is not None:
+            return self.parameter(node, i, shape=(channels,))
+        view = self.view(node, i)
+        flat = view.reshaped((channels,)) if prod(view.shape) == channels else None
+        if flat is None:
+            raise self.refuse(node, f"its operand {node.inputs[i]!r} has shape {view.shape}; expected {(channels,)}")
+        return self.tensor(node, flat)
+
+    def filter(self, node: Node, i: int, *, row: bool = False) -> str:
+        """Operand `i` as the weights of a convolution: a parameter, or computed (weight standardization). `row`: its
+        window lacks the rows."""
+        shape = self.known_shape(node.inputs[i])
+        if self.weight(node.inputs[i]) is not None:
+            return self.parameter(node, i, shape=(*shape[:2], *(1,) * row, *shape[2:]))
+        view = self.view(node, i)
+        view = View(view.base, (*view.dims[:2], *((),) * row, *view.dims[2:]))
+        return self.step(node, "weights", "FilterOf", [self.tensor(node, view)])
 
     def emit(
         self,

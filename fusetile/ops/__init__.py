@@ -3,6 +3,7 @@
 from fusetile.ops import (
     arithmetic,
     conv,
+    filters,
     functions,
     loss,
     matmul,
@@ -27,6 +28,7 @@ __all__ = [
     "arithmetic",
     "conv",
     "domain_of",
+    "filters",
     "functions",
     "loss",
     "matmul",

@@ -213,7 +213,8 @@ def _add_gradients(graph: Graph, seed: str) -> None:
         parts = partial.get(name, [])
         while len(parts) > 1:
             stem, origin = f"grad.{name}.sum", f"the gradient of {name!r}"
-            layer = (producers[name] if name in producers else readers[name][0]).name
+            reader = next(op for op in readers[name] if op.outputs[0] in partial)  # others lead nowhere
+            layer = producers.get(name, reader).name
             (both,) = graph.add("Add", parts[:2], stem=stem, phase=BACKWARD, origin=origin, layer=layer)
             parts = [both, *parts[2:]]
         return parts[0] if parts else None

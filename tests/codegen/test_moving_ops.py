@@ -105,6 +105,16 @@ def test_rearrange_is_reshape_and_transpose(name: str) -> None:
     np.testing.assert_array_equal(y, x.reshape(split).transpose(order).reshape(result))
 
 
+@pytest.mark.parametrize("shape", [(19, 11, 3, 2), (8, 3, 1, 1), (5, 20)])
+def test_between_maps_and_filters(shape: tuple[int, ...]) -> None:
+    for kind, stored, wanted in (("FilterOf", "map", "filter"), ("MapOf", "filter", "map")):
+        case = Case(kind, [tensor(*shape)], {}, filters=[0] if stored == "filter" else [])
+        assert case.graph.tensors[case.op.outputs[0]].kind == wanted
+        case.check(rtol=0, atol=0)
+        if shape[0] > 8 and shape[1] > 8:
+            case.check(((8, shape[0]), (0, 8)), rtol=0, atol=0)
+
+
 def test_resample_by_tables() -> None:
     reflected = Taps.picking(7, [2, 1, 0, 1, 2, 3, 4, 5, 6, 5, -1])
     linear = Taps.weighted(5, [[(i // 2, 0.3), (min(i // 2 + 1, 4), 0.7)] for i in range(10)])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.networks import classifiers, dense, detectors
+from tests.networks import attention, classifiers, dense, detectors
 from tests.networks.blocks import Apply
 
 
@@ -36,9 +36,10 @@ NETWORKS: dict[str, Network] = {
         classifiers,
         "lenet alexnet vgg resnet resnet_with_padded_shortcut resnext se_resnet preact_resnet densenet squeezenet "
         "shufflenet mobilenet_v1 mobilenet_v2 mobilenet_v3 mnasnet efficientnet googlenet inception_v3 regnet convnext "
-        "ghostnet resnest eca_net cbam res2net group_normalized vision_transformer",
+        "ghostnet resnest eca_net cbam res2net group_normalized weight_standardized vision_transformer",
         "cross-entropy",
     ),
+    **_all(attention, "class_token swin position_encoded", "cross-entropy"),
     **_all(dense, "unet unet_bilinear fcn deeplab pspnet lraspp hrnet", "cross-entropy"),
     **_all(
         dense,

@@ -290,6 +290,26 @@ def group_normalized() -> nn.Module:
     )  # fmt: skip
 
 
+class _Standardized(nn.Conv2d):
+    """Weights of mean 0 and variance 1 per output channel, times a gain."""
+
+    def __init__(self, c: int, k: int, window: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(c, k, window, stride, window // 2, groups=groups)
+        self.gain = nn.Parameter(torch.rand(k, 1, 1, 1) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * 0.7).view(-1)
+        w = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0, eps=1e-6)
+        return F.conv2d(x, w.reshape_as(self.weight), self.bias, self.stride, self.padding, 1, self.groups)
+
+
+def weight_standardized() -> nn.Module:
+    return nn.Sequential(
+        _Standardized(3, 12, 3, 2), nn.GroupNorm(3, 12), nn.ReLU(), _Standardized(12, 16, 3), nn.GroupNorm(4, 16),
+        nn.ReLU(), _Standardized(16, 16, 3, groups=4), nn.ReLU(), head(16),
+    )  # fmt: skip
+
+
 def vision_transformer() -> nn.Module:
     """Patches as tokens, a position each, attention with two heads, a mean of the tokens."""
 

@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 
 from fusetile.errors import UnsupportedOp, UserError
 from fusetile.onnx_import import import_onnx
+from fusetile.passes.differentiate import differentiate
 from tests.onnx_import.test_rules import check, kinds
 from tests.onnx_tools import model, node, normal, save
 
@@ -83,11 +84,10 @@ def test_shape_arithmetic_is_folded(tmp_path: Path) -> None:
 def test_what_depends_on_weights_is_not_folded(tmp_path: Path) -> None:
     nodes = [node("Mul", "w w", "w2", "square"), node("Conv", "x w2", "y")]
     proto = model(nodes, {"x": ("N", 3, 2, 2)}, weights={"w": normal(4, 3, 1, 1)})
-    with pytest.raises(UnsupportedOp, match="Mul node 'square': its input 'w' is an initializer"):
-        import_onnx(save(proto, tmp_path))
-    nodes[0] = node("Relu", "w", "w2", "positive")
-    with pytest.raises(UnsupportedOp, match="Relu node 'positive': its input 'w' is an initializer"):
-        import_onnx(save(model(nodes, {"x": ("N", 3, 2, 2)}, weights={"w": normal(4, 3, 1, 1)}), tmp_path))
+    graph = check(proto, tmp_path)
+    assert kinds(graph) == ["Mul", "Rearrange", "FilterOf", "Conv"] and graph.parameters["w"].trainable
+    graph = differentiate(graph, loss="mse")
+    assert set(graph.gradients) == {"w"}
 
 
 def test_random_constants_are_not_folded(tmp_path: Path) -> None:

@@ -37,6 +37,26 @@ def test_a_written_out_dropout_is_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(y[y != 0], (x / 0.75)[y != 0], rtol=1e-5)
 
 
+def test_a_rounded_mask_is_a_dropout(tmp_path: Path) -> None:
+    """Floor(0.75 + random): so older packages drop the branches of residual blocks."""
+    nodes = [
+        node("RandomUniform", "", "u", shape=(2, 1, 1, 1)),
+        node("Add", "p u", "sum"),
+        node("Floor", "sum", "m"),
+        node("Div", "x p", "d"),
+        node("Mul", "d m", "y"),
+    ]
+    graph = import_onnx(save(model(nodes, X, weights={"p": np.float32(0.75)}), tmp_path), batch=2)
+    (drop,) = (op for op in graph.ops.values() if op.kind == "Dropout")
+    assert drop.attrs["ratio"] == pytest.approx(0.25)
+    x = normal(2, 3, 9, 11)
+    factors = [evaluate(graph, {"x": x, "step": np.array([step], np.int32)})["y"] / x for step in range(8)]
+    assert {round(float(value), 4) for factor in factors for value in factor.reshape(-1)} == {0.0, 1.3333}
+    nodes[2] = node("Floor", "x", "m")
+    with pytest.raises(UnsupportedOp, match="Floor node"):
+        import_onnx(save(model(nodes, X, weights={"p": np.float32(0.75)}), tmp_path), batch=2)
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 1, 1, 1)])
 def test_whole_channels_or_images_are_dropped(shape: tuple[int, ...], tmp_path: Path) -> None:
     nodes = [
@@ -61,7 +81,7 @@ def test_whole_channels_or_images_are_dropped(shape: tuple[int, ...], tmp_path: 
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
-        ([node("RandomUniformLike", "x", "u"), node("Add", "x u", "y", "n")], "its input 'u' is random"),
+        ([node("RandomUniformLike", "x", "u"), node("Add", "x u", "y", "n")], "added to a constant number only"),
         ([node("RandomUniformLike", "x", "u"), node("Mul", "x u", "y", "n")], "only the mask of a dropout"),
         (
             [node("RandomUniformLike", "x", "u"), node("Less", "u x", "m", "n"), node("Cast", "m", "y", to=1)],

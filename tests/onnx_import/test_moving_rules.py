@@ -77,6 +77,30 @@ CASES: dict[str, tuple[Nodes, Weights]] = {
         b=[4],
     ),
     "gather": chain(("Gather i", {"axis": 1}), ("Gather j", {"axis": 3}), i=[2, 0, 1], j=[1, 1, 4]),
+    "gather of a grid": chain(
+        ("Gather i", {"axis": 1}),
+        ("Gather j", {"axis": -1}),
+        ("Reshape four", {}),
+        i=[[2, 0], [1, 0]],
+        j=[0, 3, 3],
+        four=[2, 4, 4, 3],
+    ),
+    "gather of many": chain(("Gather i", {"axis": 1}), i=[0, 2, 4, 1, 3, 5, 0, 0, 2, 2, 4]),
+    "a token and a table": (
+        [
+            node("Reshape", "x three", "a"),
+            node("Transpose", "a", "b", perm=[0, 2, 1]),
+            node("Expand", "token one", "t"),
+            node("Concat", "t b", "c", axis=1),
+            node("Gather", "table grid", "g", axis=0),
+            node("Transpose", "g", "h", perm=[2, 0, 1]),
+            node("Slice", "c s0 s0 one1", "none"),
+            node("Concat", "none c", "d", axis=1),
+            node("Add", "d h", "y"),
+        ],
+        ints(three=[0, 6, 20], one=[2, 1, 1], s0=[0], one1=[1])
+        | {"token": normal(1, 1, 6), "table": normal(9, 1), "grid": np.arange(126).reshape(21, 6) % 9},
+    ),
     "strides of what lies in order": (
         [node("Reshape", "x flat", "f"), node("Gather", "f i", "y")],
         ints(flat=[-1]) | {"i": np.arange(240).reshape(2, 12, 10)},

@@ -202,6 +202,8 @@ def _moves() -> list[Case]:
             Case(f"Rearrange {name}", "Rearrange", ((shape, V),), {"dims": dims}),
             Case(f"Rearrange {name}, back", "Rearrange", ((back, V),), {"dims": inverse(dims, len(shape))}),
         ]
+    for shape in ((19, 11, 3, 2), (19, 11)):
+        cases += [Case(f"FilterOf {shape}", "FilterOf", ((shape, V),)), Case(f"MapOf {shape}", "MapOf", ((shape, F),))]
     for rows, columns in (("reflected", "linear"), ("linear", "padded"), ("backwards with steps", "one by one")):
         shape, attrs, fixed = tapped(rows, columns)
         operands = ((shape, V), *((table.shape, str(table.dtype)) for table in fixed.values()))

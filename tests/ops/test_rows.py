@@ -361,6 +361,7 @@ DIFFERENTIABLE: list[tuple[str, list[tuple[tuple[int, ...], str]], dict[str, Any
     ("SumTo", [((2, 3, 5, 4), "map"), ((3,), "map")], {"shape": (2, 3, 1, 1)}),
     *(("MaxTo", [((2, 3, 5, 4), "map")], {"shape": shape}) for shape in ((2, 3, 1, 1), (2, 1, 5, 4), (2, 3, 5, 1))),
     *(("Rearrange", [(shape, "map")], {"dims": dims}) for shape, dims in VIEWS.values()),
+    ("MapOf", [((3, 4, 2, 2), "filter")], {}),
     *(
         ("Resample", [(tapped(*names)[0], "map")], tapped(*names)[1])
         for names in (("reflected", "linear"), ("padded", "backwards with steps"))
@@ -468,6 +469,7 @@ def test_gradients_of_losses(loss: str) -> None:
 def test_every_op_with_a_gradient_is_tested() -> None:
     tested = {kind for kind, _, _ in DIFFERENTIABLE} | {"BatchStatistics", "FrozenStatistics"}
     elsewhere = {"YoloV2", "MaxPoolGrad"}  # test_yolo.py, and test_max_unpool in onnx_import/test_rules.py
+    elsewhere |= {"FilterOf"}  # a loss is of maps: test_networks.py, weight_standardized
     elsewhere |= {"IsGreater", "IsAtLeast", "Masked", "MaskedOut"}  # test_choices in onnx_import/test_masks.py
     assert tested | set(LOSSES.values()) | elsewhere == {kind for kind, row in ROWS.items() if row.vjp}
 

@@ -31,6 +31,7 @@ RULES: dict[str, Rule] = {
     "Exp": pointwise.function("Exp"),
     "Expand": shape.expand,
     "Flatten": shape.flatten,
+    "Floor": masks.floor,
     "Gather": shape.gather,
     "GatherND": shape.gather_nd,
     "Gelu": pointwise.gelu,

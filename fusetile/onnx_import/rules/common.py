@@ -62,9 +62,8 @@ def pointwise(importer: Importer, node: Node, kind: str, view: View, attrs: Mapp
 def operands(importer: Importer, node: Node, indices: Sequence[int]) -> tuple[list[str], Dims | None]:
     """Operands that are broadcast against each other, as tensors of the graph that fit each other, and the view of the
     result: the layout of the largest operand if all others fit it, else that of the model."""
-    views = {i: importer.view(node, i) for i in indices if importer.weight(node.inputs[i]) is None}
-    if not views:
-        importer.view(node, indices[0])  # which refuses it
+    mapped = [i for i in indices if importer.weight(node.inputs[i]) is None] or indices[:1]
+    views = {i: importer.view(node, i) for i in mapped}
     shapes = {i: views[i].shape if i in views else importer.constant_shape(node, i) for i in indices}
     try:
         full = np.broadcast_shapes(*shapes.values())

@@ -4,7 +4,8 @@ constant, and the map times what comes of it.
     RandomUniformLike(x) -> Less(., 0.7) -> Cast -> Div(., 0.7) -> Mul(x, .)      ==>      Dropout(x), ratio 0.3
 
 So newer exporters write what has no op of its own: dropout of whole channels, or of the branch of a residual block
-(stochastic depth). The masks are fusetile's own, not the file's: the same on any number of nodes.
+(stochastic depth). Others write Floor(0.7 + random). The masks are fusetile's own, not the file's: the same on any
+number of nodes.
 
 Other comparisons are maps of 1 for true and 0 for false.
 """
@@ -40,6 +41,7 @@ def compared(kind: str, *, turned: bool) -> Rule:
             return
         drawn, other = (0, 1) if masks[0] is not None else (1, 0)
         mask, level = masks[drawn], number_of(importer, node.inputs[other])
+        level = None if level is None or mask is None else level - mask.low
         if mask is None or mask.kept is not None or level is None or not 0 <= level <= 1:
             raise importer.refuse(
                 node, "random numbers, between 0 and 1, are compared with a constant only (a dropout)"
@@ -48,6 +50,14 @@ def compared(kind: str, *, turned: bool) -> Rule:
         importer.masks[node.outputs[0]] = replace(mask, kept=kept)
 
     return rule
+
+
+def floor(importer: Importer, node: Node) -> None:
+    """Of random numbers between p and 1 + p: which are 1 or more."""
+    mask = importer.mask(node.inputs[0])
+    if mask is None or mask.kept is not None or not 0 <= mask.low <= 1:
+        raise importer.refuse(node, "only Floor(p + random numbers between 0 and 1) is supported (a dropout)")
+    importer.masks[node.outputs[0]] = replace(mask, kept=mask.low, low=0.0)
 
 
 def equal(importer: Importer, node: Node) -> None:
@@ -91,13 +101,18 @@ def _inverse(importer: Importer, node: Node, view: View) -> None:
 
 
 def masked(importer: Importer, node: Node) -> bool:
-    """Whether a Mul or Div was one of a mask: by a number, or the dropout of a map."""
+    """Whether an Add, Mul or Div was one of a mask: with a number, or the dropout of a map."""
     masks = [importer.mask(name) for name in node.inputs]
     if masks == [None, None]:
         return False
     at = 0 if masks[0] is not None else 1
     mask, other = masks[at], node.inputs[1 - at]
-    if mask is None or mask.kept is None or None not in masks or (node.kind == "Div" and at == 1):
+    if node.kind == "Add" and mask is not None and mask.kept is None:
+        if (number := number_of(importer, other)) is None:
+            raise importer.refuse(node, "random numbers are added to a constant number only (a dropout)")
+        importer.masks[node.outputs[0]] = replace(mask, low=mask.low + number)
+        return True
+    if node.kind == "Add" or mask is None or mask.kept is None or None not in masks or (node.kind == "Div" and at == 1):
         raise importer.refuse(
             node, "of random numbers, only the mask of a dropout, times or over a number, is supported"
         )

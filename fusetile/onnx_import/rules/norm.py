@@ -18,6 +18,9 @@ def batch_normalization(importer: Importer, node: Node) -> None:
     importer.require_unused(node, node.outputs[1:])
     if not node.attrs.get("spatial", 1):
         raise importer.refuse(node, "spatial=0 (statistics per pixel) is not supported")
+    if any(importer.weight(name) is None for name in node.inputs[3:5]):
+        _without_running_statistics(importer, node)
+        return
     x, y = importer.data(node), node.outputs[0]
     shape = importer.shape(x)
     if len(shape) not in (2, 3, 4):
@@ -38,6 +41,23 @@ def batch_normalization(importer: Importer, node: Node) -> None:
     importer.emit(node, "BatchStatistics", [sums], count | epsilon, outputs=stats)
     importer.emit(node, "Normalize", [x, *stats, gamma, beta], count)
     _update_statistics(importer, node, sums, (mean, var), count | {"momentum": float(node.attrs.get("momentum", 0.9))})
+
+
+def _without_running_statistics(importer: Importer, node: Node) -> None:
+    """Of a network that keeps none, as of weights that are standardized, exporters compute them in front of the node.
+    In training mode they do not matter; otherwise they are what it normalizes by."""
+    view = importer.view(node)
+    view, shape = reducible(importer, node, view, [axis for axis in range(len(view.dims)) if axis != 1])
+    epsilon = float(node.attrs.get("epsilon", 1e-5))
+    if node.attrs.get("training_mode", 0):
+        centred, inverse = _normalized(importer, node, view.base, shape, epsilon)
+    else:
+        view = importer.whole(importer.tensor(node, view))
+        mean, variance = (importer.vector(node, i, view.shape[1]) for i in (3, 4))
+        centred = importer.step(node, "centred", "Sub", [view.base, mean])
+        inverse = _inverse_deviation(importer, node, variance, epsilon)
+    plain = importer.step(node, "plain", "Mul", [centred, inverse])
+    _affine(importer, node, view.over(plain))
 
 
 def _update_statistics(
@@ -83,9 +103,13 @@ def _normalized(
     mean = _average(importer, node, "mean", [x], shape, groups)
     centred = importer.step(node, "centred", "Sub", [x, mean])
     variance = _average(importer, node, "variance", [centred, centred], shape, groups)
+    return centred, _inverse_deviation(importer, node, variance, epsilon)
+
+
+def _inverse_deviation(importer: Importer, node: Node, variance: str, epsilon: float) -> str:
     raised = importer.step(node, "raised", "Shift", [variance], {"offset": epsilon})
     deviation = importer.step(node, "deviation", "Sqrt", [raised])
-    return centred, importer.step(node, "inverse", "Reciprocal", [deviation])
+    return importer.step(node, "inverse", "Reciprocal", [deviation])
 
 
 def instance_normalization(importer: Importer, node: Node) -> None:
@@ -123,7 +147,7 @@ def _affine(importer: Importer, node: Node, view: View, *, per_group: bool = Fal
     if left and per_group:
         raise importer.refuse(node, "scales and biases per group are not supported")
     for i, kind in left:
-        vector = importer.parameter(node, i, shape=(channels,))
+        vector = importer.vector(node, i, channels)
         if (i, kind) == left[-1]:
             finish(importer, node, kind, [view.base, vector], dims=importer.seen_through(view))
             return

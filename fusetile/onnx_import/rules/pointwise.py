@@ -48,7 +48,7 @@ def neg(importer: Importer, node: Node) -> None:
 
 def arithmetic(importer: Importer, node: Node) -> None:
     """Add, Sub, Mul or Div; with a number it is a factor or an offset."""
-    if node.kind in ("Mul", "Div") and masked(importer, node):
+    if node.kind in ("Add", "Mul", "Div") and masked(importer, node):
         return
     numbers = [number_of(importer, name) for name in node.inputs]
     if numbers[0] is None and numbers[1] is None:
@@ -160,8 +160,9 @@ def variadic(kind: str, *, mean: bool = False) -> Rule:
 
 
 def add(importer: Importer, node: Node) -> None:
+    random = any(importer.mask(name) is not None for name in node.inputs)
     for i in (0, 1):
-        if importer.weight(node.inputs[i]) is not None and _is_bias(importer, node, bias=i):
+        if not random and importer.weight(node.inputs[i]) is not None and _is_bias(importer, node, bias=i):
             return _add_bias(importer, node, bias=i)
     return arithmetic(importer, node)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from math import prod
 
@@ -11,6 +12,10 @@ from fusetile.onnx_import.importer import Importer, Node
 from fusetile.onnx_import.rules.common import axes_of, finish, listed
 from fusetile.onnx_import.rules.resize import slice_axis
 from fusetile.onnx_import.views import View
+from fusetile.ops.resample import Taps
+
+PARTS = 8
+"""Indices with fewer breaks than that are cut out and joined; others are looked up one by one."""
 
 
 def _reshape_to(importer: Importer, node: Node, target: Sequence[int]) -> None:
@@ -104,7 +109,7 @@ def transpose(importer: Importer, node: Node) -> None:
     elif order == list(range(rank)):
         importer.alias[node.outputs[0]] = node.inputs[0]
     else:
-        raise importer.refuse(node, "of weights, only the transpose of a matrix is supported")
+        importer.define(node, importer.view(node).permuted(order))
 
 
 def depth_to_space(importer: Importer, node: Node) -> None:
@@ -166,8 +171,8 @@ def tile(importer: Importer, node: Node) -> None:
 
 
 def concat(importer: Importer, node: Node) -> None:
-    """Of views that are alike along one whole axis: of the tensors as they are stored."""
-    views = [importer.view(node, i) for i in range(len(node.inputs))]
+    """Of views that are alike along one whole axis: of the tensors as they are stored. What is empty is left out."""
+    views = [importer.view(node, i) for i, name in enumerate(node.inputs) if prod(importer.known_shape(name))]
     rank = len(views[0].dims)
     (axis,) = axes_of(importer, node, [node.attrs["axis"]], rank)
     if any(len(view.dims) != rank for view in views):
@@ -219,8 +224,11 @@ def _cut(importer: Importer, node: Node, view: View, axis: int, indices: Sequenc
     digits = view.dims[axis]
     if list(indices) == list(range(view.shape[axis])):
         return view
-    if len(digits) == 1 and digits[0][1] == importer.shape(view.base)[digits[0][0]]:
-        stored = digits[0][0]
+    stored = digits[0][0] if len(digits) == 1 and digits[0][1] == importer.shape(view.base)[digits[0][0]] else -1
+    breaks = sum(b != a + 1 for a, b in itertools.pairwise(indices))
+    if breaks >= PARTS and not (stored >= 2 and len(importer.shape(view.base)) == 4):
+        return _looked_up(importer, node, view, axis, indices, (len(indices),))
+    if stored >= 0:
         base = slice_axis(importer, node, view.base, stored, indices)
         dims = ((stored, len(indices), 1),) if len(indices) > 1 else ()
         return View(base, (*view.dims[:axis], dims, *view.dims[axis + 1 :]))
@@ -244,8 +252,10 @@ def slice_(importer: Importer, node: Node) -> None:
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         axis = axis % rank
         indices = list(range(view.shape[axis]))[slice(start, end if end > -(2**31) else None, step)]
-        if not indices:
-            raise importer.refuse(node, f"nothing is left of axis {axis} of shape {view.shape}")
+        if not indices:  # as in a roll by nothing: Concat leaves it out
+            shape = (*view.shape[:axis], 0, *view.shape[axis + 1 :])
+            importer.alias[node.outputs[0]] = importer.new_constant(f"{node.outputs[0]}.empty", np.zeros(shape))
+            return
         view = _cut(importer, node, view, axis, indices)
     importer.define(node, view)
 
@@ -292,20 +302,32 @@ def gather(importer: Importer, node: Node) -> None:
     (axis,) = axes_of(importer, node, [node.attrs.get("axis", 0)], len(view.dims))
     indices = importer.constant_input(node, 1, "indices")
     size = view.shape[axis]
-    if indices.ndim > 1:
-        # so newer exporters write as_strided of what lies in order, for the batch of the export
-        fits = len(view.dims) == 1 and indices.size * importer.batch == size * indices.shape[0]
-        in_order = fits and np.array_equal(indices.reshape(-1), np.arange(indices.size))
-        whole = view.reshaped((importer.batch, *indices.shape[1:])) if in_order else None
-        if whole is None:
-            raise importer.refuse(node, f"indices of shape {indices.shape} are not supported; a number or a list is")
-        importer.define(node, whole)
-        return
     picked = [int(index) % size for index in indices.reshape(-1)]
-    found = _cut(importer, node, view, axis, picked)
-    if indices.ndim == 0:
-        found = found.without([axis])
-    importer.define(node, found)
+    if indices.ndim > 1 and len(view.dims) == 1 and indices.size * importer.batch == size * indices.shape[0]:
+        # so newer exporters write as_strided of what lies in order, for the batch of the export
+        whole = view.reshaped((importer.batch, *indices.shape[1:])) if picked == list(range(indices.size)) else None
+        if whole is None:
+            raise importer.refuse(node, f"indices of shape {indices.shape} mix the images of a batch")
+        importer.define(node, whole)
+    elif indices.ndim > 1:
+        importer.define(node, _looked_up(importer, node, view, axis, picked, indices.shape))
+    else:
+        found = _cut(importer, node, view, axis, picked)
+        importer.define(node, found if indices.ndim else found.without([axis]))
+
+
+def _looked_up(
+    importer: Importer, node: Node, view: View, axis: int, indices: Sequence[int], shape: Sequence[int]
+) -> View:
+    """Along one dimension what stands at these indices, which have this shape: the rows of a linear map."""
+    before, after = view.shape[:axis], view.shape[axis + 1 :]
+    flat = view.reshaped((*(before[:1] or (1,)), prod(before[1:]), view.shape[axis], prod(after)))
+    assert flat is not None  # neighbours can always be put together
+    rows, columns = Taps.picking(view.shape[axis], indices), Taps.picking(prod(after), range(prod(after)))
+    x = importer.resampled(node, importer.tensor(node, flat), rows, columns)
+    found = importer.whole(x).reshaped((*before, *shape, *after))
+    assert found is not None  # neighbours are taken apart again
+    return found
 
 
 def gather_nd(importer: Importer, node: Node) -> None:

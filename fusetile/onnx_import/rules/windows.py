@@ -79,12 +79,11 @@ def conv(importer: Importer, node: Node) -> None:
     """Padding with zeros by an op of its own in front becomes the convolution's."""
     if (groups := node.attrs.get("group", 1)) < 1:
         raise importer.refuse(node, f"group={groups} must be at least 1")
-    rank = len(importer.constant_shape(node, 1))
-    x, sizes, row = _image(importer, node, rank - 2)
-    out_channels, channels, *kernel = importer.constant_shape(node, 1)
+    out_channels, _, *kernel = importer.known_shape(node.inputs[1])
+    x, sizes, row = _image(importer, node, len(kernel))
     if list(node.attrs.get("kernel_shape", kernel)) != kernel:
         raise importer.refuse(node, f"kernel_shape {node.attrs['kernel_shape']} is not that of its weights, {kernel}")
-    w = importer.parameter(node, 1, shape=(out_channels, channels, *(1,) * row, *kernel))
+    w = importer.filter(node, 1, row=row)
     bias = [importer.parameter(node, 2, shape=(out_channels,))] if node.has(2) else []
     attrs = _window(importer, node, sizes, kernel) | ({"groups": groups} if groups > 1 else {})
     if x in importer.zero_padded:
@@ -95,10 +94,10 @@ def conv(importer: Importer, node: Node) -> None:
 
 def conv_transpose(importer: Importer, node: Node) -> None:
     """The input gradient of a convolution, as an op of the forward pass; a bias is added."""
-    channels, filters, *kernel = importer.constant_shape(node, 1)
+    channels, filters, *kernel = importer.known_shape(node.inputs[1])
     x, pixels, row = _image(importer, node, len(kernel))
     missing = (1,) * row
-    w = importer.parameter(node, 1, shape=(channels, filters, *missing, *kernel))
+    w = importer.filter(node, 1, row=row)
     shape, taps = importer.shape(x), (*missing, *kernel)
     groups = node.attrs.get("group", 1)
     if shape[1] != channels or groups < 1 or channels % groups:
