@@ -26,9 +26,10 @@ from fusetile.errors import FusetileError, UserError
 from fusetile.explain import read_plan
 from fusetile.graph import Graph
 from fusetile.local import BEST, CHECKPOINTS, REPORT, RESULT, TRAINED, free_ports, temporary_folder, train_locally
-from fusetile.options import RunOptions, Training
+from fusetile.options import Training
 from fusetile.picture import report_html
 from fusetile.pipeline import compile_model
+from fusetile.run_options import RunOptions
 from fusetile.runtime import safetensors
 from fusetile.runtime.progress import StepRecord
 from fusetile.runtime.samples import most_boxes

@@ -9,8 +9,9 @@ from pathlib import Path
 from fusetile.errors import UserError
 from fusetile.graph import Graph
 from fusetile.onnx_import.files import self_contained
-from fusetile.options import RunOptions, Training
+from fusetile.options import Training
 from fusetile.program import Feed
+from fusetile.run_options import RunOptions
 from fusetile.runtime import checkpoint
 from fusetile.runtime.augment import Augmentation
 from fusetile.runtime.files import check_writable

@@ -16,12 +16,14 @@ from rich.console import Console
 
 from fusetile import api
 from fusetile.cluster import Cluster, local_cluster, read_cluster
+from fusetile.command_line import spread
 from fusetile.errors import FusetileError, UserError
 from fusetile.explain import devices_table, explain_build, read_plan, recomputed_text
 from fusetile.local import REPORT, export_run, free_ports
-from fusetile.options import RunOptions, Training, spread
+from fusetile.options import Training
 from fusetile.pipeline import PASSES
 from fusetile.progress import CompileProgress
+from fusetile.run_options import RunOptions
 from fusetile.trace import Stopped, Trace
 
 app = typer.Typer(

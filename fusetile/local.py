@@ -23,7 +23,7 @@ import numpy as np
 from fusetile.cluster import Cluster
 from fusetile.errors import FusetileError, PeerFailure, UserError
 from fusetile.onnx_export import export_onnx
-from fusetile.options import RunOptions
+from fusetile.run_options import RunOptions
 from fusetile.runtime import checkpoint, safetensors
 from fusetile.runtime.follow import Following
 from fusetile.runtime.progress import StepRecord

@@ -1,21 +1,15 @@
-"""What the command line can say, in one place: `Training` shapes what is compiled, `RunOptions` a run of it.
-
-A field's annotation is its option: name, help and panel. `spread` gives a command the fields of its dataclasses.
-"""
+"""What the command line can say of what is compiled: the loss, the optimizer, the plan."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
-
-import typer
+from typing import Annotated, Any, Literal
 
 from fusetile.cluster import Wire
+from fusetile.command_line import numbers, option
 from fusetile.errors import UserError
 from fusetile.passes.add_optimizer import Kind, Optimizer
 from fusetile.passes.differentiate import MODEL, BoxOptions, ClassOptions
@@ -23,23 +17,7 @@ from fusetile.rates import Rates, Schedule
 
 Loss = Literal["cross-entropy", "nll", "mse", "l1", "smooth-l1", "bce-with-logits", "dice", "yolov2", "model"]
 
-
-def _option(panel: str, flag: str, help_text: str, **more: Any) -> Any:
-    return typer.Option(flag, help=help_text, rich_help_panel=panel, **more)
-
-
-_training, _plan, _run = (functools.partial(_option, panel) for panel in ("Training", "Plan", "Run"))
-
-
-def _numbers(flag: str, text: str) -> tuple[float, ...]:
-    """Numbers separated by commas. Raises UserError."""
-    try:
-        values = tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        values = (math.nan,)
-    if not all(map(math.isfinite, values)):
-        raise UserError(f"{flag} {text!r}: give numbers separated by commas")
-    return values
+_training, _plan = (functools.partial(option, panel) for panel in ("Training", "Plan"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +29,9 @@ class Training:
         _training(
             "--loss",
             "cross-entropy (of logits) and nll (of log-probabilities): targets are class numbers, per sample or per "
-            "pixel; yolov2: boxes; model: the first output is the loss; the others: arrays shaped like the output.",
+            "pixel; mse, l1, smooth-l1, bce-with-logits, dice: arrays shaped like the output; yolov2: boxes; model: "
+            "the first output is the loss.",
+            metavar="LOSS",
         ),
     ] = "cross-entropy"
     loss_model: Annotated[
@@ -137,7 +117,12 @@ class Training:
     freeze: Annotated[str, _training("--freeze", "Initializers that stay as they are.", metavar="PATTERN,...")] = ""
     train: Annotated[str, _training("--train", "Train only these initializers.", metavar="PATTERN,...")] = ""
     schedule: Annotated[
-        Schedule, _training("--schedule", "How the learning rate goes on, step by step; see the README.")
+        Schedule,
+        _training(
+            "--schedule",
+            "How the learning rate goes on, step by step: constant, step, multistep, cosine, one-cycle, polynomial.",
+            metavar="SCHEDULE",
+        ),
     ] = "constant"
     warmup: Annotated[
         int, _training("--warmup", "Steps in which the learning rate rises linearly.", min=0, metavar="STEPS")
@@ -213,7 +198,7 @@ class Training:
     ] = "fp32"
     guard: Annotated[
         bool,
-        _option(
+        option(
             "Looking inside",
             "--guard",
             "Leave gaps around all buffers, and let the nodes look after every kernel whether it wrote into one: slow.",
@@ -223,7 +208,7 @@ class Training:
     @property
     def weights(self) -> tuple[float, ...]:
         """Of the losses of several outputs."""
-        return _numbers("--loss-weights", self.loss_weights)
+        return numbers("--loss-weights", self.loss_weights)
 
     @property
     def objective(self) -> str:
@@ -233,15 +218,15 @@ class Training:
     @property
     def classes(self) -> ClassOptions:
         """What the loss of classes counts how much."""
-        weights = _numbers("--class-weights", self.class_weights)
+        weights = numbers("--class-weights", self.class_weights)
         return ClassOptions(ignore=self.ignore_index, weights=weights, smoothing=self.label_smoothing)
 
     @property
     def boxes(self) -> BoxOptions:
         """What yolov2 goes by."""
         usual = BoxOptions()
-        anchors = _numbers("--anchors", ",".join(self.anchors.replace(",", " ").split())) or usual.anchors
-        factors = _numbers("--lambdas", self.lambdas) or usual.factors
+        anchors = numbers("--anchors", ",".join(self.anchors.replace(",", " ").split())) or usual.anchors
+        factors = numbers("--lambdas", self.lambdas) or usual.factors
         return BoxOptions(anchors=anchors, factors=factors, most=self.max_boxes or usual.most)
 
     @property
@@ -269,7 +254,7 @@ class Training:
     @property
     def rates(self) -> Rates:
         """The learning rate of every step."""
-        milestones = _numbers("--milestones", self.milestones)
+        milestones = numbers("--milestones", self.milestones)
         rate = {"adam": 0.001, "adamw": 0.001}.get(self.optimizer, 0.01)
         return Rates(
             learning_rate=rate if self.learning_rate is None else self.learning_rate,
@@ -285,7 +270,7 @@ class Training:
 
     @property
     def _betas(self) -> tuple[float, float]:
-        betas = _numbers("--betas", self.betas)
+        betas = numbers("--betas", self.betas)
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise UserError(f"--betas {self.betas}: give two numbers from 0 to below 1, such as 0.9,0.999")
         return betas[0], betas[1]
@@ -310,7 +295,7 @@ class Training:
                 raise UserError(
                     f"{flag} {value} has no effect with --{chosen} {choice}: it is for {', '.join(fitting)}"
                 )
-        if any(step < 0 or step % 1 for step in _numbers("--milestones", self.milestones)):
+        if any(step < 0 or step % 1 for step in numbers("--milestones", self.milestones)):
             raise UserError(f"--milestones {self.milestones}: steps are whole numbers of at least 0")
         if self.schedule == "multistep" and not rates.milestones:
             raise UserError("--schedule multistep needs --milestones")
@@ -345,108 +330,3 @@ _FITTING: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 )
 """Fields that count only with some choices of another: (field, its option, the other, those choices)."""
 _DEFAULTS = {each.name: each.default for each in fields(Training)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    """A run of what was compiled."""
-
-    val: Annotated[
-        Path | None,
-        _run("--val", "Held-back data of the same kind: validate, and keep the best weights.", metavar="DATA"),
-    ] = None
-    val_every: Annotated[
-        int | None, _run("--val-every", "Validate after every N steps. Default: an epoch.", min=1, metavar="N")
-    ] = None
-    patience: Annotated[
-        int | None,
-        _run("--patience", "Stop when N validations in a row were not better than the best.", min=1, metavar="N"),
-    ] = None
-    steps: Annotated[int | None, _run("--steps", "Stop after this many steps.", min=1)] = None
-    epochs: Annotated[int | None, _run("--epochs", "Passes over the data. Default: 1.", min=1)] = None
-    no_shuffle: Annotated[bool, _run("--no-shuffle", "Take the samples in order.")] = False
-    mean: Annotated[
-        str, _run("--mean", "Per channel, subtracted from inputs; bytes become 0 to 1 first.", metavar="M,...")
-    ] = ""
-    std: Annotated[str, _run("--std", "Per channel, what inputs are then divided by.", metavar="S,...")] = ""
-    augment: Annotated[
-        str,
-        _run(
-            "--augment",
-            "Change every sample in each epoch anew: flip, crop, colour, brightness, contrast, saturation, hue, each "
-            "with a strength if you like, as in flip,crop=0.2.",
-            metavar="WHAT,...",
-        ),
-    ] = ""
-    threads: Annotated[
-        int | None,
-        _run("--threads", "Threads per node. Default: this machine's cores shared among the nodes.", min=1),
-    ] = None
-    log: Annotated[Path | None, _run("--log", "Write one JSON object per step.", metavar="FILE.jsonl")] = None
-    save_gradients: Annotated[
-        Path | None, _run("--save-gradients", "Write the last step's gradients.", metavar="FILE.npz")
-    ] = None
-
-    checkpoint_every: Annotated[
-        int | None,
-        _run("--checkpoint-every", "Write a checkpoint after every N steps, and at the end.", min=1, metavar="N"),
-    ] = None
-    resume: Annotated[
-        bool, _run("--resume", "Go on from the newest checkpoint in OUT/checkpoints, with any number of nodes.")
-    ] = False
-
-    def __post_init__(self) -> None:
-        if self.steps is not None and self.epochs is not None:
-            raise UserError("give --steps or --epochs, not both")
-        _, deviations = self.scaling
-        if any(value <= 0 for value in deviations):
-            raise UserError(f"--std {self.std}: must be above 0")
-
-    @property
-    def scaling(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The numbers of --mean and --std."""
-        return _numbers("--mean", self.mean), _numbers("--std", self.std)
-
-    def arguments(self) -> list[str]:
-        """For fusetile-runtime on any node."""
-        given = [
-            ("--val", self.val),
-            ("--val-every", self.val_every),
-            ("--patience", self.patience),
-            ("--steps", self.steps),
-            ("--epochs", self.epochs),
-            ("--augment", self.augment or None),
-            ("--threads", self.threads),
-            ("--checkpoint-every", self.checkpoint_every),
-        ]
-        found = [part for name, value in given if value is not None for part in (name, str(value))]
-        # one word each: a first number may be negative
-        found += [f"{name}={value}" for name, value in (("--mean", self.mean), ("--std", self.std)) if value]
-        flags = (("--no-shuffle", self.no_shuffle), ("--resume", self.resume))
-        return found + [name for name, given in flags if given]
-
-
-def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters of type `Training` or `RunOptions` are replaced by their fields, for typer to see."""
-    parameters, groups = [], {}
-    for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        kind = parameter.annotation
-        if kind not in (Training, RunOptions):
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-            continue
-        hints = get_type_hints(kind, include_extras=True)
-        groups[parameter.name] = (kind, [each.name for each in fields(kind)])
-        for each in fields(kind):
-            default = inspect.Parameter.empty if each.default is MISSING else each.default
-            made = inspect.Parameter(
-                each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[each.name]
-            )
-            parameters.append(made)
-
-    @functools.wraps(command)
-    def spread_command(**values: Any) -> None:
-        made = {name: kind(**{key: values.pop(key) for key in keys}) for name, (kind, keys) in groups.items()}
-        command(**values, **made)
-
-    vars(spread_command)["__signature__"] = inspect.Signature(parameters)
-    return spread_command
