@@ -34,7 +34,8 @@ def main() -> None:
     print("| network | exporter | ops | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 3) + "|")
     good = total = 0
     for name in arguments.names or NETWORKS:
-        for exporter, opset in itertools.product(arguments.exporter or EXPORTERS, arguments.opset or [None]):
+        exporters = [by for by in NETWORKS[name].exporters if by in (arguments.exporter or EXPORTERS)]
+        for exporter, opset in itertools.product(exporters, arguments.opset or [None]):
             total += 1
             start = time.perf_counter()
             cells, works = _row(name, exporter, opset, kernels=arguments.kernels)

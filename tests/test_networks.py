@@ -39,7 +39,7 @@ def test_a_step_is_pytorchs(name: str, tmp_path: Path) -> None:
         assert error < TOLERANCE, f"{where} is off by {error}"
 
 
-@pytest.mark.parametrize("name", ["vision_transformer", "yolo_v8"])
+@pytest.mark.parametrize("name", ["segnet", "vision_transformer", "yolo_v8"])
 def test_exports_of_the_newer_exporter(name: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     step = step_of(name, "dynamo", tmp_path)
@@ -48,4 +48,4 @@ def test_exports_of_the_newer_exporter(name: str, tmp_path: Path) -> None:
 
 
 def test_every_loss_is_used() -> None:
-    assert {network.loss for network in NETWORKS.values()} == {"cross-entropy", "mse"} and len(NETWORKS) == 58
+    assert {network.loss for network in NETWORKS.values()} == {"cross-entropy", "mse"} and len(NETWORKS) == 59

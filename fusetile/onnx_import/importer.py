@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
@@ -21,6 +21,9 @@ from fusetile.onnx_import.unshare import unshare_norms
 from fusetile.onnx_import.views import View
 from fusetile.ops.rearrange import Dims, reshaped, whole_view
 from fusetile.ops.resample import Taps, resample
+
+if TYPE_CHECKING:
+    from fusetile.onnx_import.rules.unpool import Places
 
 Array = np.ndarray
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
@@ -115,7 +118,7 @@ class Importer:
         self.sequences: dict[str, list[View]] = {}
         self.masks: dict[str, Mask] = {}
         self.zero_padded: dict[str, tuple[str, tuple[int, ...]]] = {}  # what a convolution may pad itself: (x, pads)
-        self.pools: dict[str, tuple[str, str, dict[str, Any]]] = {}  # indices of a MaxPool: (its input, argmax, window)
+        self.places: dict[str, Places] = {}
         self._tensors: dict[View, str] = {}
         self.uses = Counter(name for node in self.nodes for name in node.input)
         self.uses.update(output.name for output in model.graph.output)
@@ -178,6 +181,7 @@ class Importer:
 
     def _walk(self, nodes: Sequence[onnx.NodeProto]) -> None:
         from fusetile.onnx_import.rules import RULES
+        from fusetile.onnx_import.rules.unpool import follow
 
         for proto in nodes:
             node = self._node(proto)
@@ -185,6 +189,8 @@ class Importer:
                 self._fold(proto, node)
             elif node.kind == "If":
                 self._choose(node)
+            elif any(self.resolved(name) in self.places for name in node.inputs):
+                follow(self, node, proto)
             elif node.kind not in RULES:
                 raise self.refuse(node, "the op is not supported")
             elif any(node.outputs):
@@ -195,12 +201,16 @@ class Importer:
         chosen = bool(self.constant_input(node, 0, "condition").reshape(()))
         branch: onnx.GraphProto = node.attrs["then_branch" if chosen else "else_branch"]
         self.initializers |= {tensor.name: numpy_helper.to_array(tensor) for tensor in branch.initializer}
-        known = {name: self.initializers.get(name, np.zeros(0)) for name in self.constant} | self.initializers
-        self.constant |= folding.constant_outputs(branch.node, known) - set(self.initializers)
+        self._fold_more(branch.node)
         self.uses.update(name for inner in branch.node for name in inner.input)
         self._walk(branch.node)
         for output, inner in zip(node.outputs, branch.output, strict=True):
             self.alias[output] = inner.name
+
+    def _fold_more(self, nodes: Sequence[onnx.NodeProto]) -> None:
+        """Find what is constant among nodes, knowing more than when the import began."""
+        known = {name: self.initializers.get(name, np.zeros(0, np.int64)) for name in self.constant} | self.initializers
+        self.constant |= folding.constant_outputs(nodes, known) - set(self.initializers)
 
     # -- what rules use ---------------------------------------------------------------------------------------------
 
@@ -289,6 +299,8 @@ class Importer:
             return self.views[name].shape
         if name in self.masks:
             return self.masks[name].shape
+        if name in self.places:
+            return self.places[name].shape
         array = self.weight(name)
         if array is None:
             return self.graph.tensors[name].shape
@@ -306,6 +318,12 @@ class Importer:
         name = self.fresh(stem)
         self.values[name] = value
         return name
+
+    def now_known(self, name: str, value: Array) -> None:
+        """An output of the model has turned out to be constant."""
+        self.values[name] = value
+        self.constant.add(name)
+        self._fold_more(self.nodes)
 
     def constant_shape(self, node: Node, i: int) -> tuple[int, ...]:
         """The shape of an operand that is an initializer or a constant, or the transpose of one."""
@@ -477,6 +495,11 @@ class Importer:
         if tensor.elem_type not in (_INTEGERS if labels else (onnx.TensorProto.FLOAT,)):
             kinds = {number: kind.lower() for kind, number in onnx.TensorProto.DataType.items()}
             kind = kinds.get(tensor.elem_type, f"of the unknown type {tensor.elem_type}")
+            if labels:
+                raise UserError(
+                    f"{place} is {kind}; the labels of a loss of classes are int64 or int32. For class probabilities "
+                    "write the loss out: -(targets * log_softmax(y, 1)).sum(1).mean()"
+                )
             raise UserError(f"{place} is {kind}; fusetile's inputs are float32: export the model in float32")
         dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
         if len(dims) not in ((1, 3) if labels else ranks):
@@ -541,6 +564,8 @@ class Importer:
             source = (
                 self.tensor(node, view, name) if view.dims else view.base
             )  # a scalar is stored with dimensions of 1
+        if source in self.places:
+            raise self.refuse(node, "it is the indices of a MaxPool; only unpooling by them is supported")
         if source not in self.graph.tensors or source in self.graph.parameters:
             raise UserError(f"{self.where}: output {name!r} does not depend on the model's inputs")
         if source != name:
@@ -562,6 +587,11 @@ def live_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 def labels_of(nodes: Sequence[onnx.NodeProto]) -> set[str]:
-    """What losses of classes read as labels, and nothing else reads."""
-    reads = [(name, node.op_type in _LABELLED and i == 1) for node in nodes for i, name in enumerate(node.input)]
+    """What losses of classes read as labels, and nothing else reads but their shape."""
+    reads = [
+        (name, node.op_type in _LABELLED and i == 1)
+        for node in nodes
+        for i, name in enumerate(node.input)
+        if folding.SHAPE_ONLY.get(node.op_type) != i
+    ]
     return {name for name, labels in reads if labels} - {name for name, labels in reads if not labels}

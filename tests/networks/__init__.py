@@ -17,14 +17,17 @@ from torch import nn
 from tests.networks import attention, classifiers, dense, detectors
 from tests.networks.blocks import Apply
 
+EXPORTERS = ("legacy", "dynamo")
+
 
 @dataclass(frozen=True)
 class Network:
-    """A builder, the shapes of the inputs without the batch, and the loss on every output."""
+    """A builder, the shapes of the inputs without the batch, the loss on every output, and who can export it."""
 
     build: Callable[[], nn.Module]
     inputs: tuple[tuple[int, ...], ...] = ((3, 24, 24),)
     loss: str = "cross-entropy"
+    exporters: tuple[str, ...] = EXPORTERS
 
 
 def _all(module: Any, names: str, loss: str) -> dict[str, Network]:
@@ -51,10 +54,10 @@ NETWORKS: dict[str, Network] = {
         "yolo_v2 tiny_yolo yolo_v3 yolo_v5 yolo_v8 yolo_11_attention ssd feature_pyramid",
         "mse",
     ),
+    "segnet": Network(dense.segnet, exporters=("dynamo",)),
     "siamese": Network(detectors.siamese, ((3, 24, 24), (3, 24, 24)), "mse"),
     "two_inputs": Network(detectors.two_inputs, ((3, 24, 24), (4,)), "mse"),
 }
-EXPORTERS = ("legacy", "dynamo")
 
 
 def made(name: str) -> nn.Module:

@@ -26,6 +26,20 @@ def unet() -> nn.Module:
     )  # fmt: skip
 
 
+def segnet() -> nn.Module:
+    """Goes back to where the maxima were. PyTorch's older exporter refuses it."""
+
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        a, at = F.max_pool2d(self.a(x), 2, return_indices=True)
+        b, below = F.max_pool2d(self.b(a), 2, return_indices=True)
+        b = F.max_unpool2d(self.c(b), below, 2, output_size=a.shape[2:])
+        return self.e(F.max_unpool2d(self.d(b), at, 2))
+
+    return Apply(
+        forward, a=conv(3, 6), b=conv(6, 8), c=conv(8, 8), d=conv(8, 6), e=nn.Conv2d(6, 4, 3, padding=1)
+    )  # fmt: skip
+
+
 def unet_bilinear() -> nn.Module:
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         a = self.a(x)

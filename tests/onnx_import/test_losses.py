@@ -59,8 +59,16 @@ MSE = (
     helper.make_node("Mul", ["d", "d"], ["q"]),
     helper.make_node("ReduceMean", ["q"], ["loss"], keepdims=0),
 )
+SHAPED = (  # newer exporters read the batch from the labels
+    helper.make_node("Shape", ["t"], ["n"]),
+    helper.make_node("Constant", [], ["c"], value_ints=[C]),
+    helper.make_node("Concat", ["n", "c"], ["nc"], axis=0),
+    helper.make_node("Reshape", ["z", "nc"], ["v"]),
+    helper.make_node("SoftmaxCrossEntropyLoss", ["v", "t"], ["loss"]),
+)
 OUTSIDE = {
     "cross-entropy": ((CROSS,), "cross-entropy", ClassOptions()),
+    "shaped like the labels": (SHAPED, "cross-entropy", ClassOptions()),
     "weighted": ((IGNORING,), "cross-entropy", ClassOptions(weights=tuple(WEIGHTS.tolist()), ignore=-100)),
     "nll": (NLL, "cross-entropy", ClassOptions(ignore=2)),
     "mse": (MSE, "mse", ClassOptions()),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from fusetile.errors import UnsupportedOp
 from fusetile.graph import Graph
@@ -142,9 +143,40 @@ def test_max_unpool_of_other_windows(tmp_path: Path) -> None:
         nodes = [first, node("MaxUnpool", "p i", "y", kernel_shape=[size, size], strides=strides)]
         with pytest.raises(UnsupportedOp, match=message):
             import_onnx(save(model(nodes, {"x": (2, 3, 9, 9) if size == 3 else (2, 3, 8, 8)}, ["y"]), tmp_path))
-    nodes = [pool, node("Cast", "i", "y", to=1)]
-    with pytest.raises(UnsupportedOp, match="its output 'i' is used"):
-        import_onnx(save(model(nodes, {"x": (2, 3, 8, 8)}, ["p", "y"]), tmp_path))
+    for other, message in (("Cast", "output 'y': it is the indices"), ("Neg", "Neg node 'n': it reads 'i', the ind")):
+        nodes = [pool, node(other, "i", "y", "n", **({"to": 1} if other == "Cast" else {}))]
+        with pytest.raises(UnsupportedOp, match=message):
+            import_onnx(save(model(nodes, {"x": (2, 3, 8, 8)}, ["p", "y"]), tmp_path))
+
+
+@pytest.mark.parametrize("wrong", ["", "begin", "order"])
+def test_numbers_scattered_to_where_maxima_were(wrong: str, tmp_path: Path) -> None:
+    """As newer exporters write unpooling, with PyTorch's indices in between."""
+    nodes = [
+        node("MaxPool", "x", "p i", kernel_shape=[2, 2], strides=[2, 2]),
+        node("MaxPool", "x", "one j", kernel_shape=[1, 1]),
+        node("Slice", "j zeros ones axes", "begin"),
+        node("Sub", "i begin", "k"),
+        node("Add", "k starts", "l"),
+        node("Transpose", "l", "t", perm=[0, 1, 3, 2] if wrong == "order" else [0, 1, 2, 3]),
+        node("Reshape", "t flat", "m"),
+        node("Unsqueeze", "m last", "n"),
+        node("Tanh", "p", "u"),
+        node("Reshape", "u flat", "v"),
+        node("ScatterND", "nothing n v", "s", "scatter"),
+        node("Reshape", "s shape", "y"),
+    ]
+    starts = np.arange(6).reshape(2, 3, 1, 1) * 48 + (wrong == "begin")
+    weights = {"starts": starts, "shape": np.array([2, 3, 8, 6]), "flat": np.array([-1]), "last": np.array([-1])}
+    weights |= {"zeros": np.array([0, 0]), "ones": np.array([1, 1]), "axes": np.array([2, 3])}
+    nothing = numpy_helper.from_array(np.zeros(288, np.float32))
+    nodes.insert(0, helper.make_node("Constant", [], ["nothing"], value=nothing))
+    proto = model(nodes, {"x": (2, 3, 8, 6)}, ["y"], weights)
+    if wrong:
+        with pytest.raises(UnsupportedOp, match="ScatterND node 'scatter': its numbers do not stand in the order"):
+            import_onnx(save(proto, tmp_path))
+    else:
+        assert kinds(check(proto, tmp_path))[-2:] == ["MaxPoolGrad", "Identity"]
 
 
 @pytest.mark.parametrize("attrs", POOLS)
@@ -235,8 +267,8 @@ def test_operands_that_do_not_fit(tmp_path: Path) -> None:
 
 
 FUNCTIONS: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {}) for kind in ("Abs", "Celu", "Elu", "Erf", "Exp", "HardSigmoid", "HardSwish", "Mish", "Neg")),
-    *((kind, {}) for kind in ("Reciprocal", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh", "Gelu")),
+    *((kind, {}) for kind in ("Abs", "Celu", "Cosh", "Elu", "Erf", "Exp", "HardSigmoid", "HardSwish", "Mish", "Neg")),
+    *((kind, {}) for kind in ("Reciprocal", "Selu", "Sigmoid", "Sinh", "Softplus", "Softsign", "Tanh", "Gelu")),
     ("Gelu", {"approximate": "tanh"}),
     ("Elu", {"alpha": 0.5}),
     ("Celu", {"alpha": 0.5}),

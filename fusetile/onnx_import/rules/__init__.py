@@ -5,7 +5,7 @@ Source of the semantics: https://onnx.ai/onnx/operators, read per opset (an attr
 
 from __future__ import annotations
 
-from fusetile.onnx_import.rules import losses, masks, matrices, norm, pointwise, reduce, resize, shape, windows
+from fusetile.onnx_import.rules import losses, masks, matrices, norm, pointwise, reduce, resize, shape, unpool, windows
 from fusetile.onnx_import.rules.common import Rule
 
 RULES: dict[str, Rule] = {
@@ -21,6 +21,7 @@ RULES: dict[str, Rule] = {
     "Concat": shape.concat,
     "Conv": windows.conv,
     "ConvTranspose": windows.conv_transpose,
+    "Cosh": pointwise.hyperbolic("Add"),
     "DepthToSpace": shape.depth_to_space,
     "Div": pointwise.arithmetic,
     "Dropout": norm.dropout,
@@ -57,7 +58,7 @@ RULES: dict[str, Rule] = {
     "MatMul": matrices.mat_mul,
     "Max": pointwise.variadic("Max"),
     "MaxPool": windows.max_pool,
-    "MaxUnpool": windows.max_unpool,
+    "MaxUnpool": unpool.refused,
     "Mean": pointwise.variadic("Add", mean=True),
     "Min": pointwise.variadic("Min"),
     "Mish": pointwise.function("Mish"),
@@ -82,9 +83,12 @@ RULES: dict[str, Rule] = {
     "Relu": pointwise.function("Relu"),
     "Reshape": shape.reshape,
     "Resize": resize.resize,
+    "ScatterElements": unpool.refused,
+    "ScatterND": unpool.refused,
     "Selu": pointwise.function("Selu", alpha=1.67326319217681884765625, gamma=1.05070102214813232421875),
     "SequenceAt": shape.sequence_at,
     "Sigmoid": pointwise.function("Sigmoid"),
+    "Sinh": pointwise.hyperbolic("Sub"),
     "Slice": shape.slice_,
     "Softmax": reduce.softmax,
     "SoftmaxCrossEntropyLoss": losses.of_classes("CrossEntropy"),

@@ -42,6 +42,19 @@ def clip(importer: Importer, node: Node) -> None:
     pointwise(importer, node, "Clip", importer.view(node), bounds)
 
 
+def hyperbolic(kind: str) -> Rule:
+    """(exp(x) + exp(-x)) / 2, which is Cosh, or the difference, Sinh."""
+
+    def rule(importer: Importer, node: Node) -> None:
+        view = importer.view(node)
+        minus = importer.step(node, "minus", "Scale", [view.base], {"factor": -1.0})
+        powers = [importer.step(node, f"exp{i}", "Exp", [x]) for i, x in enumerate((view.base, minus))]
+        both = importer.step(node, "both", kind, powers)
+        pointwise(importer, node, "Scale", view.over(both), {"factor": 0.5})
+
+    return rule
+
+
 def neg(importer: Importer, node: Node) -> None:
     pointwise(importer, node, "Scale", importer.view(node), {"factor": -1.0})
 

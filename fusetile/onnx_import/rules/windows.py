@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.rules import unpool
 from fusetile.onnx_import.views import View
 from fusetile.ops.pool import divisors, pooled_size
 from fusetile.ops.resample import Taps
@@ -146,40 +147,16 @@ def _pool(importer: Importer, node: Node) -> tuple[str, bool, dict[str, Any]]:
 
 def max_pool(importer: Importer, node: Node) -> None:
     x, row, attrs = _pool(importer, node)
-    y, indices = node.outputs[0], node.outputs[1:2]
-    unpooled = sum(
-        reader.op_type == "MaxUnpool" for reader in importer.nodes for name in reader.input if name in indices
-    )
-    if row or unpooled < sum(importer.uses[name] for name in indices if name):
-        importer.require_unused(node, indices)
+    y = node.outputs[0]
     if not row:
         argmax = importer.fresh(f"{y}.argmax")
         importer.emit(node, "MaxPool", [x], attrs, outputs=[y, argmax])
-        importer.pools.update({name: (x, argmax, attrs) for name in indices if name})
+        for name in filter(None, node.outputs[1:2]):
+            unpool.found(importer, name, x, argmax, attrs)
         return
+    importer.require_unused(node, node.outputs[1:2])
     names = [importer.fresh(f"{y}.{label}") for label in ("image", "argmax")]
     importer.define(node, importer.whole(importer.emit(node, "MaxPool", [x], attrs, outputs=names)).without([2]))
-
-
-def max_unpool(importer: Importer, node: Node) -> None:
-    """Numbers to where the maxima of a pool were, and zeros elsewhere: what the gradient of that pool does."""
-    y, kernel = importer.data(node), tuple(node.attrs["kernel_shape"])
-    if node.inputs[1] not in importer.pools:
-        raise importer.refuse(node, f"its indices {node.inputs[1]!r} must be those of a MaxPool of images")
-    x, argmax, pool = importer.pools[node.inputs[1]]
-    strides = tuple(node.attrs.get("strides", (1,) * len(kernel)))
-    pads = tuple(node.attrs.get("pads", (0,) * 2 * len(kernel)))
-    spans = [(n - 1) * s + k for n, s, k in zip(importer.shape(y)[2:], strides, kernel, strict=True)]
-    sizes = tuple(span - pads[i] - pads[i + 2] for i, span in enumerate(spans))
-    if node.has(2):
-        sizes = tuple(int(size) for size in importer.constant_input(node, 2, "output shape")[-2:])
-    if (kernel, strides, pads) != (pool["kernel"], pool["strides"], pool["pads"]) or sizes != importer.shape(x)[2:]:
-        raise importer.refuse(
-            node, "its windows and output must be the windows and input of the MaxPool of its indices"
-        )
-    if any(stride < tap for stride, tap in zip(strides, kernel, strict=True)) or pool["dilations"] != (1, 1):
-        raise importer.refuse(node, "its windows overlap, which is not supported")
-    importer.emit(node, "MaxPoolGrad", [y, argmax], {**pool, "input_shape": importer.shape(x)})
 
 
 def average_pool(importer: Importer, node: Node) -> None:
