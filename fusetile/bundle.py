@@ -26,6 +26,7 @@ from fusetile.options import Training
 from fusetile.picture import report_html
 from fusetile.program import Program, to_json
 from fusetile.report import Description, hash_of
+from fusetile.runtime.files import check_makeable
 
 
 def write_bundle(
@@ -90,9 +91,10 @@ def write_bundle(
 
 
 def check_replaceable(build: Path) -> None:
-    """Only a build may be overwritten: raises UserError where something else is in the way."""
+    """Only a build may be overwritten: raises UserError where something else is in the way, or no folder can be."""
     if build.exists() and not (build / "plan.json").is_file() and (not build.is_dir() or any(build.iterdir())):
         raise UserError(f"{build} exists and is not a build of fusetile; choose another -o, or remove it")
+    check_makeable(build)
 
 
 def _libraries(

@@ -14,14 +14,13 @@ from fusetile.program import Feed
 from fusetile.run_options import RunOptions
 from fusetile.runtime import checkpoint
 from fusetile.runtime.augment import Augmentation
-from fusetile.runtime.files import check_writable
+from fusetile.runtime.files import check_makeable, check_writable
 from fusetile.runtime.samples import Samples, Scaling, check_alike
 
 
 def check_paths(data: Path | None, options: RunOptions, out: Path, *, checkpoints: Path) -> None:
     """Files and folders that are named. Raises UserError."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"-o {out}: there is a file of that name; choose a folder")
+    check_makeable(out)
     for flag, path in (("--data", data), ("--val", options.val)):
         if path is not None and not path.exists():
             raise UserError(f"{flag} {path}: there is no such file or folder")

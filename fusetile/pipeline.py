@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusetile.bundle import write_bundle
+from fusetile.bundle import check_replaceable, write_bundle
 from fusetile.cluster import Cluster
 from fusetile.codegen.assemble import LaidOut, memory_beside, memory_of
 from fusetile.codegen.emit import emit, layers_of
@@ -70,6 +70,7 @@ def compile_model(
     Raises UserError for a model, cluster or option that can't be trained, DoesNotFit if a device has too little memory.
     """
     trace = trace or Trace()
+    check_replaceable(build)
     graph = imported(model, training=training, trace=trace)
     return compile_graph(graph, model=model, cluster=cluster, training=training, build=build, trace=trace)
 

@@ -19,11 +19,12 @@ from fusetile.bundle import check_replaceable
 from fusetile.cluster import Cluster, MESSAGE_seconds
 from fusetile.cost import cost_of
 from fusetile.device import PARALLEL_efficiency
-from fusetile.errors import FusetileError, UserError
+from fusetile.errors import FusetileError
 from fusetile.local import temporary_folder
 from fusetile.options import Training
 from fusetile.pipeline import Planned, imported, plan_graph, write_planned
 from fusetile.program import ALIGNMENT_bytes, Program, Recv, Send, Step, Wait, to_json
+from fusetile.runtime.files import check_makeable
 from fusetile.runtime.node import load_program
 from fusetile.runtime.profile import PROBES
 from fusetile.trace import Trace
@@ -108,8 +109,7 @@ def _ring(program: Program, cluster: Cluster, rank: int) -> Program:
 
 def profile_here(cluster: Cluster, out: Path, *, seconds: float, trace: Trace) -> list[Path]:
     """Measure all nodes, which are processes on this computer, for so long: OUT/NAME.toml."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"-o {out}: there is a file of that name; choose a folder")
+    check_makeable(out)
     with temporary_folder() as folder:
         build = folder / "build"
         write_probes(cluster, build, trace=trace)

@@ -259,10 +259,11 @@ def test_steps_and_epochs(here: Path, capfd: pytest.CaptureFixture[str]) -> None
 def test_what_is_not_a_build_is_never_overwritten(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("photos").mkdir()
     Path("photos/one.jpg").write_text("precious")
-    refused(capfd, "compile", "model.onnx", "--nodes", 1, "-o", "photos", saying="photos.*not a build")
-    refused(capfd, "compile", "model.onnx", "--nodes", 1, "-o", "data.npz", saying="data.npz.*not a build")
-    refused(capfd, "compile", "model.onnx", "--nodes", 1, "-o", "data.npz/build", saying="data.npz")
-    refused(capfd, "train", "model.onnx", "--data", "data.npz", "-o", "model.onnx", saying="model.onnx.*folder")
+    refused(capfd, "compile", "nosuch.onnx", "--nodes", 1, "-o", "photos", saying="photos.*not a build")
+    refused(capfd, "compile", "nosuch.onnx", "--nodes", 1, "-o", "data.npz", saying="data.npz.*not a build")
+    refused(capfd, "compile", "nosuch.onnx", "--nodes", 1, "-o", "data.npz/build", saying="data.npz")
+    given = ("--data", "data.npz", "-o", "model.onnx/out")
+    refused(capfd, "train", "nosuch.onnx", *given, saying="-o model.onnx/out: there is a file")
     assert Path("photos/one.jpg").read_text() == "precious"
 
 

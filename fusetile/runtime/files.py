@@ -43,3 +43,12 @@ def check_writable(*files: Path | None, folder: Path | None = None) -> None:
     for each in [path.parent for path in paths] + ([folder] if folder else []):
         if not os.access(each, os.W_OK | os.X_OK):
             raise UserError(f"can't write to the folder {each}" + ("" if each.exists() else ": there is none"))
+
+
+def check_makeable(folder: Path) -> None:
+    """Find out before the work whether a folder can be made, if it is not there, and written to. Raises UserError."""
+    there = next(each for each in (folder, *folder.parents) if each.exists())
+    if not there.is_dir():
+        raise UserError(f"-o {folder}: there is a file of the name {there}; choose a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"-o {folder}: can't write to the folder {there}")

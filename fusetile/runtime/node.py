@@ -107,6 +107,8 @@ def run(options: Options, signals: Signals) -> None:
         terms = {"samples": data.count, "shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
         terms |= {"accumulate": program.accumulate} if program.accumulate > 1 else {}
         _check_start(options, meeting.wants["start"], total)
+        if options.resume and lowest and not options.quiet:
+            print(f"goes on after step {meeting.wants['start']}", flush=True)
         progress = stack.enter_context(Progress(total, show=lowest and not options.quiet, log=options.log))
         training = Training(program, data, library=library, arena=arena, transport=transport, total=total)
         validation = None
