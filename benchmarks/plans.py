@@ -1,6 +1,7 @@
 """Predicted speedups of plans: what the planner finds, beside data parallel training and uniform grids.
 
-python -m benchmarks.plans            the table: model, batch, nodes; seconds, speedups, memory, gap, planning time
+python -m benchmarks.plans            the table: model, batch, nodes; seconds, speedups, gap, planning time
+python -m benchmarks.plans --memory   arenas of the fastest plan and under caps, beside one device that keeps all
 python -m benchmarks.plans --mixed    2 Pi 4 and 2 Pi 3: parts in proportion to speed against equal parts
 python -m benchmarks.plans --curve    speedup against the speed of kernels, at 100 Mbit/s and 1 Gbit/s, fp32 and fp16
 
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import onnx
@@ -22,8 +24,10 @@ from rich.table import Table
 
 from fusetile.cluster import Cluster, Link, Node, local_cluster
 from fusetile.device import PROFILES
+from fusetile.errors import DoesNotFit
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
+from fusetile.options import Loss, Training
 from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.communicate import communicate
 from fusetile.passes.differentiate import differentiate
@@ -35,14 +39,15 @@ from fusetile.passes.prune import prune
 from fusetile.passes.rematerialize import cheap, rematerialize
 from fusetile.passes.rules import rule_splits
 from fusetile.passes.schedule import schedule
+from fusetile.pipeline import lay_out, plan_graph
 from fusetile.plan import Estimate, Plan
 from fusetile.planner.choose import best_plan
-from fusetile.planner.memory import MARGIN, needed_bytes
 from fusetile.planner.simulate import simulate
+from fusetile.trace import Trace
 from models import densenet121, resnet18, resnet50, unet, vgg16, yolov2
 
 BLOCK = 8
-MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
+MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], Loss]] = {
     "yolov2-16": (yolov2.build, "mse"),
     "yolov2-25": (lambda: yolov2.build(layers=len(yolov2.LAYERS), classes=425), "mse"),
     "vgg16": (vgg16.build, "cross-entropy"),
@@ -53,32 +58,27 @@ MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], str]] = {
 }
 
 
-def training_graph(build: Callable[[], onnx.ModelProto], loss: str, batch: int, *, keep_all: bool = False) -> Graph:
+def training_graph(build: Callable[[], onnx.ModelProto], loss: Loss, batch: int, *, keep_all: bool = False) -> Graph:
     """The graph that is planned; with `keep_all` nothing is computed twice."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        onnx.save(build(), path)
-        graph = import_onnx(path, batch=batch)
-    graph = fuse(prune(add_optimizer(differentiate(graph, loss=loss), Optimizer(momentum=0.9, weight_decay=0.0))))
+    graph = differentiate(_forward(build, batch), loss=loss)
+    graph = fuse(prune(add_optimizer(graph, Optimizer(momentum=0.9, weight_decay=0.0))))
     return graph.sorted() if keep_all else rematerialize(graph, cheap(graph))
 
 
-def single(graph: Graph, cluster: Cluster) -> tuple[float, int]:
-    """Seconds and arena bytes of a step on the first device of a cluster."""
+def _forward(build: Callable[[], onnx.ModelProto], batch: int) -> Graph:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(build(), path)
+        return import_onnx(path, batch=batch)
+
+
+def single(graph: Graph, cluster: Cluster) -> float:
+    """Seconds of a step on the first device of a cluster."""
     alone = Cluster(cluster.nodes[:1], cluster.link)
     plan = place(graph, rule_splits(graph, "single", alone), speeds=alone.speeds, block=BLOCK)
     plan = group(graph, plan, cluster=alone)
     communication = communicate(graph, plan, block=BLOCK)
-    order = schedule(graph, plan, communication, cluster=alone)
-    return simulate(communication, order, alone).seconds, arena_bytes(graph, plan, alone)
-
-
-def arena_bytes(graph: Graph, plan: Plan, cluster: Cluster) -> int:
-    """The largest arena of a plan's devices."""
-    communication = communicate(graph, plan, block=BLOCK)
-    order = schedule(graph, plan, communication, cluster=cluster)
-    needed = max(needed_bytes(graph, plan, communication, order, block=BLOCK))
-    return int((needed - INTERPRETER_bytes) / MARGIN)
+    return simulate(communication, schedule(graph, plan, communication, cluster=alone), alone).seconds
 
 
 def planned(graph: Graph, cluster: Cluster) -> tuple[Plan, Estimate, float]:
@@ -102,29 +102,77 @@ def speedups(names: list[str], batches: list[int], counts: list[int], console: C
     """The table of all models."""
     table = Table(
         *("model", "batch", "nodes", "one core", "one device", "auto", "batch", "grid", "x core", "x device"),
-        *("x best rule", "MB", "x memory", "gap", "planning"),
+        *("x best rule", "gap", "planning"),
     )
     for name in names:
         build, loss = MODELS[name]
         for batch in batches:
             graph = training_graph(build, loss, batch)
-            core, _ = single(graph, of_devices(1, cores=1))
-            one, _ = single(graph, of_devices(1))
-            _, keeps = single(training_graph(build, loss, batch, keep_all=True), of_devices(1))
+            core, one = single(graph, of_devices(1, cores=1)), single(graph, of_devices(1))
             for nodes in counts:
                 cluster = of_devices(nodes)
-                plan, estimate, planning = planned(graph, cluster)
-                arena, auto = arena_bytes(graph, plan, cluster), estimate.step_seconds
+                _, estimate, planning = planned(graph, cluster)
+                auto = estimate.step_seconds
                 rules = [estimate.others[rule] for rule in ("batch", "grid")]
                 table.add_row(
                     *(name, str(batch), str(nodes)),
                     *(f"{seconds:.2f}" for seconds in (core, one, auto, *rules)),
                     *(f"{core / auto:.1f}", f"{one / auto:.2f}", f"{min(rules) / auto:.2f}"),
-                    *(f"{arena / 1e6:.0f}", f"{keeps / arena:.1f}"),
                     *(f"{100 * estimate.gap:.1f} %", f"{planning:.0f} s"),
                 )
                 console.print(table.columns[0].header, name, batch, nodes, f"{one / auto:.2f}", style="dim")
     console.print(table)
+
+
+def memory(names: list[str], batches: list[int], counts: list[int], less: list[float], console: Console) -> None:
+    """Arenas, with the kernels' scratch, that the programs would have; of one device that keeps all, too. Where there
+    is so many times less memory than that, what it costs."""
+    columns = ("model", "batch", "nodes", "one device keeps", "cap", "arena", "x less", "step", "computed again", "")
+    table = Table(*columns)
+    for name, batch, nodes in product(names, batches, counts):
+        build, loss = MODELS[name]
+        keeps = _keeping_bytes(build, loss, batch)
+        for times in (0.0, *less):
+            room = keeps / times if times else 0.0
+            cluster, training = of_devices(nodes), Training(batch=batch, loss=loss)
+            told = ""
+            try:
+                found = plan_graph(
+                    _forward(build, batch), cluster=_capped(cluster, room), training=training, trace=Trace()
+                ).description
+            except DoesNotFit as error:
+                told = str(error)
+                table.add_row(name, str(batch), str(nodes), _mb(keeps), _mb(room), *[""] * 4, told)
+                continue
+            arena, recomputed = max(node["arena_bytes"] for node in found["nodes"]), found["recomputed"]
+            table.add_row(
+                *(name, str(batch), str(nodes), _mb(keeps), _mb(room) if room else "none"),
+                *(_mb(arena), f"{keeps / arena:.1f}", f"{found['step_seconds']:.2f} s"),
+                *(f"{recomputed['maps']} maps, {recomputed['seconds']:.2f} s", told),
+            )
+            console.print(name, batch, nodes, _mb(room), _mb(arena), f"{found['step_seconds']:.2f} s", style="dim")
+    console.print(table)
+
+
+def _keeping_bytes(build: Callable[[], onnx.ModelProto], loss: Loss, batch: int) -> int:
+    """The arena of one device that computes nothing twice."""
+    alone, training = of_devices(1), Training(batch=batch, loss=loss)
+    graph = training_graph(build, loss, batch, keep_all=True)
+    plan = place(graph, rule_splits(graph, "single", alone), speeds=alone.speeds, block=BLOCK)
+    return int(lay_out(graph, plan, cluster=alone, training=training, trace=Trace()).arena_bytes[0])
+
+
+def _capped(cluster: Cluster, room_bytes: float) -> Cluster:
+    """Devices with so much memory for their arenas; 0 stands for what they have."""
+    if not room_bytes:
+        return cluster
+    memory = int(room_bytes) + INTERPRETER_bytes
+    nodes = (replace(node, device=replace(node.device, memory_bytes=memory)) for node in cluster.nodes)
+    return replace(cluster, nodes=tuple(nodes))
+
+
+def _mb(size_bytes: float) -> str:
+    return f"{size_bytes / 1e6:.1f} MB"
 
 
 def mixed(batch: int, console: Console) -> None:
@@ -156,7 +204,7 @@ def curve(name: str, batches: list[int], nodes: int, console: Console) -> None:
         for core_flops in (1e9, 1.5e9, 2e9, 3e9, 5e9, 7e9, 10e9):
             for rate, text in ((94e6, "100 Mbit/s"), (940e6, "1 Gbit/s")):
                 cluster = of_devices(nodes, core_flops=core_flops, rate=rate)
-                one, _ = single(graph, cluster)
+                one = single(graph, cluster)
                 steps = [planned(graph, cluster.with_wire(wire))[1].step_seconds for wire in ("fp32", "fp16")]
                 found = [cell for step in steps for cell in (f"{step:.2f} s", f"{one / step:.2f}")]
                 table.add_row(f"{core_flops / 1e9:.1f}", text, str(batch), f"{one:.2f} s", *found)
@@ -169,12 +217,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["yolov2-16", "yolov2-25", "vgg16", "unet"], choices=MODELS)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4, 6])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--less", type=float, nargs="*", default=[], help="caps: a device's part of what one keeps")
     parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--curve", action="store_true")
     options = parser.parse_args()
     console = Console(width=150)
     if options.mixed:
         mixed(options.batch[0] if len(options.batch) == 1 else 4, console)
+    elif options.memory:
+        memory(options.models, options.batch, options.nodes, options.less, console)
     elif options.curve:
         curve(options.models[0], options.batch, options.nodes[-1], console)
     else:

@@ -152,7 +152,7 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
                 f"--accumulate {training.accumulate}: BatchNormalization takes the statistics of each of the "
                 f"{training.accumulate} batches of a step by itself"
             )
-    laid = _lay_out(graph, plan, cluster=cluster, training=training, trace=trace)
+    laid = lay_out(graph, plan, cluster=cluster, training=training, trace=trace)
     laid, saving = _economize(whole, plan, laid, cluster=cluster, training=training, trace=trace)
     others: dict[str, LaidOut] = {}
     if training.accumulate > 1:
@@ -215,12 +215,12 @@ def _lay_out_beside(graph: Graph, laid: LaidOut, *, cluster: Cluster, training: 
     """Another routine of the same programs: its ops are where those of the same names are in the training step."""
     placements = {op.name: laid.plan.placements[op.name] for op in graph.ops.values()}
     plan = replace(laid.plan, placements=placements)
-    other = _lay_out(graph, plan, cluster=cluster, training=training, trace=Trace(), held=laid.held(), lean=laid.lean)
+    other = lay_out(graph, plan, cluster=cluster, training=training, trace=Trace(), held=laid.held(), lean=laid.lean)
     memories = list(map(memory_beside, other.drafts, laid.drafts, laid.memories))
     return replace(other, memories=memories)
 
 
-def _lay_out(
+def lay_out(
     graph: Graph,
     plan: Plan,
     *,
@@ -230,6 +230,7 @@ def _lay_out(
     held: Held | None = None,
     lean: bool = False,
 ) -> LaidOut:
+    """All that follows from a plan; `lean` as in `lower`."""
     targets = [target_named(node.device.target) for node in cluster.nodes]
     block = block_of(cluster)
     with trace.stage("group"):
@@ -260,7 +261,7 @@ def _emitted(laid: LaidOut, *, cluster: Cluster, training: Training, trace: Trac
             lean=laid.lean,
         )
     with trace.stage("plan_memory"):
-        memories = [memory_of(draft, guard=training.guard) for draft in drafts]
+        memories = [memory_of(draft, guard=training.guard, lean=laid.lean) for draft in drafts]
     return replace(laid, drafts=drafts, memories=memories)
 
 
@@ -285,7 +286,7 @@ def _economize(
             break
         more = rematerialize(whole, choice.again)
         placed = place_copies(more, plan)
-        tried = _lay_out(more, placed, cluster=cluster, training=training, trace=trace, lean=laid.lean)
+        tried = lay_out(more, placed, cluster=cluster, training=training, trace=trace, lean=laid.lean)
         scale = np.maximum(scale, tried.arena_bytes / choice.peak_bytes)
         if (tried.arena_bytes / room).max() < (laid.arena_bytes / room).max():
             laid, again = tried, choice.again

@@ -18,7 +18,7 @@ from fusetile.ops.loss import CLASS_LOSSES
 from fusetile.ops.yolo import classes_of
 from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import LOGGED, Communication, Held
-from fusetile.passes.plan_memory import MemoryPlan, plan_memory
+from fusetile.passes.plan_memory import ROUNDS, MemoryPlan, plan_memory
 from fusetile.passes.schedule import Schedule
 from fusetile.plan import Plan
 from fusetile.program import (
@@ -115,9 +115,10 @@ def lifetimes(draft: Draft) -> dict[str, tuple[int, int]]:
     return live
 
 
-def memory_of(draft: Draft, *, guard: bool = False) -> MemoryPlan:
-    """The arena of a draft; with `guard` there are redzones around all buffers."""
-    return plan_memory(draft.buffers.values(), lifetimes(draft), redzone_bytes=REDZONE_bytes if guard else 0)
+def memory_of(draft: Draft, *, guard: bool = False, lean: bool = False) -> MemoryPlan:
+    """The arena of a draft; with `guard` there are redzones around all buffers, with `lean` it is packed well."""
+    rounds, redzone_bytes = ROUNDS if lean else 1, REDZONE_bytes if guard else 0
+    return plan_memory(draft.buffers.values(), lifetimes(draft), redzone_bytes=redzone_bytes, rounds=rounds)
 
 
 def memory_beside(draft: Draft, first: Draft, memory: MemoryPlan) -> MemoryPlan:

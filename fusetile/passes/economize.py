@@ -36,6 +36,7 @@ SMALLEST_part = 1 / 500  # of the peak: smaller tensors are kept
 MOST = 64  # tensors are considered
 SHRINK = 0.94  # by which the goal is lowered again and again when the smallest peak is looked for
 MISSES = 4  # goals without a new smallest peak after which the search ends
+SEGMENTS = (2, 3, 4, 6, 8, 11, 16, 23, 32)  # between evenly spaced checkpoints
 REMEMBERED = 1024  # choices: one goal after the other asks for most of the same
 
 
@@ -100,6 +101,13 @@ class Books:
         live, seconds = self._lived(again)
         excess = float((np.maximum(live - goal_bytes, 0) / goal_bytes).sum())
         return Played(again, live.max(axis=0), excess, seconds)
+
+    def least_bytes(self) -> np.ndarray:
+        """Per device, no choice makes the peak smaller: what is always there, and what one op reads."""
+        reads = [
+            sum((self._sizes.get(name, self._nothing) for name in set(op.inputs)), self._nothing) for op in self._order
+        ]
+        return self._always + np.max(reads, axis=0)
 
     def saving(self, again: Again, scale: np.ndarray) -> Saving:
         """Against keeping all; an arena is so many times (`scale`) what is live at most."""
@@ -227,10 +235,12 @@ def _seconds(graph: Graph, op: Op, plan: Plan, communication: Communication, clu
 # -- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def economize(books: Books, start: Again, goal_bytes: np.ndarray, *, free_seconds: float) -> Played:
+def economize(
+    books: Books, start: Again, goal_bytes: np.ndarray, *, free_seconds: float, thorough: bool = True
+) -> Played:
     """A choice that holds `start`. If that is within the goals (the most that may be live, per device), the one with
     the smallest peak of those that take at most `free_seconds` more; else the fastest that is found within the goals;
-    else the one with the smallest peak of all."""
+    else the one with the smallest peak of all, which is looked for only if `thorough`, as more is."""
 
     def need(found: Played) -> float:
         return float((found.peak_bytes / goal_bytes).max())
@@ -240,8 +250,8 @@ def economize(books: Books, start: Again, goal_bytes: np.ndarray, *, free_second
         found = [f for f in _shrinking(books, plain, goal_bytes, need) if f.seconds <= plain.seconds + free_seconds]
         best = min([plain, *found], key=lambda found: (round(need(found) / need(plain), 2), found.seconds))
         return _pruned(books, best, start, best.peak_bytes)
-    found = _alternatives(books, plain, goal_bytes)
-    if min(map(need, found)) > 1:
+    found = _alternatives(books, plain, goal_bytes, SEGMENTS if thorough else SEGMENTS[1::3])
+    if min(map(need, found)) > 1 and thorough:
         found = list(_shrinking(books, plain, goal_bytes, need))  # what misses one goal may lie within another
     fitting = [each for each in found if need(each) <= 1]
     if not fitting:
@@ -266,10 +276,12 @@ def _shrinking(
         smallest = min(smallest, least)
 
 
-def _alternatives(books: Books, plain: Played, goal_bytes: np.ndarray) -> list[Played]:
+def _alternatives(
+    books: Books, plain: Played, goal_bytes: np.ndarray, numbers: Sequence[int] = SEGMENTS
+) -> list[Played]:
     candidates = books.candidates(plain.peak_bytes)
     found = [_climbed(books, plain, candidates, goal_bytes, start=plain.again)]
-    for segments in (2, 3, 4, 6, 8, 11, 16, 23, 32):
+    for segments in numbers:
         if segments < len(candidates):
             kept = {candidates[i * len(candidates) // segments] for i in range(segments)}
             spaced = books.play(plain.again | (set(candidates) - kept), goal_bytes)

@@ -4,13 +4,14 @@
 
 A buffer is live from the first step that touches it to the last: a receive from when it is posted, a send until it is
 awaited. Parameters are live always, fed buffers from the start. Largest buffers are placed first, each at the lowest
-offset where it fits (greedy by size: Pisarchyk and Lee, arXiv 2001.03288).
+offset where it fits (greedy by size: Pisarchyk and Lee, arXiv 2001.03288). That leaves gaps, of up to a tenth in deep
+networks; with more `rounds` the buffer that reaches highest is placed first the next time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
@@ -31,18 +32,40 @@ class MemoryPlan:
     peak_bytes: int = 0  # no arena can be smaller
 
 
+ROUNDS = 50
+SMALL_part = 1 / 300  # of the peak: where smaller buffers lie matters little
+
+
 def plan_memory(
     buffers: Iterable[Buffer],
     live: dict[str, tuple[int, int]],
     *,
     redzone_bytes: int = 0,
     fixed: Mapping[str, int] = MappingProxyType({}),
+    rounds: int = 1,
 ) -> MemoryPlan:
     """`live[name]`: the inclusive interval of steps in which a buffer must keep its content. Redzones live as long.
     `fixed`: offsets of buffers that lie somewhere already."""
     sizes = {b.name: _round_up(b.size_bytes) + 2 * redzone_bytes for b in buffers if b.name in live}
-    offsets = {name: offset - redzone_bytes for name, offset in fixed.items()}
-    for name in sorted(sizes.keys() - fixed, key=lambda name: (-sizes[name], live[name], name)):
+    start = {name: offset - redzone_bytes for name, offset in fixed.items()}
+    step, most = _peak(sizes, live)
+    order = sorted(sizes.keys() - fixed, key=lambda name: (-sizes[name], live[name], name))
+    orders = [order]
+    if rounds > 1:
+        large = [name for name in order if sizes[name] > most * SMALL_part]
+        orders.append(_packed(large, start, sizes, live, rounds) + order[len(large) :])
+    offsets = min((_placed(each, start, sizes, live) for each in orders), key=lambda offsets: _end(offsets, sizes))
+    arena_bytes = _end(offsets, sizes)
+    offsets = {name: offset + redzone_bytes for name, offset in offsets.items()}
+    return MemoryPlan(offsets, sizes, arena_bytes, live, redzone_bytes, step, most)
+
+
+def _placed(
+    order: Sequence[str], fixed: Mapping[str, int], sizes: Mapping[str, int], live: Mapping[str, tuple[int, int]]
+) -> dict[str, int]:
+    """Each buffer at the lowest offset where it fits beside those before it."""
+    offsets = dict(fixed)
+    for name in order:
         start, stop = live[name]
         taken = sorted(
             (offsets[other], offsets[other] + sizes[other])
@@ -55,9 +78,31 @@ def plan_memory(
                 break
             offset = max(offset, high)
         offsets[name] = offset
-    arena_bytes = max((offsets[name] + sizes[name] for name in offsets), default=0)
-    offsets = {name: offset + redzone_bytes for name, offset in offsets.items()}
-    return MemoryPlan(offsets, sizes, arena_bytes, live, redzone_bytes, *_peak(sizes, live))
+    return offsets
+
+
+def _packed(
+    order: Sequence[str],
+    fixed: Mapping[str, int],
+    sizes: Mapping[str, int],
+    live: Mapping[str, tuple[int, int]],
+    rounds: int,
+) -> list[str]:
+    """The best order of several."""
+    tried, best, least = list(order), list(order), None
+    for _ in range(rounds if order else 0):
+        offsets = _placed(tried, fixed, sizes, live)
+        end = _end(offsets, sizes)
+        if least is None or end < least:
+            best, least = list(tried), end
+        top = max(tried, key=lambda name: offsets[name] + sizes[name])
+        tried.remove(top)
+        tried.insert(0, top)
+    return best
+
+
+def _end(offsets: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+    return max((offset + sizes[name] for name, offset in offsets.items()), default=0)
 
 
 def _peak(sizes: dict[str, int], live: dict[str, tuple[int, int]]) -> tuple[int, int]:

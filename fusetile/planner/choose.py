@@ -2,7 +2,8 @@
 
 The search minimises (1 - l) A + l N for many l: whatever l is, its minimum is a lower bound of max(A, N) over all plans
 that are made of the candidates (Lagrangian duality). The minimisers are plans to consider, and so are those that small
-changes lead to from them. If no plan fits into the devices' memory, a device's bytes get a price in the search.
+changes lead to from them. If the fastest plan does not fit into the devices' memory, a device's bytes get a price in
+the search; and plans are compared with the time that computing maps again takes until they fit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ EMPHASES = tuple((waiting, busy) for waiting in (1.0, 1.5, 2.5) for busy in (0.0
 PLAYED = 16
 """Plans of the search that are simulated."""
 PRICES = (0.3, 3.0, 30.0)
-"""What all the memory of a device costs if none of the plans fits, in steps."""
+"""What all the memory of a device costs if the fastest plan does not fit, in steps."""
 
 
 def best_plan(
@@ -53,7 +54,7 @@ def best_plan(
     for done, (name, splits) in enumerate(plans):
         on_progress(done, len(plans))
         player.play(name, splits)
-    if not player.fits(player.best()):
+    if any(player.lacking_bytes(player.best())):
         _save_memory(player, space)
     best = improve(player, space, player.best())
     return replace(best.plan, estimate=_estimate(best, player.played, bound, space.model.seconds(choices[0])))

@@ -35,7 +35,7 @@ def improve(player: Player, space: Space, best: Played) -> Played:
         change = min(untried, key=objective.of)
         tried.add(change)
         result = player.play("auto", space.splits(change))
-        if result.seconds < best.seconds and player.fits(result):
+        if result.seconds < best.seconds and player.seconds_within(result) < player.seconds_within(best):
             best, choice = result, change
     return best
 

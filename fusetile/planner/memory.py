@@ -2,17 +2,22 @@
 
 The buffers are those of the plan; a buffer is live from the first to the last action that touches it, and a message
 that is packed or put in place has a buffer of its own meanwhile. The most that is live at a time is nearly what
-`plan_memory` makes of it: `MARGIN` covers its gaps and the scratch memory of kernels.
+`plan_memory` makes of it: `MARGIN` covers its gaps and the scratch memory of kernels. Where that is more than there is,
+`economized` asks what computing more maps again would save, and cost.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
 
+import numpy as np
+
+from fusetile.cluster import Cluster
 from fusetile.graph import Graph
 from fusetile.passes.buffers import DeviceBuffers, buffers
 from fusetile.passes.communicate import Communication
-from fusetile.passes.fit import INTERPRETER_bytes
+from fusetile.passes.economize import Books, economize
+from fusetile.passes.fit import INTERPRETER_bytes, room_bytes
 from fusetile.passes.schedule import Await, Compute, Pack, Place, Post, Schedule
 from fusetile.plan import Plan
 
@@ -28,6 +33,23 @@ def needed_bytes(
         int(MARGIN * _most_live(graph, communication, order, storage[device], device)) + INTERPRETER_bytes
         for device in range(plan.nodes)
     )
+
+
+def economized(
+    graph: Graph, plan: Plan, communication: Communication, order: Schedule, *, cluster: Cluster, block: int
+) -> tuple[float, tuple[int, ...]]:
+    """Seconds per step that computing again takes so that a plan fits, and how many bytes each device then still
+    lacks."""
+    storage = buffers(graph, plan, communication, order.order, block=block)
+    scratch: list[dict[str, int]] = [{}] * plan.nodes
+    books = Books(graph, plan, communication, order.order, storage, scratch, cluster=cluster)
+    room = room_bytes(cluster)
+    least = books.least_bytes() * MARGIN
+    if (least > room).any():
+        return 0.0, tuple(int(each) for each in np.maximum(0, least - room))
+    found = economize(books, frozenset(), room / MARGIN, free_seconds=0.0, thorough=False)
+    lacking = np.maximum(0, found.peak_bytes * MARGIN - room)
+    return found.seconds, tuple(int(each) for each in lacking)
 
 
 def _most_live(graph: Graph, communication: Communication, order: Schedule, storage: DeviceBuffers, device: int) -> int:

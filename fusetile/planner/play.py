@@ -7,17 +7,20 @@ from dataclasses import dataclass
 
 from fusetile.cluster import Cluster
 from fusetile.graph import Graph
-from fusetile.passes.communicate import communicate
+from fusetile.passes.communicate import Communication, communicate
 from fusetile.passes.group import Halo, group
 from fusetile.passes.place import place
-from fusetile.passes.schedule import schedule
+from fusetile.passes.schedule import Schedule, schedule
 from fusetile.passes.tile import Split
 from fusetile.plan import Plan
-from fusetile.planner.memory import needed_bytes
+from fusetile.planner.memory import economized, needed_bytes
 from fusetile.planner.simulate import simulate
 
 PLAYED_op_devices = 40_000
 """So many ops on so many devices are played in about ten seconds: what a search may take twice."""
+
+CONSIDERED = 8
+"""Of the plans that were played, the fastest, as far as memory is concerned."""
 
 Splits = Mapping[str, Split]
 """By the names of the layers' forward ops."""
@@ -41,6 +44,7 @@ class Player:
         self.played: list[Played] = []
         self._known: dict[object, Played] = {}
         self._lacking: dict[int, tuple[int, ...]] = {}
+        self._saved: dict[int, tuple[float, tuple[int, ...]]] = {}
 
     def play(self, name: str, splits: Splits, *, keep: bool = True) -> Played:
         """Without `keep`, maps are computed and sent again rather than kept."""
@@ -63,22 +67,40 @@ class Player:
     def lacking_bytes(self, played: Played) -> tuple[int, ...]:
         """By how much a plan exceeds each device's memory; 0 where it fits."""
         if id(played) not in self._lacking:
-            graph, plan, nodes = self.graph, played.plan, self.cluster.nodes
-            communication = communicate(graph, plan, block=self.block)
-            order = schedule(graph, plan, communication, cluster=self.cluster)
-            needed = needed_bytes(graph, plan, communication, order, block=self.block)
+            nodes = self.cluster.nodes
+            needed = needed_bytes(self.graph, played.plan, *self._ordered(played), block=self.block)
             self._lacking[id(played)] = tuple(
                 max(0, need - node.device.memory_bytes) for need, node in zip(needed, nodes, strict=True)
             )
         return self._lacking[id(played)]
 
-    def fits(self, played: Played) -> bool:
-        """Whether every device has enough memory."""
-        return not any(self.lacking_bytes(played))
+    def seconds_within(self, played: Played) -> float:
+        """The step with what must be computed again so that the plan fits into the devices' memory; infinite where
+        nothing makes it fit."""
+        if not any(self.lacking_bytes(played)):
+            return played.seconds
+        more, lacking = self._economized(played)
+        return float("inf") if any(lacking) else played.seconds + more
 
     def best(self) -> Played:
-        """The fastest that fits into the devices' memory; if none does, the one that lacks least."""
-        for result in sorted(self.played, key=lambda result: result.seconds):
-            if self.fits(result):
-                return result
-        return min(self.played, key=lambda result: (sum(self.lacking_bytes(result)), result.seconds))
+        """The fastest within the devices' memory; if none fits, the one that lacks least."""
+        best: Played | None = None
+        for result in sorted(self.played, key=lambda result: result.seconds)[:CONSIDERED]:
+            if best and result.seconds >= self.seconds_within(best):
+                break
+            if self.seconds_within(result) < (self.seconds_within(best) if best else float("inf")):
+                best = result
+        fitting = (result for result in self.played if not any(self.lacking_bytes(result)))
+        best = best or min(fitting, key=lambda result: result.seconds, default=None)
+        return best or min(self.played, key=lambda result: (sum(self.lacking_bytes(result)), result.seconds))
+
+    def _ordered(self, played: Played) -> tuple[Communication, Schedule]:
+        communication = communicate(self.graph, played.plan, block=self.block)
+        return communication, schedule(self.graph, played.plan, communication, cluster=self.cluster)
+
+    def _economized(self, played: Played) -> tuple[float, tuple[int, ...]]:
+        if id(played) not in self._saved:
+            ordered = self._ordered(played)
+            found = economized(self.graph, played.plan, *ordered, cluster=self.cluster, block=self.block)
+            self._saved[id(played)] = found
+        return self._saved[id(played)]

@@ -155,8 +155,11 @@ def test_random_lifetimes(seed: int) -> None:
     count = int(rng.integers(1, 40))
     sizes = {f"b{i}": int(size) for i, size in enumerate(rng.integers(1, 5000, count))}
     live = {name: tuple(sorted(rng.integers(0, 30, 2).tolist())) for name in sizes}
-    memory = plan_memory([Buffer(name, ((0, size),), "uint8") for name, size in sizes.items()], live)
+    buffers = [Buffer(name, ((0, size),), "uint8") for name, size in sizes.items()]
+    memory, packed = (plan_memory(buffers, live, rounds=rounds) for rounds in (1, 20))
     assert_disjoint(memory, sizes)
+    assert_disjoint(packed, sizes)
+    assert packed.arena_bytes <= memory.arena_bytes
     least = lower_bound(memory, sizes)
     assert memory.peak_bytes == lower_bound(memory, memory.sizes_bytes)
     assert least <= memory.arena_bytes <= 1.7 * least + ALIGNMENT_bytes * count

@@ -15,12 +15,15 @@ from fusetile.graph import FORWARD, Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.passes.assign import assign
 from fusetile.passes.communicate import communicate
+from fusetile.passes.fit import INTERPRETER_bytes
 from fusetile.passes.group import group
+from fusetile.passes.rules import rule_splits
 from fusetile.passes.schedule import schedule
 from fusetile.plan import Plan
 from fusetile.planner.candidates import candidates_of
 from fusetile.planner.choose import best_plan
 from fusetile.planner.model import model_of
+from fusetile.planner.play import Player
 from fusetile.planner.search import minimise
 from fusetile.planner.simulate import simulate
 from fusetile.planner.units import units_of
@@ -120,6 +123,24 @@ def test_a_plan_that_fits_is_preferred_to_a_faster_one(tmp_path: Path) -> None:
     slow = Cluster(PI3[4].nodes, Link(2e5, 1e-3))
     alone = best_plan(graph, cluster=slow, block=8)
     assert alone.estimate is not None and alone.estimate.rule == "single"
-    small = tuple(replace(node, device=replace(node.device, memory_bytes=62_000_000)) for node in slow.nodes)
+    small = tuple(replace(node, device=replace(node.device, memory_bytes=54_000_000)) for node in slow.nodes)
     spread = best_plan(graph, cluster=Cluster(small, slow.link), block=8)
     assert spread.estimate is not None and spread.estimate.rule != "single"
+
+
+def test_a_fast_plan_that_fits_with_maps_computed_again_is_kept(tmp_path: Path) -> None:
+    graph = imported(REDUCED["vgg_small"](), 16, tmp_path)
+    splits = rule_splits(graph, "batch", PI3[2])
+
+    def player(memory_bytes: int) -> Player:
+        nodes = (replace(n, device=replace(n.device, memory_bytes=memory_bytes)) for n in PI3[2].nodes)
+        return Player(graph, cluster=replace(PI3[2], nodes=tuple(nodes)), block=8, halo="auto")
+
+    empty = player(0)
+    needed = max(empty.lacking_bytes(empty.play("batch", splits)))
+    tight = player(INTERPRETER_bytes + int(0.9 * (needed - INTERPRETER_bytes)))
+    result = tight.play("batch", splits)
+    assert any(tight.lacking_bytes(result))
+    assert result.seconds < tight.seconds_within(result) < 1.5 * result.seconds
+    assert tight.best() is result
+    assert empty.seconds_within(empty.play("batch", splits)) == float("inf")
