@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from fusetile.box import Box, extents, view4
 from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, ref
@@ -134,36 +135,34 @@ def lower_conv_weight_grad(
     turns = -(-whole.tiles // turn)
     most = -(-whole.tiles // turns)
     v_block, z_k = padded(most * cpu.vectors.block), padded(most * row)
-    v_xi = padded(c_blocks * v_block)
-    # Z of a band of tiles of output channels at a time: no more than V
-    k_tiles = k_blocks // wide
-    band = max(1, min(k_tiles, max(v_xi, SMALL_floats // whole.products) // z_k))
-    z_xi = padded(band * z_k)
-    parts = c_blocks * (cpu.vectors.block // lines)
-    units, d_unit = min(units_of(target), band * parts), whole.products * lines * row
+    # Z of a band of tiles of output channels at a time: no more than V; with `lean` V of a band of channels, too
+    k_tiles, least = k_blocks // wide, SMALL_floats // whole.products
+    c_band = max(-(-c_blocks // LEAN_BANDS), min(c_blocks, least // v_block)) if lean else c_blocks
+    v_xi = padded(c_band * v_block)
+    k_band = max(1, min(k_tiles, max(v_xi, least) // z_k))
+    z_xi = padded(k_band * z_k)
+    per_block = cpu.vectors.block // lines
+    units, d_unit = min(units_of(target), k_band * c_band * per_block), whole.products * lines * row
     v = _scratch(f"{op.name}.inputs", whole.products * v_xi)
     z = _scratch(f"{op.name}.gradients", whole.products * z_xi)
     d = _scratch(f"{op.name}.products", units * d_unit)
+    codes = transform_input(vectors=cpu.vectors, m=m), transform_dy(vectors=cpu.vectors, m=m)
+    multiply = filter_gradient(vectors=cpu.vectors, m=m, wide=wide, lines=lines)
     calls = []
-    for i in range(turns):
+    for i, c in product(range(turns), range(0, c_blocks, c_band)):
         first, stop = (whole.tiles * j // turns for j in (i, i + 1))
-        tiling = grouped(whole, stop - first, cpu.vectors.block)
-        ints = tiling.ints() | {"first": first, "v_group": 0, "blocks": c_blocks, "wide": 1}
-        ints |= {"x_image": left.image, "x_block": left.block, "x_row": left.row}
-        ints |= {"v_tile": cpu.vectors.block, "v_xi": v_xi, "v_block": v_block}
-        code = transform_input(vectors=cpu.vectors, m=m)
-        calls.append(_call(code, c_blocks * tiling.groups, (left.start, ref(v)), INPUT_INTS, ints))
-        for k in range(0, k_tiles, band):
-            tiles = min(band, k_tiles - k)
-            ints |= {"blocks": tiles * wide, "wide": wide}
-            ints |= {"x_image": right.image, "x_block": right.block, "x_row": right.row}
-            ints |= {"v_tile": row, "v_xi": z_xi, "v_block": z_k}
-            code, start = transform_dy(vectors=cpu.vectors, m=m), moved(right.start, k * wide * right.block)
-            calls.append(_call(code, tiles * wide * tiling.groups, (start, ref(z)), INPUT_INTS, ints))
+        tiling, c_count = grouped(whole, stop - first, cpu.vectors.block), min(c_band, c_blocks - c)
+        strides = {"wide": 1, "v_tile": cpu.vectors.block, "v_xi": v_xi, "v_block": v_block}
+        calls.append(_transform(codes[0], tiling, first, left, c, c_count, ref(v), strides))
+        for k in range(0, k_tiles, k_band):
+            tiles = min(k_band, k_tiles - k)
+            strides = {"wide": wide, "v_tile": row, "v_xi": z_xi, "v_block": z_k}
+            calls.append(_transform(codes[1], tiling, first, right, k * wide, tiles * wide, ref(z), strides))
+            items = tiles * c_count * per_block
             sums = {
-                "items": tiles * parts,
-                "units": min(units, tiles * parts),
-                "blocks": c_blocks,
+                "items": items,
+                "units": min(units, items),
+                "blocks": c_count,
                 "tiles": stop - first,
                 "v_xi": v_xi,
                 "v_block": v_block,
@@ -174,10 +173,18 @@ def lower_conv_weight_grad(
                 "d_block": dw.block,
                 "adding": int(i > 0),
             }
-            code = filter_gradient(vectors=cpu.vectors, m=m, wide=wide, lines=lines)
-            pointers = (ref(v), ref(z), moved(dw.start, k * wide * dw.k), ref(d))
-            calls.append(_call(code, sums["units"], pointers, GRADIENT_INTS, sums))
+            pointers = (ref(v), ref(z), moved(dw.start, k * wide * dw.k + c * dw.block), ref(d))
+            calls.append(_call(multiply, sums["units"], pointers, GRADIENT_INTS, sums))
     return Lowered(tuple(calls), (v, z, d))
+
+
+def _transform(
+    code: Kernel, tiling: Tiling, first: int, x: View, block: int, count: int, target: Ref, strides: dict[str, int]
+) -> KernelCall:
+    """`count` channel blocks of x, or dy, from `block` on; the tiles from `first` on."""
+    ints = tiling.ints() | {"first": first, "v_group": 0, "blocks": count}
+    ints |= {"x_image": x.image, "x_block": x.block, "x_row": x.row} | strides
+    return _call(code, count * tiling.groups, (moved(x.start, block * x.block), target), INPUT_INTS, ints)
 
 
 # -- convolution ------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ SMALLEST_part = 1 / 500  # of the peak: smaller tensors are kept
 MOST = 64  # tensors are considered
 SHRINK = 0.94  # by which the goal is lowered again and again when the smallest peak is looked for
 MISSES = 4  # goals without a new smallest peak after which the search ends
+FLATTENED = 6  # choices with the smallest peaks, which are looked at once more
 SEGMENTS = (2, 3, 4, 6, 8, 11, 16, 23, 32)  # between evenly spaced checkpoints
 REMEMBERED = 1024  # choices: one goal after the other asks for most of the same
 
@@ -253,6 +254,7 @@ def economize(
     found = _alternatives(books, plain, goal_bytes, SEGMENTS if thorough else SEGMENTS[1::3])
     if min(map(need, found)) > 1 and thorough:
         found = list(_shrinking(books, plain, goal_bytes, need))  # what misses one goal may lie within another
+        found = [_flattened(books, each, start, need) for each in sorted(found, key=need)[:FLATTENED]]
     fitting = [each for each in found if need(each) <= 1]
     if not fitting:
         least = min(found, key=need)
@@ -274,6 +276,17 @@ def _shrinking(
         least = min(map(need, found))
         misses = 0 if least < smallest else misses + 1
         smallest = min(smallest, least)
+
+
+def _flattened(books: Books, now: Played, start: Again, need: Callable[[Played], float]) -> Played:
+    """Change one tensor after the other, as long as the largest peak falls."""
+    goal_bytes, candidates = now.peak_bytes, books.candidates(now.peak_bytes)
+    while True:
+        changes = [books.play((now.again ^ {name}) | start, goal_bytes) for name in candidates]
+        best = min(changes, key=need, default=now)
+        if need(best) >= need(now):
+            return now
+        now = best
 
 
 def _alternatives(

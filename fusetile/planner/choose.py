@@ -16,6 +16,7 @@ import numpy as np
 
 from fusetile.cluster import Cluster
 from fusetile.graph import Graph
+from fusetile.passes.fit import room_bytes
 from fusetile.passes.group import Halo
 from fusetile.passes.rules import rule_splits
 from fusetile.plan import Estimate, Plan
@@ -30,7 +31,7 @@ WEIGHTS = tuple(float(weight) for weight in np.linspace(0, 1, 21))
 EMPHASES = tuple((waiting, busy) for waiting in (1.0, 1.5, 2.5) for busy in (0.0, 0.15, 0.3, 0.6, 1.0))
 PLAYED = 16
 """Plans of the search that are simulated."""
-PRICES = (0.3, 3.0, 30.0)
+PRICES = (0.1, 0.3, 1.0, 3.0)
 """What all the memory of a device costs if the fastest plan does not fit, in steps."""
 
 
@@ -91,7 +92,7 @@ def _rules(graph: Graph, cluster: Cluster) -> Iterator[tuple[str, Splits]]:
 def _save_memory(player: Player, space: Space) -> None:
     """Play plans for which memory has a price, and those that keep nothing which can be computed and sent again."""
     seconds = player.best().seconds
-    memory = np.array([node.device.memory_bytes for node in player.cluster.nodes], float)
+    memory = room_bytes(player.cluster)
     for price in PRICES:
         sums = space.model.mixed(1.0, 0.3, price * seconds / memory)
         splits = space.splits(minimise(sums.nodes, sums.edges).choice)
