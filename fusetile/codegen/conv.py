@@ -45,26 +45,13 @@ from fusetile.codegen.conv_views import (
     taps_of,
     view,
 )
-from fusetile.codegen.filter_source import (
-    DOT_INTS,
-    GATHER_INTS,
-    SUM_INTS,
-    TRANSPOSE_INTS,
-    dot_rows,
-    gather_rows,
-    sum_parts,
-    transpose_filter,
-)
+from fusetile.codegen.filter_source import SUM_INTS, TRANSPOSE_INTS, sum_parts, transpose_filter
+from fusetile.codegen.gemm import gathered, input_gradient_calls
 from fusetile.codegen.targets import Target
 from fusetile.codegen.update import Updating
 from fusetile.graph import Op
 from fusetile.ops.base import Domain
 from fusetile.program import Buffer
-
-# A fully connected layer computes its input gradient from the weights as they are, which costs a sum over lanes per
-# result, or from transposed weights, which cost a pass over them: for many images and few blocks of outputs.
-DOT_BLOCKS = 8
-DOT_ALONE = 8  # input channels at once for a single image
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +105,9 @@ def lower_conv_input_grad(
     m, written = machine(target, w.block[0]), domain.output(box)
     need, filter_box = domain.need(box, 0), domain.need(box, 1)
     k_blocks, c_blocks = blocks(filter_box[0], w.block[0]), blocks(filter_box[1], w.block[1])
-    if len(written) == 2 and k_blocks >= min(extents(written)[0], DOT_BLOCKS):
-        return _dot(domain, box, inputs, outputs, target=target)
     weights, size = filter_view(w, filter_box), k_blocks * c_blocks * m.vectors.block**2
+    if len(written) == 2 and weights.lines == m.vectors.block:
+        return _gemm_input_grad(op, m, view(dy, need), weights, view(outputs[0], written), written, k_blocks, c_blocks)
     scratch = _scratch(f"{op.name}.transposed", size * weights.taps)
     lowered, done = Lowered((), (scratch,)), 0
     dx, (images, _, rows, columns) = view(outputs[0], written), view4(written)
@@ -195,14 +182,19 @@ def lower_conv_weight_grad(
     else:  # nothing but padding: no pixels, so zeros
         left, columns = _nothing(x), 0
     step = (taps.step[0] * left.row, taps.step[1] * left.pixel)
+    k_blocks, c_blocks = blocks(written[0], outputs[0].block[0]), blocks(written[1], outputs[0].block[1])
+    if (rows, columns, *taps.count) == (1, 1, 1, 1):  # the images are the pixels
+        before, left = gathered(f"{op.name}.x", left, images=images, blocks=c_blocks)
+        more, right = gathered(f"{op.name}.dy", right, images=images, blocks=k_blocks)
+        sizes = Sizes(1, 1, images, k_blocks, c_blocks)
+        return _join(_join(before, more), _gradient(op, m, left, right, dw, step, sizes, updating))
     left = replace(left, row=taps.stride[0] * left.row, pixel=taps.stride[1] * left.pixel)
-    if (rows, columns) == (1, 1):  # the images are the pixels
+    if (rows, columns) == (1, 1):
         left, right, images, columns = replace(left, pixel=left.image), replace(right, pixel=right.image), 1, images
     elif taps.count == (1, 1) and (left.row, right.row) == (columns * left.pixel, columns * right.pixel):
         merged = max(n for n in row_counts(rows) if n == 1 or n * columns <= LONGEST_ROW)
         left, right = replace(left, row=merged * left.row), replace(right, row=merged * right.row)
         rows, columns = rows // merged, columns * merged
-    k_blocks, c_blocks = blocks(written[0], outputs[0].block[0]), blocks(written[1], outputs[0].block[1])
     return _gradient(op, m, left, right, dw, step, Sizes(images, rows, columns, k_blocks, c_blocks), updating)
 
 
@@ -407,15 +399,12 @@ def _convolve_maps(
     phases: Phases = ALONE,
 ) -> Lowered:
     """A tap convolution; of one-pixel maps, the images become a row of pixels, for which x is gathered into scratch."""
-    images, size = sizes.images, x.pixel
+    images = sizes.images
     if images == 1 or (sizes.rows, sizes.columns) != (1, 1) or taps.count != (1, 1):
         return Lowered(_convolve(m, *_rows_in_line(m, x, w, y, taps, sizes), epilogue, phases))
-    scratch = _scratch(f"{op.name}.rows{label}", sizes.c_blocks * images * size)
-    ints = {"images": images, "x_image": x.image, "x_block": x.block, "block": size}
-    gather = KernelCall(gather_rows(), sizes.c_blocks, (x.start, ref(scratch)), _order(GATHER_INTS, ints))
-    x, y = View(ref(scratch), 0, images * size, 0, size), replace(y, image=0, pixel=y.image)
-    calls = _convolve(m, x, w, y, Taps((1, 1)), replace(sizes, images=1, columns=images), epilogue, phases)
-    return Lowered((gather, *calls), (scratch,))
+    before, x = gathered(f"{op.name}.rows{label}", x, images=images, blocks=sizes.c_blocks)
+    y, sizes = replace(y, image=0, pixel=y.image), replace(sizes, images=1, columns=images)
+    return _join(before, Lowered(_convolve(m, x, w, y, Taps((1, 1)), sizes, epilogue, phases)))
 
 
 def _rows_in_line(
@@ -435,25 +424,13 @@ def _join(first: Lowered, second: Lowered) -> Lowered:
     return Lowered(first.calls + second.calls, first.scratch + second.scratch)
 
 
-def _dot(domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target) -> Lowered:
-    """GemmInputGrad: the weights are large and the rows few, so the weights are read as they are, not transposed."""
-    dy, w = inputs
-    m, filter_box, written = machine(target, w.block[0]), domain.need(box, 1), domain.output(box)
-    source, weights, dx = view(dy, domain.need(box, 0)), filter_view(w, filter_box), view(outputs[0], written)
-    ints = {
-        "images": extents(written)[0],
-        "k_blocks": blocks(filter_box[0], w.block[0]),
-        "lines": weights.lines,
-        "y_image": source.image,
-        "y_block": source.block,
-        "w_k": weights.k,
-        "w_block": weights.block,
-        "x_image": dx.image,
-        "x_block": dx.block,
-    }
-    kernel = dot_rows(vectors=m.vectors, images=m.dot[0], lines=m.dot[1], alone=DOT_ALONE)
-    units = blocks(filter_box[1], w.block[1])
-    return Lowered((KernelCall(kernel, units, (source.start, weights.start, dx.start), _order(DOT_INTS, ints)),))
+def _gemm_input_grad(
+    op: Op, m: Machine, dy: View, w: Filter, dx: View, written: Box, k_blocks: int, c_blocks: int
+) -> Lowered:
+    images = extents(written)[0]
+    before, rows = gathered(f"{op.name}.rows", dy, images=images, blocks=k_blocks)
+    calls = input_gradient_calls(m, rows, w, dx, images=images, k_blocks=k_blocks, c_blocks=c_blocks)
+    return _join(before, Lowered(calls))
 
 
 def _nothing(buffer: Buffer) -> View:

@@ -104,7 +104,7 @@ for p in T.unroll({length}):
 """
 
 
-def _over_tiles(tile: Tile, index: str, body: Callable[[int, str], str]) -> str:
+def over_tiles(tile: Tile, index: str, body: Callable[[int, str], str]) -> str:
     """The long tiles, then the short ones; `body(length, start)` is the work of one."""
     loops = f"""
 for {index} in T.serial(long_tiles):
@@ -273,7 +273,7 @@ for unit in T.serial(lo, hi):
             h: T.int32 = T.truncmod(row, height)
             x_start: T.int32 = image * x_image + h * x_row + chunk_index * chunk * x_block
             y_start: T.int32 = image * y_image + h * y_row + k_tile * {tile.blocks} * y_block + y_phase
-            {indent(_over_tiles(tile, "t", tile_body), 12)}
+            {indent(over_tiles(tile, "t", tile_body), 12)}
 """
     scratch: dict[str, tuple[tuple[int, ...], str]] = {
         "acc": ((tile.long, tile.blocks * v.per_block, v.width), "float32")
@@ -397,7 +397,7 @@ for p in T.unroll({length}):
     tap = f"""
 x_start: T.int32 = c_block * x_block{{}}
 d0: {v.index} = {v.offset("d_start")} + {v.offset("c_block")} * {v.offset("d_block")}{{}}
-{_over_tiles(tile, "t", tile_body)}
+{over_tiles(tile, "t", tile_body)}
 """
     d_tap = v.offset(f"(th * taps_w + tw) * lines * {v.block}")
     over_taps = f"""

@@ -20,18 +20,17 @@ class Machine:
     """What the choices below need to know of a CPU, for one channel block.
 
     `registers` is the number of vector registers. `pixels` and `lines` give, per number of channel blocks in a tile,
-    the longest tile of a convolution and of a weight gradient that needs no stack; `dot` is the tile (rows, lines) of
-    the fully connected input gradient. `fma` and `loads` are vector operations per cycle, `latency` that of an fma in
-    cycles. `inner_bytes` and `outer_bytes` are the cache nearest to a core and its share of the next; `weights_bytes`
-    is how much of the weights one may stream over. `written` is the most lines of a tap that kernels have written out,
-    `row` what a row of pixels costs besides its tiles, in cycles, where that was counted.
+    the longest tile of a convolution and of a weight gradient that needs no stack. `fma` and `loads` are vector
+    operations per cycle, `latency` that of an fma in cycles. `inner_bytes` and `outer_bytes` are the cache nearest to a
+    core and its share of the next; `weights_bytes` is how much of the weights one may stream over. `written` is the
+    most lines of a tap that kernels have written out, `row` what a row of pixels costs besides its tiles, in cycles,
+    where that was counted.
     """
 
     vectors: Vectors
     registers: int
     pixels: Mapping[int, int]
     lines: Mapping[int, int]
-    dot: tuple[int, int]
     fma: float
     loads: float
     latency: float
@@ -96,14 +95,14 @@ def machine(target: Target, block: int) -> Machine:
         vectors = Vectors(block, 4, lanes=4, wide=target.registers == 32)
         arm = {"fma": 1, "loads": 1, "latency": 4, "row": ROW_cycles}
         if target.registers == 16:
-            return Machine(vectors, 16, {1: 4}, {1: 6}, (2, 4), **arm, **caches, written=WRITTEN_LINES_16)
-        return Machine(vectors, 32, {1: 7}, {1: 12}, (4, 4), **arm, **caches, written=WRITTEN_LINES)
+            return Machine(vectors, 16, {1: 4}, {1: 6}, **arm, **caches, written=WRITTEN_LINES_16)
+        return Machine(vectors, 32, {1: 7}, {1: 12}, **arm, **caches, written=WRITTEN_LINES)
     vectors = Vectors(block, min(target.width, block), lanes=0)
     if target.registers == 32:
         pixels, lines = {1: 28, 2: 14, 4: 6}, {1: 24, 2: 14, 4: 6}
-        return Machine(vectors, 32, pixels, lines, (4, 4), fma=2, loads=2, latency=4, **caches)
+        return Machine(vectors, 32, pixels, lines, fma=2, loads=2, latency=4, **caches)
     # 4 cycles, but the 8 sums that would fill them never quite do
-    return Machine(vectors, 16, {1: 12, 2: 6, 3: 4}, {1: 12, 2: 6, 3: 4}, (4, 2), fma=2, loads=2, latency=5, **caches)
+    return Machine(vectors, 16, {1: 12, 2: 6, 3: 4}, {1: 12, 2: 6, 3: 4}, fma=2, loads=2, latency=5, **caches)
 
 
 def cover_pixels(m: Machine, columns: int, blocks: int, written: Written | None = None) -> list[Cover]:

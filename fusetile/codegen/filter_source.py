@@ -5,7 +5,6 @@ Where a convolution needs an operand in another order, or a result in pieces:
     transpose_filter   w -> the weights of the input gradient: channels swapped, window flipped
     sum_parts          partial weight gradients -> their sum
     gather_rows        [N][C/B][B] -> [C/B][N][B]
-    dot_rows           input gradient of the fully connected layer, straight from its weights
 """
 
 from __future__ import annotations
@@ -15,12 +14,9 @@ from functools import cache
 from fusetile.codegen.calls import Kernel, make_kernel, prefetch
 from fusetile.codegen.conv_source import LINE, Vectors, indent
 
-AHEAD = 16  # blocks of output channels that memory is ahead of the multiplications
-
 TRANSPOSE_INTS = ("k_blocks", "taps_h", "taps_w", "w_k", "w_block", "w_tap_h", "w_tap_w")
 SUM_INTS = ("parts", "vectors", "part", "source_k", "target_k")
 GATHER_INTS = ("images", "x_image", "x_block", "block")
-DOT_INTS = ("images", "k_blocks", "lines", "y_image", "y_block", "w_k", "w_block", "x_image", "x_block")
 
 
 @cache
@@ -138,72 +134,3 @@ for c in T.serial(lo, hi):
             t[(c * images + n) * block + e] = x[n * x_image + c * x_block + e]
 """
     return make_kernel("gather_rows", pointers=dict.fromkeys(("x", "t"), "float32"), body=body, ints=GATHER_INTS)
-
-
-@cache
-def dot_rows(*, vectors: Vectors, images: int, lines: int, alone: int) -> Kernel:
-    """dx[n][c] = sum over k of dy[n][k] * w[k][c], with the lanes of k summed at the end: no transposed weights.
-
-    Register tile: `images` x `lines` input channels; for the images that are left over, 1 x `alone`. A work unit is one
-    block of input channels; lanes of dx beyond the weights' block are zero. Pointers dy, w, dx.
-    """
-    v = vectors
-
-    def tile(rows: int, image: str, columns: int, line: str) -> str:
-        y_at = f"dy[({image} + p) * y_image + k * y_block + r * {v.width} + e]"
-        w_at = f"w[k * w_k + c * w_block + ({line} + q) * {v.block} + r * {v.width} + e]"
-        acc = f"acc[p * {columns} + q, e]"
-        # blocks of k are far apart
-        next_w = f"w[(k + {AHEAD}) * w_k + c * w_block + {line} * {v.block} + {{}}]"
-        ahead = [] if v.lanes else [next_w.format(i) for i in range(0, columns * v.block, LINE)]
-        total = _tree([f"acc[p * {columns} + q, {e}]" for e in range(v.width)])
-        return f"""
-for p in T.unroll({rows}):
-    for q in T.unroll({columns}):
-        for e in T.vectorized({v.width}):
-            {acc} = T.float32(0)
-for k in T.serial(k_blocks):
-    {indent(prefetch(*ahead), 4)}
-    for r in T.unroll({v.per_block}):
-        for p in T.unroll({rows}):
-            for q in T.unroll({columns}):
-                for e in T.vectorized({v.width}):
-                    {acc} = {acc} + {y_at} * {w_at}
-for p in T.unroll({rows}):
-    for q in T.unroll({columns}):
-        dx[({image} + p) * x_image + c * x_block + {line} + q] = {total}
-"""
-
-    def over_lines(rows: int, image: str, columns: int) -> str:
-        return f"""
-for j in T.serial(T.truncdiv(lines, {columns})):
-    {indent(tile(rows, image, columns, f"j * {columns}"), 4)}
-for j in T.serial(T.truncdiv(lines, {columns}) * {columns}, lines):
-    {indent(tile(rows, image, 1, "j"), 4)}
-"""
-
-    body = f"""
-for c in T.serial(lo, hi):
-    for i in T.serial(T.truncdiv(images, {images})):
-        {indent(over_lines(images, f"i * {images}", lines), 8)}
-    for i in T.serial(T.truncdiv(images, {images}) * {images}, images):
-        {indent(over_lines(1, "i", alone), 8)}
-    for i in T.serial(images):
-        for j in T.serial(lines, {v.block}):
-            dx[i * x_image + c * x_block + j] = T.float32(0)
-"""
-    return make_kernel(
-        f"dot_rows_{images}x{lines}_1x{alone}_{v.tag}",
-        pointers=dict.fromkeys(("dy", "w", "dx"), "float32"),
-        body=body,
-        ints=DOT_INTS,
-        scratch={"acc": ((max(images * lines, alone), v.width), "float32")},
-    )
-
-
-def _tree(terms: list[str]) -> str:
-    """A balanced sum."""
-    if len(terms) == 1:
-        return terms[0]
-    half = len(terms) // 2
-    return f"({_tree(terms[:half])} + {_tree(terms[half:])})"

@@ -96,8 +96,8 @@ for o in T.serial({wide}):
                     + s * {v.width * v.block} + q * {v.width}
                 )
                 t1: T.int32 = (tap * {v.block} + q * {v.width}) * {v.per_block} + s
-                {indent(_prefetch(v, "w", "w1 + w_block", v.width * v.block), 16)}
-                {indent(_turn_square(v), 16)}
+                {indent(prefetch_next(v, "w", "w1 + w_block", v.width * v.block), 16)}
+                {indent(turn_square(v, f"turned[t1 + {{}} * {v.per_block}, T.Ramp(0, 1, {v.width})]"), 16)}
     for i in T.serial({v.block}):
         for s in T.serial({v.per_block}):
             u1: T.int32 = {u} + i * {wide * v.block} + o * {v.block} + s * {v.width}
@@ -105,14 +105,14 @@ for o in T.serial({wide}):
 """
 
 
-def _prefetch(v: Vectors, array: str, start: str, floats: int) -> str:
+def prefetch_next(v: Vectors, array: str, start: str, floats: int) -> str:
     """Asks for what comes in another place than the data now read; not on ARM, as in `tap_convolution`."""
     return "" if v.lanes else prefetch(*(f"{array}[{start} + {i}]" for i in range(0, floats, LINE)))
 
 
-def _turn_square(v: Vectors) -> str:
-    """`turned` from t1 on = the transpose of a square of w: interleaving rows i and i + n / 2 into rows 2 i and
-    2 i + 1, as often as halving n rows leaves one, transposes."""
+def turn_square(v: Vectors, row: str) -> str:
+    """`row`, with a number in it, becomes a row of the transpose of the square of w at w1: interleaving rows i and
+    i + n / 2 into rows 2 i and 2 i + 1, as often as halving n rows leaves one, transposes."""
     n, lanes = v.width, f"T.Ramp({{}}, 1, {v.width})"
     order = [lane for pair in zip(range(n), range(n, 2 * n), strict=True) for lane in pair]
     statements = [f"square[{i}, {lanes.format(0)}] = w[{lanes.format(f'w1 + {i * v.block}')}]" for i in range(n)]
@@ -125,16 +125,25 @@ def _turn_square(v: Vectors) -> str:
                 picked = order[half * n : half * n + n]
                 statements.append(f"square[{target + 2 * i + half}, {lanes.format(0)}] = T.Shuffle({pair}, {picked})")
     last = stages % 2 * n
-    statements += [
-        f"turned[t1 + {i * v.per_block}, {lanes.format(0)}] = square[{last + i}, {lanes.format(0)}]" for i in range(n)
-    ]
+    statements += [f"{row.format(i)} = square[{last + i}, {lanes.format(0)}]" for i in range(n)]
     return "\n".join(statements)
 
 
-def _multiply(
-    v: Vectors, wide: int, length: int, *, v_at: str, v_block: int, u_at: str, m_at: str, m_tile: int, first: str
+def multiply(
+    v: Vectors,
+    wide: int,
+    length: int,
+    *,
+    v_at: str,
+    v_block: int | str,
+    u_at: str,
+    m_at: str,
+    m_tile: int | str,
+    first: str,
+    v_next: str = "",
 ) -> str:
-    """M = (M unless `first`) + V U for one group, one xi and the input channel blocks [c_start, c_stop)."""
+    """M = (M unless `first`) + V U for one group of tiles and the input channel blocks [c_start, c_stop). `v_next`: how
+    much further on is what will be needed of V, if a processor can't foresee it."""
 
     def each(statement: str) -> str:
         return f"""
@@ -161,8 +170,7 @@ for q in T.unroll({v.block // v.lanes}):
 for i in T.serial({v.block}):
     {indent(each(f"acc[p, r, e] = acc[p, r, e] + {x_at.format('i')} * {w_at.format('i')}"), 4)}
 """
-    # of the next xi: its products are far from these, and V may not be in the nearest caches
-    next_product = _prefetch(v, "v_", f"{v_at} + v_xi + c * {v_block}", length * v.block)
+    needed_next = prefetch_next(v, "v_", f"{v_at} + {v_next} + c * {v_block}", length * v.block) if v_next else ""
     zero = each("acc[p, r, e] = T.float32(0)")
     start = zero
     if first:
@@ -177,18 +185,18 @@ else:
 for c in T.serial(c_start, c_stop):
     v_c: T.int32 = {v_at} + c * {v_block}
     u_c: T.int32 = {u_at} + (c - c_first) * {v.block * wide * v.block}
-    {indent(next_product, 4)}
+    {indent(needed_next, 4)}
     {indent(inner, 4)}
 {each(f"{at_m} = acc[p, r, e]")}
 """
 
 
 def multiply_groups(v: Vectors, m: int, wide: int, long: int, *, v_base: str, u_at: str, first: str = "") -> str:
-    """`_multiply` for every xi and the groups [g_start, g_stop)."""
+    """`multiply` for every xi and the groups [g_start, g_stop)."""
     m_tile, m_xi, m_group = m_strides(v, m, wide, long, by_xi=bool(first))
 
     def body(length: int) -> str:
-        return _multiply(
+        return multiply(
             v,
             wide,
             length,
@@ -198,6 +206,7 @@ def multiply_groups(v: Vectors, m: int, wide: int, long: int, *, v_base: str, u_
             m_at=f"m0 + (g - g_start) * {m_group} + xi * {m_xi}",
             m_tile=m_tile,
             first=first,
+            v_next="v_xi",  # the products of the next xi are far from these, and may not be in the nearest caches
         )
 
     work = body(long)
@@ -261,12 +270,14 @@ for r in T.serial({wide * v.per_block}):
     return over_tiles(long, body)
 
 
+def turning_squares(v: Vectors) -> Arrays:
+    """The local array of `turn_square`."""
+    return {"square": ((2 * v.width, v.width), "float32")}
+
+
 def turning_arrays(v: Vectors) -> Arrays:
     """Local arrays that turn weights."""
-    return {
-        "square": ((2 * v.width, v.width), "float32"),
-        "turned": ((9 * v.block * v.per_block, v.width), "float32"),
-    }
+    return turning_squares(v) | {"turned": ((9 * v.block * v.per_block, v.width), "float32")}
 
 
 def multiplying_arrays(v: Vectors, m: int, wide: int, length: int) -> Arrays:
