@@ -148,7 +148,8 @@ def _typed(array: np.ndarray, part: Mapping[str, Any], what: str) -> np.ndarray:
     if part["classes"]:
         right = (array >= 0) & (array < part["classes"]) | (array == part["ignore"])
         if array.dtype.kind not in "iu" or not right.all():
-            raise UserError(f"{what} must be whole numbers from 0 to {part['classes'] - 1}")
+            value = array[~right][0] if array.dtype.kind in "iu" else f"of type {array.dtype}"
+            raise UserError(f"{what} is {value}; classes are whole numbers from 0 to {part['classes'] - 1}")
         return array.astype(np.int32)
     if array.dtype.kind != "f" and not (array.dtype == np.uint8 and part["role"] == "input"):
         raise UserError(f"{what} has dtype {array.dtype}; it must be floating-point numbers, or uint8 for an input")
