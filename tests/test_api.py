@@ -118,7 +118,9 @@ def test_iterables_that_end_or_hold_something_else(model: Path, data: Path, tmp_
         train(iter(Digits(data)))
     with pytest.raises(fusetile.UserError, match="end after 12 samples; a step takes 4"):
         train(iter(Digits(data)), steps=4)
-    with pytest.raises(fusetile.UserError, match="sample 0 of the data: 'y' is 5; classes are whole numbers from 0 to 4"):
+    with pytest.raises(
+        fusetile.UserError, match="sample 0 of the data: 'y' is 5; classes are whole numbers from 0 to 4"
+    ):
         train([{"x": np.zeros((1, 20, 20)), "y": 5}])
     with pytest.raises(ZeroDivisionError):
         train(({"x": np.zeros((1, 20, 20)), "y": 1 // 0} for _ in range(9)), steps=1)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -91,11 +91,12 @@ class Progress:
                     self._file.close()
                 raise FusetileError(f"can't write the log {self._file.name}: {error.strerror}") from error
         if self._bar is not None:
-            if record.step == 1:
+            if not self._bar.live.is_started:
                 self._stack.enter_context(self._bar)
             if record.validation:
-                self._bar.console.print(record.text(self._total), markup=False, highlight=False)
-            self._bar.update(self._bar.task_ids[0], completed=record.step, text=record.text(self._total))
+                self._bar.console.print(record.text(self._total), markup=False, highlight=False, soft_wrap=True)
+            short = replace(record, validation={}).text(self._total)
+            self._bar.update(self._bar.task_ids[0], completed=record.step, text=short)
             if record.step == self._total:
                 self._bar.stop()  # what is printed afterwards comes below it
         elif self._show:

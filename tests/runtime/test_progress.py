@@ -36,15 +36,18 @@ def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) ->
     ]
 
 
-def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", [1, 5])
+def test_a_terminal_gets_a_bar(first: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the run goes on from a checkpoint. Validations stay above it."""
     pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    with Progress(2, show=True, log=None) as progress:
-        progress.step(StepRecord(1, 0.5, 0.25, 4))
-        progress.step(StepRecord(2, 0.5, 0.25, 4))
+    with Progress(first + 1, show=True, log=None) as progress:
+        progress.step(StepRecord(first, 0.5, 0.25, 4, {"loss": 0.25}, best=True))
+        progress.step(StepRecord(first + 1, 0.5, 0.25, 4))
         print("afterwards")
     out = capsys.readouterr().out
-    assert "step 2/2" in out and out.rstrip().endswith("afterwards")
+    assert f"step {first + 1}/{first + 1}" in out and out.rstrip().endswith("afterwards")
+    assert out.count("validation: loss 0.2500 (best)") == 1
 
 
 def test_a_log_that_can_not_be_written(tmp_path: Path) -> None:
