@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from fusetile.checks import check_data, check_paths, check_resumed
 from fusetile.cluster import Cluster, local_cluster, read_cluster
@@ -131,11 +131,16 @@ def train(
         source = where or cast(Iterable[Sample], data)
         log = run.log or folder / "log.jsonl"
         train_locally(build, devices, source, replace(run, log=log), out, on_step=on_step, quiet=quiet)
-        steps = [json.loads(line) for line in log.read_text().splitlines()]
-        (out / REPORT).write_text(report_html(read_plan(build), steps))
+        (out / REPORT).write_text(report_html(read_plan(build), _logged(log)))
     _, metadata = safetensors.load(out / RESULT)
     best = out / f"{BEST}.onnx"
     return Trained(out / TRAINED, int(metadata["steps"]), best if run.val and best.exists() else None)
+
+
+def _logged(log: Path) -> list[dict[str, Any]]:
+    """The steps of a log, unless it is a pipe or a terminal, like /dev/stdout, which may have other lines as well."""
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return [json.loads(line) for line in lines if line.startswith('{"step": ')]
 
 
 def _check_iterable(data: object, training: Training, run: RunOptions) -> None:

@@ -52,6 +52,8 @@ def test_a_callback_sees_every_step_and_ends_the_training(model: Path, data: Pat
     assert len(np.load(tmp_path / "g.npz").files) == 10
     short = fusetile.train(model, data, out=tmp_path / "b", nodes=2, training=TRAINING, run=RunOptions(steps=3))
     assert short.best is None
+    curves = [(tmp_path / name / "report.html").read_text().count("<polyline") for name in "ab"]
+    assert curves == [3, 1]  # the losses of steps and of validations, and the accuracy
     for mine, theirs in zip(values(stopped.model), values(short.model), strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
