@@ -6,13 +6,14 @@ F(4x4); * is what the compiler chooses), and per ideal vector multiply-add of th
     insns     executed instructions, of all kernels of the phase with their transforms
     misses    lines of 64 bytes per 1000: fetched into the first-level cache of this CPU, and into a second-level cache
               of 512 KB and of 1 MB that one core has for itself
+    time      the instructions that take as long as these and the misses, see benchmarks/emulated/choices.py
     loads     in the loops with a tenth of all multiplications or more, which Winograd's transforms have not:
               instructions from a load to its first use, least and median; [sp] counts accesses to the stack there
 
 Then the same of OpenBLAS, which chooses its kernel for the CPU (with --openblas: a matrix product of numpy's in an
 emulated Debian, made on first use), and instructions per element of other ops. All results, on random data, must be
 those of this computer's kernels. What no emulator knows: how many instructions a cycle takes, what a miss costs, and
-what hardware prefetches. Needs Debian's qemu-user.
+what hardware prefetches. Needs Debian's qemu-user. `python -m benchmarks.choices` has all layers that are chosen for.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.emulated.choices import Counts
 from benchmarks.emulated.emulator import CPUS, Program, available, compile_plugin
 from benchmarks.emulated.layers import Layer
 from benchmarks.emulated.loops import hot_loops, typical_distance
@@ -99,7 +101,8 @@ def table(program: Program, rows: Sequence[Row], expected: Results) -> None:
     """The convolutions on one CPU."""
     name = program.target.name
     print(f"\n{name}: {CPUS[name]}")
-    print(f"{'layer':22} {'phase':16} {'algorithm':10} {'insns':>6} {'misses: L1 512K 1M':>20} {'loads':>9} [sp]")
+    head = f"{'layer':22} {'phase':16} {'algorithm':10} {'insns':>6} {'misses: L1 512K 1M':>20}"
+    print(f"{head} {'time':>5} {'loads':>9} [sp]")
     for i, (layer, phase, algorithm) in enumerate(rows):
         results, profile = program.run(i, caches=True)
         check(f"{layer}, {phase}", results, expected[i])
@@ -109,6 +112,7 @@ def table(program: Program, rows: Sequence[Row], expected: Results) -> None:
         label = NAMES[algorithm] + "*" * (layer.chosen(phase, program.target) == algorithm)
         print(
             f"{layer!s:22} {phase:16} {label:10} {profile.executed / layer.ideal:6.2f} {misses:>20} "
+            f"{Counts.of(profile).instructions(program.target) / layer.ideal:5.2f} "
             f"{least:3d} {middle:5.1f} {sum(len(loop.stack) for loop in loops):4d}",
             flush=True,
         )

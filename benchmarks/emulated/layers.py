@@ -67,12 +67,12 @@ class Layer:
         """Direct, and the sides of Winograd's tiles."""
         return (DIRECT, 2, 4) if (self.window, self.stride, self.groups) == (3, 1, 1) and self.c > 3 else (DIRECT,)
 
-    def chosen(self, phase: str, target: Target) -> int:
+    def chosen(self, phase: str, target: Target, numerics: conv_choice.Numerics = "fast") -> int:
         """What the compiler chooses."""
         if len(self.algorithms()) == 1:
             return DIRECT
         c, k = (self.k, self.c) if phase == PHASES[1] else (self.c, self.k)
-        return conv_choice.tile(FAMILIES[phase], self.images, *self.out, c, k, target=target, numerics="fast")
+        return conv_choice.tile(FAMILIES[phase], self.images, *self.out, c, k, target=target, numerics=numerics)
 
     def work(self, phase: str, algorithm: int, target: Target) -> Work:
         """The phase on random data."""

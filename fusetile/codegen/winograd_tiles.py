@@ -15,7 +15,7 @@ UNITS, UNITS_ARM = 12, 4
 LONGEST_ARM = {32: 7, 16: 3}  # by the number of vector registers
 MIN_CHANNEL_TILES = 4  # fewer tiles of output channels than this would leave threads without work
 MAX_TURNS = 32
-SET = 512  # floats after which addresses may fall into the same sets of the nearest cache
+SET = 256  # floats; at multiples of it, more of 36 streams fall into one set of the nearest cache than it has lines
 
 
 @dataclass(frozen=True, slots=True)

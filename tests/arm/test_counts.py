@@ -3,7 +3,6 @@ multiply-add of the direct convolution. They are the same on every computer, so 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.arm import HOT
-from benchmarks.emulated.emulator import Program, available, compile_plugin
+from benchmarks.emulated.emulator import Program
 from benchmarks.emulated.layers import DIRECT, PHASES, Layer
 from benchmarks.emulated.loops import hot_loops, typical_distance
 from benchmarks.emulated.work import run_here
@@ -45,14 +44,6 @@ CASES = (
 OF_CPU = {"pi3": CASES, "pi4": CASES[::3], "pi5": CASES[1::3], "armv7": CASES[::3]}
 ARMV7 = 1.6  # times the limits: 16 registers instead of 32
 LOAD_DISTANCE = 5  # median: an in-order CPU would wait
-
-
-@pytest.fixture(scope="module")
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plugin that counts. Skips where there is no emulator for it, unless all tests must run."""
-    if not available() and not os.environ.get("FUSETILE_TEST_ALL"):
-        pytest.skip("qemu-aarch64 is not installed (Debian: apt install qemu-user)")
-    return compile_plugin(tmp_path_factory.mktemp("plugin"))
 
 
 @pytest.fixture(scope="module")
