@@ -46,24 +46,39 @@ class Kind(Enum):
 
 
 class Array:
-    """A mapped array, or one in memory."""
+    """A mapped array, with its mapping, or one in memory."""
 
     def __init__(self, values: np.ndarray, kind: Kind = Kind.OTHER) -> None:
-        self.values, self.kind = values, kind
+        self.values, self.kind = np.asarray(values), kind  # a plain view of a mapped one: numpy.memmap is slow
         self.shape, self.dtype, self.ndim = values.shape, values.dtype, values.ndim
+        base: Any = values
+        while isinstance(base, np.ndarray):
+            base = base.base
+        self.mapping = base if isinstance(values, np.memmap) and isinstance(base, mmap.mmap) else None
+        self._rows_held = 0  # that may still count as memory of this process
 
     def read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
         """A box of some samples."""
+        if len(rows) <= _ROWS_at_once:
+            return self._read(rows, inside, changes)
         index: Any = (0, *inside)
         found = np.empty((len(rows), *self.values[index].shape), self.dtype)
         for start in range(0, len(rows), _ROWS_at_once):
             some = slice(start, start + _ROWS_at_once)
-            if self.kind is Kind.OTHER or all(change == SAME for change in changes[some]):
-                index = (rows[some], *inside)
-                found[some] = self.values[index]
-            else:
-                for place, row, change in zip(found[some], rows[some], changes[some], strict=True):
-                    place[:] = self._changed(row, change, inside)
+            found[some] = self._read(rows[some], inside, changes[some])
+        return found
+
+    def _read(self, rows: np.ndarray, inside: tuple[slice, ...], changes: Sequence[Change]) -> np.ndarray:
+        several: Any = (rows, *inside)
+        if self.kind is Kind.OTHER or all(change == SAME for change in changes):
+            found: np.ndarray = self.values[several]
+        else:
+            one: Any = (0, *inside)
+            found = np.empty((len(rows), *self.values[one].shape), self.dtype)
+            for place, row, change in zip(found, rows, changes, strict=True):
+                place[:] = self._changed(row, change, inside)
+        self._rows_held += len(rows)
+        if self._rows_held >= _ROWS_at_once:
             self._let_go()
         return found
 
@@ -83,11 +98,9 @@ class Array:
     def _let_go(self) -> None:
         """What was read of a mapped file counts no more as memory of this process; the system may still have it at
         hand."""
-        base: Any = self.values
-        while isinstance(base, np.ndarray):
-            base = base.base
-        if isinstance(self.values, np.memmap) and isinstance(base, mmap.mmap):
-            base.madvise(mmap.MADV_DONTNEED)
+        self._rows_held = 0
+        if self.mapping is not None:
+            self.mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _load(file: Path) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fusetile.box import Box, slices, volume
+from fusetile.box import slices, volume
 from fusetile.philox import permutation
 from fusetile.program import Buffer, Feed, Program, Routine
 from fusetile.runtime.augment import SAME, Augmentation, Change
@@ -178,6 +178,7 @@ class Data(Reader):
             checked=checked,
         )
         self._columns, self.count = samples.columns, samples.count
+        self._here, self._all = _cuts(self._feeds), _cuts(program.samples)
         self._epoch, self._order = -1, np.arange(self.count)
 
     def offer(self) -> dict[str, Any]:
@@ -193,17 +194,20 @@ class Data(Reader):
         return self._order[position * self._program.batch : (position + 1) * self._program.batch]
 
     def _boxes(self, batch: int, rows: np.ndarray | None) -> dict[Buffer, np.ndarray]:
-        there = [feed for feed in self._feeds if volume(feed.buffer.box)]
         rows, changes = self._named(batch, rows)
-        return {feed.buffer: self._read_box(feed.key, feed.buffer.box, rows, changes) for feed in there}
+        return {
+            feed.buffer: self._columns[feed.key].read(rows[some], inside, changes[some])
+            for feed, some, inside in self._here
+        }
 
     def _whole(self, batch: int, rows: np.ndarray | None) -> dict[str, np.ndarray]:
         """Every sample is read once, as a whole."""
         rows, changes = self._named(batch, rows)
-        return {
-            feed.key: self._read_box(feed.key, feed.buffer.box, rows, changes).astype(self._columns[feed.key].dtype)
-            for feed in self._program.samples
+        read = {
+            feed.key: self._columns[feed.key].read(rows[some], inside, changes[some])
+            for feed, some, inside in self._all
         }
+        return {key: values.astype(self._columns[key].dtype) for key, values in read.items()}
 
     def _named(self, batch: int, rows: np.ndarray | None) -> tuple[np.ndarray, Sequence[Change]]:
         """The samples of a batch, and how they are changed: not in a validation."""
@@ -212,6 +216,8 @@ class Data(Reader):
         rows, epoch = self.rows(batch), (batch - 1) // (self.steps_per_epoch * self._program.accumulate)
         return rows, self._augmentation.changes(rows, seed=self._program.seed, epoch=epoch)
 
-    def _read_box(self, key: str, box: Box, rows: np.ndarray, changes: Sequence[Change]) -> np.ndarray:
-        batch, *inside = slices(box)
-        return self._columns[key].read(rows[batch], tuple(inside), changes[batch])
+
+def _cuts(feeds: Sequence[Feed]) -> list[tuple[Feed, slice, tuple[slice, ...]]]:
+    """For the feeds that get anything of a batch: which samples, and which box of them."""
+    boxes = [(feed, slices(feed.buffer.box)) for feed in feeds if volume(feed.buffer.box)]
+    return [(feed, some, tuple(inside)) for feed, (some, *inside) in boxes]

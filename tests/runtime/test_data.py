@@ -6,6 +6,7 @@ import errno
 import threading
 import time
 from dataclasses import replace
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def test_in_order_and_fortran_and_other_floats(tmp_path: Path) -> None:
 
 def test_uncompressed_arrays_are_mapped_not_loaded(tmp_path: Path) -> None:
     data = Data(save(tmp_path / "d", "npz", image=X, y=Y), program(), shuffle=False)
-    assert all(isinstance(getattr(column, "values", None), np.memmap) for column in data._columns.values())
+    assert all(isinstance(getattr(column, "mapping", None), mmap) for column in data._columns.values())
 
 
 def test_a_node_without_feeds_counts_the_samples(tmp_path: Path) -> None:
