@@ -239,7 +239,7 @@ class Importer:
         array, base = self.weight(source), self.reshapes.get(source, (source, ()))[0]
         if array is None or not array.size:
             raise self.refuse(node, f"its input {node.inputs[i]!r} is {'not known' if array is None else 'empty'}")
-        if base in self.graph.parameters and self.graph.tensors[base].kind == "map":
+        if self.is_map(base):
             view = self.whole(base).reshaped(array.shape)
         else:
             stored = array.shape if array.shape[:1] == (1,) and array.ndim < 5 else (1, *array.shape)
@@ -249,6 +249,13 @@ class Importer:
         if view is None:
             raise self.refuse(node, f"its input {node.inputs[i]!r} is shared with a node that uses it in another way")
         return view if source == name else view.permuted((1, 0))
+
+    def is_map(self, name: str) -> bool:
+        """Whether an initializer or constant is already used as a feature map."""
+        base = self.resolved(name)
+        base = self.transposes.get(base, base)
+        base = self.reshapes.get(base, (base, ()))[0]
+        return base in self.graph.parameters and self.graph.tensors[base].kind == "map"
 
     def mask(self, name: str) -> Mask | None:
         """The random numbers that an operand is, if it is that."""
@@ -282,8 +289,9 @@ class Importer:
         return self._tensors[view]
 
     def define(self, node: Node, view: View, name: str = "") -> None:
-        """The node's output, or another name, is this view."""
-        if self.seen_through(view) is None:
+        """The node's output, or another name, is this view. The name of a weight stands for its own shape, not for the
+        one that it is stored in."""
+        if self.seen_through(view) is None and view.base not in self.graph.parameters:
             self.alias[name or node.outputs[0]] = view.base
         else:
             self.views[name or node.outputs[0]] = view

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.networks import attention, classifiers, dense, detectors
+from tests.networks import attention, classifiers, dense, detectors, restoration
 from tests.networks.blocks import Apply
 
 EXPORTERS = ("legacy", "dynamo")
@@ -49,13 +49,17 @@ NETWORKS: dict[str, Network] = {
         "srcnn fsrcnn espcn edsr ffdnet dncnn autoencoder style_transfer pix2pix attention_gate",
         "mse",
     ),
+    **_all(restoration, "rcan rdn srgan_generator patch_discriminator nafnet cyclegan", "mse"),
     **_all(
         detectors,
         "yolo_v2 tiny_yolo yolo_v3 yolo_v5 yolo_v8 yolo_11_attention ssd feature_pyramid",
         "mse",
     ),
+    "adaptive_pyramid": Network(dense.adaptive_pyramid, exporters=("dynamo",)),
     "segnet": Network(dense.segnet, exporters=("dynamo",)),
     "siamese": Network(detectors.siamese, ((3, 24, 24), (3, 24, 24)), "mse"),
+    "variational": Network(restoration.variational, ((3, 24, 24), (4,)), "mse"),
+    "adaptive_style": Network(restoration.adaptive_style, ((3, 16, 16), (3, 16, 16)), "mse"),
     "two_inputs": Network(detectors.two_inputs, ((3, 24, 24), (4,)), "mse"),
 }
 

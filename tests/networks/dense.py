@@ -81,6 +81,18 @@ def pspnet() -> nn.Module:
     return Apply(forward, stem=conv(3, 8, 3, 2), a=conv(8, 4, 1), b=conv(8, 4, 1), out=nn.Conv2d(16, 4, 1))
 
 
+def adaptive_pyramid() -> nn.Module:
+    """Pools to sizes that do not divide the map's, which only PyTorch's newer exporter exports."""
+
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = self.stem(x)
+        pooled = [F.interpolate(part(F.adaptive_avg_pool2d(y, size)), y.shape[2:], mode="bilinear")
+                  for part, size in ((self.a, 5), (self.b, 7))]  # fmt: skip
+        return self.out(torch.cat([y, *pooled], 1))
+
+    return Apply(forward, stem=conv(3, 8, 3, 2), a=conv(8, 3, 1), b=conv(8, 3, 1), out=nn.Conv2d(14, 4, 1))
+
+
 def lraspp() -> nn.Module:
     def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         low = self.low(x)

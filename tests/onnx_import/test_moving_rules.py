@@ -86,6 +86,16 @@ CASES: dict[str, tuple[Nodes, Weights]] = {
         four=[2, 4, 4, 3],
     ),
     "gather of many": chain(("Gather i", {"axis": 1}), i=[0, 2, 4, 1, 3, 5, 0, 0, 2, 2, 4]),
+    "products with vectors": (
+        [
+            node("MatMul", "w v", "a"),
+            node("MatMul", "u w", "b"),
+            node("MatMul", "u a", "sigma"),
+            node("Div", "x sigma", "s"),
+            node("MatMul", "s b", "y"),
+        ],
+        {"w": normal(3, 5), "v": normal(5), "u": normal(3)},
+    ),
     "a token and a table": (
         [
             node("Reshape", "x three", "a"),
@@ -455,13 +465,17 @@ def test_an_output_of_five_dimensions_keeps_its_last_ones_as_one(tmp_path: Path)
 GRIDS = {
     "a point": np.array([1, 2]),
     "some images": np.array([[1], [0]]),
+    "windows": np.stack(
+        np.broadcast_arrays(np.array([[0, 1], [1, 0]])[:, :, None], np.array([[2, 0, 5]])[:, None]), -1
+    ),
     "rows of channels": np.stack(np.meshgrid([0, 1], [2, 0], [3, 0, 2], indexing="ij"), -1),
 }
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_gather_nd(name: str, tmp_path: Path) -> None:
-    check(model([node("GatherND", "x i", "y")], X, weights={"i": GRIDS[name]}), tmp_path)
+    nodes = [node("GatherND", "x i", "g"), node("ReduceSum", "g last", "y", keepdims=0)]
+    check(model(nodes, X, weights={"i": GRIDS[name], "last": np.array([-1])}), tmp_path)
 
 
 def test_gather_nd_of_scattered_points_is_refused(tmp_path: Path) -> None:

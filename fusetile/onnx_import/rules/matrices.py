@@ -39,7 +39,7 @@ def gemm(importer: Importer, node: Node) -> None:
 def mat_mul(importer: Importer, node: Node) -> None:
     """By a matrix of weights: a fully connected layer, or, along the channels of a stored map, a 1x1 convolution."""
     weights = [importer.weight(name) is not None for name in node.inputs]
-    if weights == [False, True] and len(importer.constant_shape(node, 1)) == 2:
+    if weights == [False, True] and len(importer.constant_shape(node, 1)) == 2 and not importer.is_map(node.inputs[1]):
         _linear(importer, node)
     else:
         _products(importer, node)
@@ -71,17 +71,17 @@ def _linear(importer: Importer, node: Node) -> None:
 
 
 def _products(importer: Importer, node: Node) -> None:
-    shapes = [
-        importer.view(node, i).shape if importer.weight(node.inputs[i]) is None else importer.constant_shape(node, i)
-        for i in (0, 1)
-    ]
+    shapes = [importer.known_shape(name) for name in node.inputs]
+    if min(map(len, shapes)) == 1:
+        _of_vectors(importer, node, [len(shape) == 1 for shape in shapes])
+        return
     rank = max(map(len, shapes))
     if min(map(len, shapes)) < 2 or rank > 4:
         raise importer.refuse(node, f"the product of {shapes[0]} and {shapes[1]} is not supported")
     wide = [_four(shape, rank) for shape in shapes]
     names, turned = [], []
     for i in (0, 1):
-        if importer.weight(node.inputs[i]) is not None:
+        if importer.weight(node.inputs[i]) is not None and not importer.is_map(node.inputs[i]):
             names.append(importer.parameter(node, i, shape=wide[i], kind="map"))
             turned.append(False)
             continue
@@ -99,6 +99,21 @@ def _products(importer: Importer, node: Node) -> None:
     result = importer.whole(y).reshaped((n * k, h, w)[3 - rank :])
     assert result is not None
     importer.define(node, result)
+
+
+def _of_vectors(importer: Importer, node: Node, vectors: list[bool]) -> None:
+    """A vector is a matrix of one row on the left and of one column on the right; the result lacks that dimension."""
+    names = list(node.inputs)
+    for i, vector in enumerate(vectors):
+        if vector:
+            view = importer.view(node, i)
+            names[i] = importer.fresh(f"{node.outputs[0]}.matrix{i}")
+            importer.define(node, View(view.base, ((), *view.dims) if i == 0 else (*view.dims, ())), names[i])
+    product = importer.fresh(f"{node.outputs[0]}.product")
+    mat_mul(importer, Node("MatMul", tuple(names), (product,), {}, node.origin, node.opset))
+    found = importer.view(Node("MatMul", (product,), node.outputs, {}, node.origin, node.opset))
+    rank = len(found.dims)
+    importer.define(node, found.without([rank - 2 + i for i, vector in enumerate(vectors) if vector]))
 
 
 def _four(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:

@@ -331,20 +331,25 @@ def _looked_up(
 
 
 def gather_nd(importer: Importer, node: Node) -> None:
-    """Constant indices that are a number, or a grid of lists of their own, along each of the first dimensions."""
+    """Constant indices that are a number, or a grid: each of the first dimensions is indexed along dimensions of its
+    own, in order, as in x[rows[:, None], columns]."""
     view, indices = importer.view(node), importer.constant_input(node, 1, "indices")
     *counts, depth = indices.shape
-    lists = [
-        indices[tuple(slice(None) if i == axis else 0 for i in range(len(counts)))][..., axis] for axis in range(depth)
-    ]
-    picked = [array.reshape(-1) for array in lists]
-    grid = np.stack(np.meshgrid(*picked, indexing="ij"), -1) if counts else indices
-    if int(node.attrs.get("batch_dims", 0)) or len(counts) not in (0, depth) or not np.array_equal(grid, indices):
+    owners: list[int] = []
+    for dimension in range(len(counts)):
+        varying = [axis for axis in range(depth) if np.ptp(indices[..., axis], dimension).any()]
+        owners += varying or owners[-1:] or [0]
+    if int(node.attrs.get("batch_dims", 0)) or len(owners) != len(counts) or owners != sorted(owners):
         raise importer.refuse(
             node,
             f"indices of shape {indices.shape} that are no slices along single dimensions are not supported; write "
             "it as slicing, or torch.index_select along one dimension after the other",
         )
-    for axis, chosen in enumerate(picked):
+    rest = view.shape[depth:]
+    for axis in range(depth):
+        chosen = indices[tuple(slice(None) if owner == axis else 0 for owner in owners)][..., axis].reshape(-1)
         view = _cut(importer, node, view, axis, [int(index) % view.shape[axis] for index in chosen])
-    importer.define(node, view if counts else view.without(range(depth)))
+    shape = (*counts, *rest)
+    found = view.reshaped(shape) or importer.whole(importer.tensor(node, view)).reshaped(shape)
+    assert found is not None  # neighbours are taken apart
+    importer.define(node, found)
