@@ -125,13 +125,14 @@ def speedups(names: list[str], batches: list[int], counts: list[int], console: C
 
 
 def memory(names: list[str], batches: list[int], counts: list[int], less: list[float], console: Console) -> None:
-    """Arenas, with the kernels' scratch, that the programs would have; of one device that keeps all, too. Where there
-    is so many times less memory than that, what it costs."""
-    columns = ("model", "batch", "nodes", "one device keeps", "cap", "arena", "x less", "step", "computed again", "")
+    """Arenas, with the kernels' scratch, that the programs would have; and those of one device that computes nothing
+    twice: if values share memory that are not needed at the same time ("keeps"), and if none does ("all values"). Where
+    there is so many times less memory than the first of these, what it costs."""
+    columns = ("model", "batch", "nodes", "all values", "keeps", "cap", "arena", "x less", "step", "computed again", "")
     table = Table(*columns)
     for name, batch, nodes in product(names, batches, counts):
         build, loss = MODELS[name]
-        keeps = _keeping_bytes(build, loss, batch)
+        values, keeps = _keeping_bytes(build, loss, batch)
         for times in (0.0, *less):
             room = keeps / times if times else 0.0
             cluster, training = of_devices(nodes), Training(batch=batch, loss=loss)
@@ -142,24 +143,26 @@ def memory(names: list[str], batches: list[int], counts: list[int], less: list[f
                 ).description
             except DoesNotFit as error:
                 told = str(error)
-                table.add_row(name, str(batch), str(nodes), _mb(keeps), _mb(room), *[""] * 4, told)
+                table.add_row(name, str(batch), str(nodes), _mb(values), _mb(keeps), _mb(room), *[""] * 4, told)
                 continue
             arena, recomputed = max(node["arena_bytes"] for node in found["nodes"]), found["recomputed"]
             table.add_row(
-                *(name, str(batch), str(nodes), _mb(keeps), _mb(room) if room else "none"),
-                *(_mb(arena), f"{keeps / arena:.1f}", f"{found['step_seconds']:.2f} s"),
+                *(name, str(batch), str(nodes), _mb(values), _mb(keeps), _mb(room) if room else "none"),
+                *(_mb(arena), f"{values / arena:.1f}, {keeps / arena:.1f}", f"{found['step_seconds']:.2f} s"),
                 *(f"{recomputed['maps']} maps, {recomputed['seconds']:.2f} s", told),
             )
             console.print(name, batch, nodes, _mb(room), _mb(arena), f"{found['step_seconds']:.2f} s", style="dim")
     console.print(table)
 
 
-def _keeping_bytes(build: Callable[[], onnx.ModelProto], loss: Loss, batch: int) -> int:
-    """The arena of one device that computes nothing twice."""
+def _keeping_bytes(build: Callable[[], onnx.ModelProto], loss: Loss, batch: int) -> tuple[int, int]:
+    """Of one device that computes nothing twice: all values, and its arena."""
     alone, training = of_devices(1), Training(batch=batch, loss=loss)
     graph = training_graph(build, loss, batch, keep_all=True)
     plan = place(graph, rule_splits(graph, "single", alone), speeds=alone.speeds, block=BLOCK)
-    return int(lay_out(graph, plan, cluster=alone, training=training, trace=Trace()).arena_bytes[0])
+    laid = lay_out(graph, plan, cluster=alone, training=training, trace=Trace())
+    (memory,), (draft,) = laid.memories, laid.drafts
+    return sum(memory.sizes_bytes.values()) - sum(draft.scratch_bytes.values()), memory.arena_bytes
 
 
 def _capped(cluster: Cluster, room_bytes: float) -> Cluster:

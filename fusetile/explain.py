@@ -109,7 +109,7 @@ def recomputed_text(plan: dict[str, Any]) -> str:
     maps, seconds = plan["recomputed"]["maps"], plan["recomputed"]["seconds"]
     if not maps:
         return "All maps that the backward pass reads are kept"
-    rest = max(node["compute_seconds"] for node in plan["nodes"]) - seconds
+    rest = plan["step_seconds"] - seconds
     share = f" (+{100 * seconds / rest:.1f} %)" if rest > 0 else ""
     saved = [f"{megabytes(node['saved_bytes'])} on {node['name']}" for node in plan["nodes"] if node["saved_bytes"]]
     text = f"Recomputes {maps} maps in the backward pass: {_milliseconds(seconds)} of a step{share}"

@@ -2,7 +2,8 @@
 
 From profiles: the plan's computation by the rates of each device's profile. Or traced: every device's program runs on
 this computer, op by op, and each op's time is scaled by what the profile says of such ops, over what this computer does
-of such ops when it runs the whole network alone. Then both are played against the clock with all messages.
+of such ops when it runs the whole network alone. Then both are played against the clock with all messages; if one
+device alone has the data, with the next batch's samples, too.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from fusetile.box import volume
 from fusetile.cluster import Cluster, MESSAGE_seconds, Node
+from fusetile.codegen.assemble import LaidOut
 from fusetile.codegen.targets import host
 from fusetile.cost import Cost, cost_of, is_convolution, seconds_on
 from fusetile.device import Device, Speed
@@ -24,10 +28,11 @@ from fusetile.local import temporary_folder
 from fusetile.options import Training
 from fusetile.passes.assign import assign
 from fusetile.passes.rematerialize import cheap, rematerialize
+from fusetile.passes.schedule import Schedule
 from fusetile.pipeline import Planned, for_target, imported, plan_graph, write_planned
 from fusetile.plan import Plan
 from fusetile.planner.clock import Message, Timeline, Work, play
-from fusetile.planner.simulate import simulate
+from fusetile.planner.simulate import works_of
 from fusetile.program import Recv, Run, Send, Wait
 from fusetile.rehearsal import Rehearsed, rehearse
 from fusetile.report import predicted_seconds
@@ -73,30 +78,74 @@ class Prediction:
 
 
 def simulate_model(model: Path, *, cluster: Cluster, training: Training, traced: bool, trace: Trace) -> Prediction:
-    """Raises UserError and DoesNotFit as compiling does."""
+    """Raises UserError and DoesNotFit as compiling does. A trace has the last batch of a step; those before it, with
+    `--accumulate`, are played from the profiles."""
+    cluster = cluster.with_source(training.source)
     graph = imported(model, training=training, trace=trace)
     planned = plan_graph(graph, cluster=cluster, training=training, trace=trace)
     fastest = max(cluster.nodes, key=lambda node: node.flops)
-    messages = [Message(t.source, t.target, t.size_bytes, t.priority) for t in planned.laid.order.transfers]
+    messages = messages_of(planned.laid.order)
     if traced:
         alone, alone_training = _alone(fastest, cluster), replace(training, plan="single")
         single = plan_graph(graph, cluster=alone, training=alone_training, trace=trace)
         here = _here(_run(single, model, alone, alone_training, trace)[0], single)
         runs = _run(planned, model, cluster, training, trace)
         works = [_works(run, planned, node, here) for run, node in zip(runs, cluster.nodes, strict=True)]
-        timeline = play(works, messages, cluster.link, [node.device.messaging for node in cluster.nodes])
     else:
-        timeline = simulate(planned.laid.communication, planned.laid.order, cluster)
+        works = works_of(planned.laid.communication, planned.laid.order, cluster, messages)
+    routines = [_played(planned.laid, works, messages, cluster)]
+    if (micro := planned.others.get("micro")) is not None:  # the batches of a step before its last
+        messages = messages_of(micro.order)
+        works = works_of(micro.communication, micro.order, cluster, messages)
+        routines += [_played(micro, works, messages, cluster)] * (training.accumulate - 1)
     one, core = (_alone_seconds(planned.whole, node, cluster) for node in (fastest, one_core(fastest)))
     search = planned.description["search"]
     return Prediction(
         source="trace" if traced else "profiles",
         plan=search["chosen"] if search else training.plan,
-        step_seconds=timeline.seconds,
+        step_seconds=sum(routine.timeline.seconds for routine in routines),
         alone=fastest.name,
-        one_device_seconds=one,
-        one_core_seconds=core,
-        nodes=_usage(planned, timeline, messages, cluster),
+        one_device_seconds=one * training.accumulate,
+        one_core_seconds=core * training.accumulate,
+        nodes=_usage(planned, routines, cluster),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Routine:
+    """A batch, played with these messages."""
+
+    timeline: Timeline
+    messages: Sequence[Message]
+
+
+def messages_of(order: Schedule) -> list[Message]:
+    """The transfers of a schedule."""
+    return [Message(t.source, t.target, t.size_bytes, t.priority) for t in order.transfers]
+
+
+def _played(laid: LaidOut, works: Sequence[Sequence[Work]], messages: Sequence[Message], cluster: Cluster) -> _Routine:
+    """With the samples of the next batch, which their source sends from the start and the others have at the end."""
+    messages, works = list(messages), [list(mine) for mine in works]
+    last = len(laid.order.order)
+    for rank in range(len(works)) if cluster.source is not None else ():
+        if rank != cluster.source and (size_bytes := _sample_bytes(laid, rank)):
+            tag = len(messages)
+            messages.append(Message(cluster.source, rank, size_bytes, last))
+            works[cluster.source].insert(0, Work(ships=(tag,)))
+            works[rank].insert(0, Work(posts=(tag,)))
+            works[rank].append(Work(awaits=(tag,)))
+    return _Routine(play(works, messages, cluster.link, [node.device.messaging for node in cluster.nodes]), messages)
+
+
+def _sample_bytes(laid: LaidOut, rank: int) -> int:
+    """What a device is fed of a batch: float32, or classes."""
+    fed = {*laid.graph.inputs, *laid.graph.targets}
+    tensors = laid.graph.tensors
+    return sum(
+        volume(delivery.need[rank]) * np.dtype(tensors[delivery.tensor].dtype).itemsize
+        for delivery in laid.communication.deliveries
+        if delivery.tensor in fed
     )
 
 
@@ -114,20 +163,23 @@ def _alone_seconds(whole: Graph, node: Node, cluster: Cluster) -> float:
     return predicted_seconds(graph, assign(graph, plan="single", cluster=alone, block=1), alone)[0]
 
 
-def _usage(planned: Planned, timeline: Timeline, messages: Sequence[Message], cluster: Cluster) -> tuple[Usage, ...]:
+def _usage(planned: Planned, routines: Sequence[_Routine], cluster: Cluster) -> tuple[Usage, ...]:
+    messages = [message for routine in routines for message in routine.messages]
+    seconds = sum(routine.timeline.seconds for routine in routines)
+
     def carrying(end: str, rank: int) -> float:
         sizes = [message.size_bytes for message in messages if getattr(message, end) == rank]
         return sum(sizes) / cluster.link.bytes_per_second + len(sizes) * MESSAGE_seconds
 
     usages = []
     for rank, (node, memory) in enumerate(zip(cluster.nodes, planned.memories, strict=True)):
-        busy = sum(stop - start for start, stop, _ in timeline.works[rank])
+        busy = sum(stop - start for routine in routines for start, stop, _ in routine.timeline.works[rank])
         usages.append(
             Usage(
                 name=node.name,
                 device=node.device.kind,
                 compute_seconds=busy,
-                wait_seconds=timeline.seconds - busy,
+                wait_seconds=seconds - busy,
                 send_seconds=carrying("source", rank),
                 receive_seconds=carrying("target", rank),
                 arena_bytes=memory.arena_bytes,

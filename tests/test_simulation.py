@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(lenet.build(size=16, classes=5, width=0.5), tmp_path_factory.mktemp("model") / "model.onnx")
 
 
-def predicted(model: Path, cluster: Cluster, *, plan: str = "batch", traced: bool = False) -> Prediction:
-    return simulate_model(model, cluster=cluster, training=Training(batch=4, plan=plan), traced=traced, trace=Trace())
+def predicted(
+    model: Path, cluster: Cluster, *, plan: str = "batch", traced: bool = False, **options: Any
+) -> Prediction:
+    training = Training(batch=4, plan=plan, **options)
+    return simulate_model(model, cluster=cluster, training=training, traced=traced, trace=Trace())
 
 
 def test_the_command_prints_what_adds_up(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,6 +53,19 @@ def test_one_device_alone_is_one_times_as_fast_and_slower_links_are_slower(model
     assert alone.step_seconds == pytest.approx(alone.one_device_seconds)
     slow = Cluster(PI3.nodes, Link(1e5, 1e-3))
     assert predicted(model, slow).step_seconds > 2 * predicted(model, PI3).step_seconds
+
+
+def test_samples_that_one_device_sends_and_batches_of_a_step_take_time(model: Path) -> None:
+    slow = Cluster(PI3.nodes, Link(1e6, 1e-3))
+    plain, fed = predicted(model, slow), predicted(model, slow, source="node1")
+    more = fed.nodes[1].send_seconds - plain.nodes[1].send_seconds
+    assert more > 2 * 16 * 16 * 4 / 1e6 and fed.nodes[0].send_seconds == plain.nodes[0].send_seconds
+    assert plain.step_seconds <= fed.step_seconds < plain.step_seconds + 2 * more, "it goes where the link is idle"
+    three = predicted(model, slow, accumulate=3)
+    assert plain.step_seconds < three.step_seconds < 3 * plain.step_seconds, "weights are sent once"
+    assert 3 <= three.one_device_seconds / plain.one_device_seconds < 4, "gradients are added up"
+    for node in three.nodes:
+        assert node.compute_seconds + node.wait_seconds == pytest.approx(three.step_seconds)
 
 
 def test_a_trace_is_scaled_to_the_profiles(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,14 @@ NARROWING = 2.5
 def simulate(communication: Communication, order: Schedule, cluster: Cluster) -> Timeline:
     """A step, from its start on all devices to the end of the last; works are numbered like the actions."""
     messages = [Message(t.source, t.target, t.size_bytes, t.priority) for t in order.transfers]
-    works = _works(communication, order, cluster, messages)
+    works = works_of(communication, order, cluster, messages)
     return play(works, messages, cluster.link, [node.device.messaging for node in cluster.nodes])
 
 
-def _works(
+def works_of(
     communication: Communication, order: Schedule, cluster: Cluster, messages: Sequence[Message]
 ) -> list[list[Work]]:
+    """Per device, its actions as works."""
     works: list[list[Work]] = []
     for device, node in enumerate(cluster.nodes):
         copied = 2 / node.device.bandwidth  # seconds per byte that is read and written
