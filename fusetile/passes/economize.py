@@ -248,7 +248,8 @@ def economize(
 
     plain = books.play(start, goal_bytes)
     if plain.excess == 0:
-        found = [f for f in _shrinking(books, plain, goal_bytes, need) if f.seconds <= plain.seconds + free_seconds]
+        most = plain.seconds + free_seconds
+        found = [f for f in _shrinking(books, plain, goal_bytes, need, (), most) if f.seconds <= most]
         best = min([plain, *found], key=lambda found: (round(need(found) / need(plain), 2), found.seconds))
         return _pruned(books, best, start, best.peak_bytes)
     found = _alternatives(books, plain, goal_bytes, SEGMENTS if thorough else SEGMENTS[1::3])
@@ -263,16 +264,23 @@ def economize(
 
 
 def _shrinking(
-    books: Books, plain: Played, goal_bytes: np.ndarray, need: Callable[[Played], float]
+    books: Books,
+    plain: Played,
+    goal_bytes: np.ndarray,
+    need: Callable[[Played], float],
+    numbers: Sequence[int] = SEGMENTS,
+    most_seconds: float = float("inf"),
 ) -> Iterator[Played]:
-    """Choices for smaller and smaller goals, until that leads nowhere."""
+    """Choices for smaller and smaller goals, until that leads nowhere, or to what takes too long."""
     smallest, misses, part = need(plain), 0, need(plain)
     yield plain
     while misses < MISSES:
         part *= SHRINK
         goal = goal_bytes * part
-        found = _alternatives(books, books.play(plain.again, goal), goal)
+        found = _alternatives(books, books.play(plain.again, goal), goal, numbers)
         yield from found
+        if min(each.seconds for each in found) > most_seconds:
+            break
         least = min(map(need, found))
         misses = 0 if least < smallest else misses + 1
         smallest = min(smallest, least)
