@@ -86,7 +86,7 @@ def simulate_model(model: Path, *, cluster: Cluster, training: Training, traced:
     fastest = max(cluster.nodes, key=lambda node: node.flops)
     messages = messages_of(planned.laid.order)
     if traced:
-        alone, alone_training = _alone(fastest, cluster), replace(training, plan="single")
+        alone, alone_training = _alone(fastest, cluster), replace(training, plan="single", source="")
         single = plan_graph(graph, cluster=alone, training=alone_training, trace=trace)
         here = _here(_run(single, model, alone, alone_training, trace)[0], single)
         runs = _run(planned, model, cluster, training, trace)
@@ -126,16 +126,18 @@ def messages_of(order: Schedule) -> list[Message]:
 
 def _played(laid: LaidOut, works: Sequence[Sequence[Work]], messages: Sequence[Message], cluster: Cluster) -> _Routine:
     """With the samples of the next batch, which their source sends from the start and the others have at the end."""
-    messages, works = list(messages), [list(mine) for mine in works]
-    last = len(laid.order.order)
-    for rank in range(len(works)) if cluster.source is not None else ():
-        if rank != cluster.source and (size_bytes := _sample_bytes(laid, rank)):
-            tag = len(messages)
-            messages.append(Message(cluster.source, rank, size_bytes, last))
-            works[cluster.source].insert(0, Work(ships=(tag,)))
-            works[rank].insert(0, Work(posts=(tag,)))
-            works[rank].append(Work(awaits=(tag,)))
-    return _Routine(play(works, messages, cluster.link, [node.device.messaging for node in cluster.nodes]), messages)
+    all_messages, all_works = [*messages], [[*mine] for mine in works]
+    source, last = cluster.source, len(laid.order.order)
+    if source is not None:
+        for rank, mine in enumerate(all_works):
+            if rank != source and (size_bytes := _sample_bytes(laid, rank)):
+                tag = len(all_messages)
+                all_messages.append(Message(source, rank, size_bytes, last))
+                all_works[source].insert(0, Work(ships=(tag,)))
+                mine.insert(0, Work(posts=(tag,)))
+                mine.append(Work(awaits=(tag,)))
+    messaging = [node.device.messaging for node in cluster.nodes]
+    return _Routine(play(all_works, all_messages, cluster.link, messaging), all_messages)
 
 
 def _sample_bytes(laid: LaidOut, rank: int) -> int:
