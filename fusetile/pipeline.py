@@ -33,8 +33,7 @@ from fusetile.passes.prune import prune
 from fusetile.passes.rematerialize import cheap, place_copies, rematerialize
 from fusetile.passes.schedule import schedule
 from fusetile.plan import Plan
-from fusetile.planner.simulate import simulate
-from fusetile.report import Description, describe
+from fusetile.report import Description, describe, predicted_seconds
 from fusetile.trace import Trace
 
 PASSES = (
@@ -58,8 +57,8 @@ PASSES = (
     "infer",
     "bundle",
 )
-FREE_share = 0.02
-"""Of a predicted step: for less memory so much more is computed even where there is enough."""
+FREE_share = 0.025
+"""Of a step's predicted computation: for less memory so much more is computed even where there is enough."""
 TRIES = 3
 
 
@@ -278,7 +277,7 @@ def _economize(
     start = again = cheap(whole)
     scratch = [draft.scratch_bytes for draft in laid.drafts]
     books = Books(whole, laid.plan, laid.communication, laid.order.order, laid.storage, scratch, cluster=cluster)
-    free_seconds = FREE_share * simulate(laid.communication, laid.order, cluster).seconds
+    free_seconds = FREE_share * max(predicted_seconds(laid.graph, laid.plan, cluster))
     scale = laid.arena_bytes / books.play(again, room).peak_bytes  # what gaps and messages add
     for _ in range(TRIES):
         with trace.stage("economize"):
