@@ -115,7 +115,8 @@ def _found(path: Path, part: Part) -> tuple[list[Path], list[str]]:
     pictures = path / "images" if (path / "images").is_dir() and (path / "labels").is_dir() else path
     files = image_files(pictures)
     if not files:
-        inner = [each for each in sorted(pictures.iterdir()) if each.is_dir() and image_files(each)]
+        inner = [each for each in (path / "data.yaml",) if each.is_file()]
+        inner += [each for each in sorted(pictures.iterdir()) if each.is_dir() and image_files(each)]
         raise UserError(f"there is no image in {pictures}" + (f"; say --data {inner[0]}" if inner else ""))
     return files, _names(path, _labels_of(pictures))
 

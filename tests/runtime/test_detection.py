@@ -134,6 +134,9 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     scenes(tmp_path / "e", "deeper")
     with pytest.raises(UserError, match=r"no image in .*e/images; say --data .*e/images/train"):
         Data(tmp_path / "e", program(), shuffle=False)
+    (tmp_path / "e" / "data.yaml").write_text("train: images/train\n")
+    with pytest.raises(UserError, match=r"no image in .*e/images; say --data .*e/data.yaml"):
+        Data(tmp_path / "e", program(), shuffle=False)
 
 
 def test_what_a_yaml_says(tmp_path: Path) -> None:
