@@ -37,6 +37,8 @@ MOST = 64  # tensors are considered
 SHRINK = 0.94  # by which the goal is lowered again and again when the smallest peak is looked for
 MISSES = 4  # goals without a new smallest peak after which the search ends
 FLATTENED = 6  # choices with the smallest peaks, which are looked at once more
+PRUNED = 3  # of the choices within the goals, the fastest, from which is taken what is not needed
+EXCHANGED = 8  # tensors, those that take longest, for which others are looked for instead
 SEGMENTS = (2, 3, 4, 6, 8, 11, 16, 23, 32)  # between evenly spaced checkpoints
 REMEMBERED = 1024  # choices: one goal after the other asks for most of the same
 
@@ -260,7 +262,8 @@ def economize(
     if not fitting:
         least = min(found, key=need)
         return _pruned(books, least, start, least.peak_bytes)
-    return min((_pruned(books, each, start, goal_bytes) for each in fitting), key=lambda found: found.seconds)
+    fastest = sorted(fitting, key=lambda found: found.seconds)[: PRUNED if thorough else 1]
+    return min((_pruned(books, each, start, goal_bytes) for each in fastest), key=lambda found: found.seconds)
 
 
 def _shrinking(
@@ -359,9 +362,9 @@ def _pruned(books: Books, found: Played, start: Again, goal_bytes: np.ndarray) -
         return -books.play(start | {name}, goal_bytes).seconds, name
 
     found = books.play(found.again, goal_bytes)
-    for name in sorted(found.again - start, key=taking):
+    for number, name in enumerate(sorted(found.again - start, key=taking)):
         without = books.play(found.again - {name}, goal_bytes)
-        if without.excess > 0:
+        if without.excess > 0 and number < EXCHANGED:
             without = _greedy(books, without, [other for other in candidates if other != name], goal_bytes)
         if without.excess == 0 and without.seconds <= found.seconds:
             found = without
