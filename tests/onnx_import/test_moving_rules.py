@@ -86,6 +86,14 @@ CASES: dict[str, tuple[Nodes, Weights]] = {
         four=[2, 4, 4, 3],
     ),
     "gather of many": chain(("Gather i", {"axis": 1}), i=[0, 2, 4, 1, 3, 5, 0, 0, 2, 2, 4]),
+    "expand among five": chain(
+        ("Unsqueeze two", {}),
+        ("Expand five", {}),
+        ("Reshape four", {}),
+        two=[2],
+        five=[2, 6, 3, 4, 5],
+        four=[2, 6, 3, 20],
+    ),
     "products with vectors": (
         [
             node("MatMul", "w v", "a"),

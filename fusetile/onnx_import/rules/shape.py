@@ -11,7 +11,7 @@ import numpy as np
 from fusetile.onnx_import.importer import Importer, Node
 from fusetile.onnx_import.rules.common import axes_of, finish, listed
 from fusetile.onnx_import.rules.resize import slice_axis
-from fusetile.onnx_import.views import View
+from fusetile.onnx_import.views import View, merged
 from fusetile.ops.resample import Taps
 
 PARTS = 8
@@ -150,10 +150,18 @@ def expand(importer: Importer, node: Node) -> None:
     shape = tuple(max(pair) for pair in zip(view.shape, target, strict=True))
     if shape == view.shape:
         importer.define(node, view)
-    elif rank > 4:
-        raise importer.refuse(node, f"it expands {view.shape} to {shape}; supported are at most 4 dimensions")
-    else:
+    elif rank <= 4:
         importer.emit(node, "Expand", [importer.tensor(node, view)], {"shape": shape})
+    else:
+        small = merged([view.shape, shape])
+        if small is None:
+            raise importer.refuse(node, f"it expands {view.shape} to {shape} along too many dimensions")
+        flat = view.reshaped(small[0])
+        assert flat is not None  # neighbours can always be put together
+        x = importer.step(node, "expanded", "Expand", [importer.tensor(node, flat)], {"shape": tuple(small[1])})
+        found = importer.whole(x).reshaped(shape)
+        assert found is not None  # neighbours are taken apart again
+        importer.define(node, found)
 
 
 def tile(importer: Importer, node: Node) -> None:
