@@ -1,8 +1,27 @@
-"""Property tests try the same examples every time, and take as long as the computer needs."""
+"""Property tests try the same examples every time, and take as long as the computer needs. Every program that a test
+compiles has guards: what any kernel in any test writes outside of a buffer is found, and what it reads there is NaN."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from fusetile.codegen.assemble import memory_of
+from fusetile.codegen.emit import Draft
+from fusetile.passes.plan_memory import MemoryPlan
 
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
+
+
+def _guarded(draft: Draft, **options: bool) -> MemoryPlan:
+    return memory_of(draft, **{**options, "guard": True})
+
+
+pytest.MonkeyPatch().setattr("fusetile.pipeline.memory_of", _guarded)
+
+
+@pytest.fixture
+def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of how much memory is touched: guards touch all of the arena."""
+    monkeypatch.setattr("fusetile.pipeline.memory_of", memory_of)

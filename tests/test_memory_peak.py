@@ -19,6 +19,8 @@ from fusetile.pipeline import compile_model
 from models import darknet19, lenet, mobilenetv2, resnet18, unet, vgg16, vgg_small, yolov2
 from tests.commands import save
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 # A process's own record of its peak starts with that of the process it was forked from; this one's does not.
 MEASURED = """
 import pathlib, runpy, sys
