@@ -8,47 +8,93 @@ gradients and all that only updates wait for. A late op takes its turn when the 
 a message, by an estimate: the slowest device, the busiest link. None is kept back beyond the next layer's weight
 gradient, nor beyond what is computed again, because what it reads takes memory. An update runs once its gradient is
 expected to have come.
+
+What only updates wait for, and the weights that a step begins with, would be in the way of what is urgent: a device
+receives from all others at a time, and they do not know of each other. Such deliveries begin when a long op does, no
+more of them than will have come by its end, those first that are read first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import heapq
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
 
+import numpy as np
+
+from fusetile.box import volume
 from fusetile.cluster import Link, MESSAGE_seconds
 from fusetile.graph import BACKWARD, FORWARD, UPDATE, Graph
-from fusetile.passes.communicate import Communication, busiest
+from fusetile.passes.communicate import Communication, Delivery, busiest, wire_dtype
+from fusetile.plan import Move
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """`ops`: the names of all. `begins[delivery, turn]`: with the op at which position the moves of a delivery that can
+    wait begin, turn by turn (see `turn`); the others begin when they are written."""
+
+    ops: tuple[str, ...]
+    begins: Mapping[tuple[int, int], int]
+
+
+def turn(move: Move, nodes: int) -> int:
+    """When a move takes place among those of a delivery: in each turn every device sends to another one."""
+    return (move.target - move.source) % nodes
 
 
 def order_ops(
-    graph: Graph, communication: Communication, link: Link, seconds: Mapping[str, Sequence[float]]
-) -> tuple[str, ...]:
-    """Names of all ops. `seconds[op]`: what each device takes for its part. `graph` must be in topological order."""
-    return _Queue(graph, communication, link, seconds).run()
+    graph: Graph,
+    communication: Communication,
+    link: Link,
+    seconds: Mapping[str, Sequence[float]],
+    waiting: Sequence[Collection[str]],
+) -> Order:
+    """`seconds[op]`: what each device takes for its part; `waiting[delivery]`: the readers that have to wait for it, on
+    whatever device. `graph` must be in topological order."""
+    return _Queue(graph, communication, link, seconds, waiting).run()
 
 
 class _Queue:
     """The state between two ops: `now`, and when the link has carried what is on its way, by the estimate."""
 
     def __init__(
-        self, graph: Graph, communication: Communication, link: Link, seconds: Mapping[str, Sequence[float]]
+        self,
+        graph: Graph,
+        communication: Communication,
+        link: Link,
+        seconds: Mapping[str, Sequence[float]],
+        waiting: Sequence[Collection[str]],
     ) -> None:
         self.graph, self.communication, self.link = graph, communication, link
         self.seconds = {name: max(parts) for name, parts in seconds.items()}
-        self.late, self.readers = late_ops(graph), graph.consumers()
+        self.late, self.readers, self.waiting = late_ops(graph), graph.consumers(), waiting
+        self.turns: dict[int, dict[int, float]] = {}  # delivery -> seconds of each of its turns, until they begin
         self.crossing: dict[str, list[int]] = {}  # tensor -> its deliveries that cross the network
+        self.awaited: dict[str, list[int]] = {}  # op -> those that it waits for
         for index, delivery in enumerate(communication.deliveries):
             if delivery.transfers():
                 self.crossing.setdefault(delivery.tensor, []).append(index)
+                for name in waiting[index]:
+                    self.awaited.setdefault(name, []).append(index)
+                if self._can_wait(index):
+                    self.turns[index] = self._turns(delivery)
+        self.work_left = sum(self.seconds.values())
+        self.link_left = sum(sum(turns.values()) for turns in self.turns.values())
         self.now = self.link_free = 0.0
         self.arrival: dict[int, float] = {}
+        self.begins: dict[tuple[int, int], int] = {}
+        self.pending: list[tuple[int, int, int]] = []  # what can wait: position of the first reader, delivery, turn
         self.done: list[str] = []
         self.kept: list[str] = []  # late ops that are kept back
         self.unread: dict[str, set[str]] = {}  # update -> ops that must be done before it
-        self.waiting: dict[str, list[str]] = {}  # op -> updates that it lets run
+        self.lets: dict[str, list[str]] = {}  # op -> updates that it lets run
         self.updates: list[str] = []  # nothing but their gradients' arrival is missing
 
-    def run(self) -> tuple[str, ...]:
+    def run(self) -> Order:
         names = [op.name for op in self.graph.ops.values() if op.phase != UPDATE]
+        self.rank = {name: position for position, name in enumerate(names)}
         self._hold_updates()
         self._send([name for name in self.graph.parameters if name in self.crossing])
         waits = self._waits(names)
@@ -59,6 +105,7 @@ class _Queue:
                 continue
             if name in self.late:
                 self._run_kept()
+            self._begin_for(name)
             needs_room = name in self.graph.repeats
             while self.kept and (needs_room or self._ready(name) > self.now or self._opens(name)):
                 self._run(self.kept.pop(0))
@@ -66,16 +113,17 @@ class _Queue:
             self._update(self._ready(name))
             self._run(name)
         self._run_kept()
-        self._update(float("inf"))
-        return tuple(self.done)
+        self._begin(inf)
+        self._update(inf)
+        return Order(tuple(self.done), self.begins)
 
     def _waits(self, names: Sequence[str]) -> list[bool]:
-        """Per op: whether an urgent one up to the next that opens a weight gradient reads what crosses the network."""
+        """Per op: whether an urgent one up to the next that opens a weight gradient waits for the network."""
         waits, ahead = [], False
         for name in reversed(names):
             if self._opens(name):
                 ahead = False
-            ahead |= name not in self.late and any(tensor in self.crossing for tensor in self.graph.ops[name].inputs)
+            ahead |= name not in self.late and name in self.awaited
             waits.append(ahead)
         return waits[::-1]
 
@@ -94,21 +142,24 @@ class _Queue:
                 before |= {r.name for name in op.inputs if name in self.graph.parameters for r in self.readers[name]}
                 self.unread[op.name] = before - {op.name}
                 for name in self.unread[op.name]:
-                    self.waiting.setdefault(name, []).append(op.name)
+                    self.lets.setdefault(name, []).append(op.name)
                 if not self.unread[op.name]:
                     self.updates.append(op.name)
 
     def _ready(self, name: str) -> float:
-        """When all that an op reads has arrived."""
-        op = self.graph.ops[name]
-        arrivals = [self.arrival.get(self.communication.reads[name, tensor], 0.0) for tensor in op.inputs]
-        return max(arrivals, default=0.0)
+        """When all that an op waits for has arrived; what has not begun is not expected."""
+        return max((self.arrival.get(index, inf) for index in self.awaited.get(name, ())), default=0.0)
 
     def _run(self, name: str) -> None:
-        self.now = max(self.now, self._ready(name)) + self.seconds[name]
+        self._begin_for(name)
+        start = max(self.now, self._ready(name))
+        seconds = self.seconds[name]
+        self._begin(start + seconds if self.link_left <= self.work_left else inf)
+        self.now = start + seconds
+        self.work_left -= seconds
         self.done.append(name)
         self._send(self.graph.ops[name].outputs)
-        for update in self.waiting.get(name, []):
+        for update in self.lets.get(name, []):
             self.unread[update].discard(name)
             if not self.unread[update]:
                 self.updates.append(update)
@@ -128,16 +179,53 @@ class _Queue:
         """What must be waited for overtakes the rest."""
         for tensor in tensors:
             for index in self.crossing.get(tensor, []):
-                delivery = self.communication.deliveries[index]
-                size_bytes, messages = busiest(self.graph, delivery, self.link)
-                seconds = size_bytes / self.link.bytes_per_second + messages * MESSAGE_seconds
-                begin = self.now if self._is_urgent(delivery.readers) else max(self.now, self.link_free)
-                self.link_free = max(self.link_free, self.now) + seconds
-                self.arrival[index] = begin + seconds + self.link.latency_seconds
+                if index in self.turns:
+                    first = min((self.rank.get(name, len(self.rank)) for name in self.waiting[index]), default=0)
+                    for number in self.turns[index]:
+                        heapq.heappush(self.pending, (first, index, number))
+                else:
+                    size_bytes, messages = busiest(self.graph, self.communication.deliveries[index], self.link)
+                    seconds = size_bytes / self.link.bytes_per_second + messages * MESSAGE_seconds
+                    self._carry(index, seconds, urgent=any(name not in self.late for name in self.waiting[index]))
 
-    def _is_urgent(self, readers: Iterable[str]) -> bool:
-        ops = [self.graph.ops[name] for name in readers if name in self.graph.ops]
-        return any(op.phase != UPDATE and op.name not in self.late for op in ops)
+    def _can_wait(self, index: int) -> bool:
+        """Whether a delivery is one of parameters, or only updates wait for it."""
+        if self.communication.deliveries[index].tensor in self.graph.parameters:
+            return True
+        return all(self.graph.ops[name].phase == UPDATE for name in self.waiting[index])
+
+    def _turns(self, delivery: Delivery) -> dict[int, float]:
+        turns: dict[int, float] = {}
+        size = np.dtype(wire_dtype(self.graph, delivery.tensor, self.link)).itemsize
+        for move in delivery.transfers():
+            seconds = size * volume(move.box) / self.link.bytes_per_second + MESSAGE_seconds
+            number = turn(move, len(delivery.need))
+            turns[number] = max(seconds, turns.get(number, 0.0))
+        return dict(sorted(turns.items()))
+
+    def _begin_for(self, name: str) -> None:
+        """Let begin what an op waits for."""
+        while self._ready(name) == inf:
+            self._begin_next()
+
+    def _begin(self, until: float) -> None:
+        """Let moves begin with the next op, as many as keep the link busy until then."""
+        while self.pending and max(self.now, self.link_free) < until:
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        _, index, number = heapq.heappop(self.pending)
+        self.begins[index, number] = len(self.done)
+        seconds = self.turns[index].pop(number)
+        self.link_left -= seconds
+        self._carry(index, seconds, urgent=False)
+        if self.turns[index]:
+            self.arrival[index] = inf
+
+    def _carry(self, index: int, seconds: float, *, urgent: bool) -> None:
+        begin = self.now if urgent else max(self.now, self.link_free)
+        self.link_free = max(self.link_free, self.now) + seconds
+        self.arrival[index] = begin + seconds + self.link.latency_seconds
 
 
 def late_ops(graph: Graph) -> set[str]:

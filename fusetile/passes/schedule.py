@@ -14,7 +14,7 @@ waited for are whole maps where the split changes, sums of BatchNorm, and weight
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +23,14 @@ from fusetile.box import Box, contains, hull, volume
 from fusetile.cluster import Cluster, Link
 from fusetile.cost import op_seconds
 from fusetile.errors import PlanError
-from fusetile.graph import Graph
+from fusetile.graph import UPDATE, Graph
 from fusetile.ops import domain_of
 from fusetile.passes.communicate import Communication, wire_dtype
-from fusetile.passes.order import order_ops
+from fusetile.passes.order import Order, order_ops, turn
 from fusetile.plan import Move, Plan
 
 SMALL_bytes = 16_384
 """Up to here the cost of a message is that of its existence, not of its bytes."""
-SOON_ops = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +115,13 @@ class Schedule:
 def schedule(graph: Graph, plan: Plan, communication: Communication, *, cluster: Cluster) -> Schedule:
     """Raises PlanError if the result could block."""
     seconds = op_seconds(graph, plan, cluster)
-    order = order_ops(graph, communication, cluster.link, seconds)
-    position = {name: i for i, name in enumerate(order)}
-    readers = _first_readers(graph, plan, communication, position)
-    transfers = _transfers(graph, communication, position, readers, cluster.link)
-    result = Schedule(order, seconds, transfers, _actions(graph, plan, communication, order, transfers, readers))
+    waiting = _waiting(graph, plan, communication)
+    order = order_ops(graph, communication, cluster.link, seconds, waiting)
+    position = {name: i for i, name in enumerate(order.ops)}
+    readers = _first_readers(communication, plan.nodes, position, waiting)
+    transfers = _transfers(graph, communication, order, readers, cluster.link)
+    actions = _actions(graph, plan, communication, order, transfers, readers)
+    result = Schedule(order.ops, seconds, transfers, actions)
     check(result, plan.nodes)
     return result
 
@@ -128,23 +129,22 @@ def schedule(graph: Graph, plan: Plan, communication: Communication, *, cluster:
 def _transfers(
     graph: Graph,
     communication: Communication,
-    position: dict[str, int],
+    order: Order,
     readers: dict[tuple[int, int], int],
     link: Link,
 ) -> tuple[Transfer, ...]:
-    """Moves as messages. Small ones with the same ends and the same moment of writing share one; of the parameters that
-    a step begins with, those that are read soon after each other."""
-    producers = graph.producers()
-    messages: dict[tuple[int, ...], list[Part]] = {}
+    """Moves as messages. Small ones with the same ends that begin at the same moment share one."""
+    written = {tensor: at for at, name in enumerate(order.ops) for tensor in graph.ops[name].outputs}
+    messages: dict[tuple[object, ...], list[Part]] = {}
     for number, part in enumerate(_moves(communication)):
-        tensor = graph.tensors[communication.deliveries[part.delivery].tensor]
-        if tensor.name in producers:
-            moment = position[producers[tensor.name].name]
+        ends = (part.move.source, part.move.target)
+        if _size_bytes(graph, communication, part, link) > SMALL_bytes:
+            moment: object = ("alone", number)
+        elif (begin := _begin(part, communication, order)) is not None:
+            moment = ("with", begin)
         else:
-            moment = -1 - readers[part.delivery, part.move.target] // SOON_ops
-        small = _size_bytes(graph, communication, part, link) <= SMALL_bytes
-        ends = (part.move.source, part.move.target, moment)
-        messages.setdefault(ends if small else (*ends, number), []).append(part)
+            moment = ("behind", written[communication.deliveries[part.delivery].tensor])
+        messages.setdefault((*ends, moment), []).append(part)
     return tuple(
         Transfer(
             tag,
@@ -155,8 +155,14 @@ def _transfers(
             sum(_size_bytes(graph, communication, part, link) for part in parts),
             min(readers[part.delivery, target] for part in parts),
         )
-        for tag, ((source, target, *_), parts) in enumerate(messages.items())
+        for tag, ((source, target, _), parts) in enumerate(messages.items())
     )
+
+
+def _begin(part: Part, communication: Communication, order: Order) -> int | None:
+    """With the op at which position a move begins; None if it begins when it is written."""
+    nodes = len(communication.deliveries[part.delivery].need)
+    return order.begins.get((part.delivery, turn(part.move, nodes)))
 
 
 def _size_bytes(graph: Graph, communication: Communication, part: Part, link: Link) -> int:
@@ -168,24 +174,26 @@ def _moves(communication: Communication) -> Iterator[Part]:
     """All moves over the network; each source serves its targets in its own turn, so that links do not collide."""
     for index, delivery in enumerate(communication.deliveries):
         nodes = len(delivery.need)
-        rotated = sorted(delivery.transfers(), key=lambda move: ((move.target - move.source) % nodes, move.source))
+        rotated = sorted(delivery.transfers(), key=lambda move: (turn(move, nodes), move.source))
         yield from (Part(index, move) for move in rotated)
 
 
-def _first_readers(
-    graph: Graph, plan: Plan, communication: Communication, position: Mapping[str, int]
-) -> dict[tuple[int, int], int]:
-    """(delivery, device) -> position of the first op on the device that waits for it; the loss is read at the end."""
-    first: dict[tuple[int, int], int] = {}
+def _waiting(graph: Graph, plan: Plan, communication: Communication) -> list[dict[str, tuple[int, ...]]]:
+    """Per delivery: its readers -> the devices on which they read more of it than these have anyway. A reader for which
+    no device waits is not among them."""
+    waiting = []
     for index, delivery in enumerate(communication.deliveries):
-        readers = sorted((position[name], name) for name in delivery.readers if name in position)
-        for device in range(plan.nodes):
-            places = (at for at, name in readers if _waits(graph, plan, communication, index, name, device))
-            first[index, device] = next(places, len(position))
-    return first
+        found = {}
+        for name in delivery.readers if delivery.moves else ():
+            if name in graph.ops:
+                devices = range(plan.nodes)
+                lacking = (device for device in devices if _lacks(graph, plan, communication, index, name, device))
+                found[name] = tuple(lacking)
+        waiting.append({name: devices for name, devices in found.items() if devices})
+    return waiting
 
 
-def _waits(graph: Graph, plan: Plan, communication: Communication, index: int, name: str, device: int) -> bool:
+def _lacks(graph: Graph, plan: Plan, communication: Communication, index: int, name: str, device: int) -> bool:
     """Whether an op reads more of a delivery on a device than what the device has anyway."""
     box, delivery = plan.placements[name].compute[device], communication.deliveries[index]
     if volume(box) == 0:
@@ -199,18 +207,41 @@ def _waits(graph: Graph, plan: Plan, communication: Communication, index: int, n
     return not contains(communication.layouts[delivery.tensor].have[device], hull(needs))
 
 
+def _first_readers(
+    communication: Communication,
+    nodes: int,
+    position: Mapping[str, int],
+    waiting: Sequence[Mapping[str, Sequence[int]]],
+) -> dict[tuple[int, int], int]:
+    """(delivery, device) -> position of the first op on the device that waits for it; the loss is read at the end."""
+    first = {
+        (index, device): len(position) for index in range(len(communication.deliveries)) for device in range(nodes)
+    }
+    for index, readers in enumerate(waiting):
+        for name, devices in readers.items():
+            for device in devices:
+                first[index, device] = min(first[index, device], position[name])
+    return first
+
+
 def _actions(
     graph: Graph,
     plan: Plan,
     communication: Communication,
-    order: tuple[str, ...],
+    order: Order,
     transfers: tuple[Transfer, ...],
     readers: dict[tuple[int, int], int],
 ) -> tuple[tuple[Action, ...], ...]:
-    of_tensor: dict[str, list[Transfer]] = {}
+    behind: dict[str, list[Transfer]] = {}  # tensor -> what begins when it is written
+    begins: dict[int, list[Transfer]] = {}  # position -> what begins with that op
     awaited: dict[tuple[int, int], list[int]] = {}  # (device, position) -> tags
     for transfer in transfers:
-        of_tensor.setdefault(communication.deliveries[transfer.parts[0].delivery].tensor, []).append(transfer)
+        first = transfer.parts[0]
+        begin = _begin(first, communication, order)
+        if begin is not None:
+            begins.setdefault(begin, []).append(transfer)
+        else:
+            behind.setdefault(communication.deliveries[first.delivery].tensor, []).append(transfer)
         for device in (transfer.source, transfer.target):
             awaited.setdefault((device, transfer.priority), []).append(transfer.tag)
     placed: dict[tuple[int, int], list[int]] = {}
@@ -219,17 +250,21 @@ def _actions(
             placed.setdefault((device, readers[index, device]), []).append(index)
     actions = []
     for device in range(plan.nodes):
-        steps = list(_started(device, [t for name in graph.parameters for t in of_tensor.get(name, [])]))
-        for at in range(len(order) + 1):
+        steps: list[Action] = []
+        for at in range(len(order.ops) + 1):
+            update = at < len(order.ops) and graph.ops[order.ops[at]].phase == UPDATE  # it may wait
+            first = [t for t in begins.get(at, []) if update or t.priority == at]
+            steps += _started(device, first)
             if (device, at) in awaited:
                 steps.append(Await(tuple(awaited[device, at])))
             steps += [Place(index) for index in placed.get((device, at), [])]
-            if at == len(order):
+            if at == len(order.ops):
                 break
-            if volume(plan.placements[order[at]].compute[device]):
-                steps.append(Compute(order[at]))
-            written = graph.ops[order[at]].outputs
-            steps += _started(device, [t for name in written for t in of_tensor.get(name, [])])
+            steps += _started(device, [t for t in begins.get(at, []) if t not in first])
+            if volume(plan.placements[order.ops[at]].compute[device]):
+                steps.append(Compute(order.ops[at]))
+            written = graph.ops[order.ops[at]].outputs
+            steps += _started(device, [t for name in written for t in behind.get(name, [])])
         actions.append(tuple(steps))
     return tuple(actions)
 

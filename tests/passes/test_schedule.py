@@ -24,7 +24,7 @@ from fusetile.passes.schedule import (
     Schedule,
     Ship,
     SMALL_bytes,
-    SOON_ops,
+    Transfer,
     check,
     schedule,
 )
@@ -162,11 +162,22 @@ def test_random_speeds_never_block(name: str, nodes: int, plan: str) -> None:
             assert moved, "all devices wait"
 
 
+def moved(communication: Communication, transfer: Transfer) -> str:
+    return communication.deliveries[transfer.parts[0].delivery].tensor
+
+
 def test_small_moves_of_one_moment_travel_together() -> None:
-    """The parameters that a step begins with: a message per pair of devices and time of reading, large ones apart."""
+    """The parameters that a step begins with: a message per pair of devices and op that they begin with, large ones
+    apart."""
     graph, _, communication, found = scheduled("normalized", 3, "batch")
-    first = [t for t in found.transfers if communication.deliveries[t.parts[0].delivery].tensor in graph.parameters]
-    gathered = [(t.source, t.target, t.priority // SOON_ops) for t in first if len(t.parts) > 1]
+    parameters = {t.tag for t in found.transfers if moved(communication, t) in graph.parameters}
+    gathered = []
+    for actions in found.actions:
+        ops = 0
+        for action in actions:
+            ops += isinstance(action, Compute)
+            if isinstance(action, Ship) and action.tag in parameters and len(found.transfers[action.tag].parts) > 1:
+                gathered.append((found.transfers[action.tag].source, found.transfers[action.tag].target, ops))
     assert gathered and len(gathered) == len(set(gathered))
     for transfer in found.transfers:
         sizes = [
