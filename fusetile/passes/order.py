@@ -113,6 +113,7 @@ class _Queue:
             self._update(self._ready(name))
             self._run(name)
         self._run_kept()
+        self._update(self.now)
         self._begin(inf)
         self._update(inf)
         return Order(tuple(self.done), self.begins)
@@ -154,7 +155,8 @@ class _Queue:
         self._begin_for(name)
         start = max(self.now, self._ready(name))
         seconds = self.seconds[name]
-        self._begin(start + seconds if self.link_left <= self.work_left else inf)
+        if self.graph.ops[name].phase != UPDATE:  # which is short, and may be one kernel with what is before it
+            self._begin(start + seconds if self.link_left <= self.work_left else inf)
         self.now = start + seconds
         self.work_left -= seconds
         self.done.append(name)
