@@ -3,7 +3,8 @@
     device 0: Compute conv1 | Pack 3, Ship 3, Post 4 | Compute wgrad2 | Await 3 4, Place y | Compute conv2 ...
 
 All devices follow the one global order, each leaving out what is not its part. A transfer is shipped, and its receive
-posted, where its tensor is written; it is awaited, on both sides, where its first reader stands. So of all
+posted, where its tensor is written, or, if it can wait, with the op that order.py says; it is awaited, on both sides,
+where its first reader stands. So of all
 devices the one that is furthest behind can always go on: there is no deadlock, and `check` proves it for each schedule.
 The order itself is made in order.py.
 
@@ -135,16 +136,15 @@ def _transfers(
 ) -> tuple[Transfer, ...]:
     """Moves as messages. Small ones with the same ends that begin at the same moment share one."""
     written = {tensor: at for at, name in enumerate(order.ops) for tensor in graph.ops[name].outputs}
-    messages: dict[tuple[object, ...], list[Part]] = {}
+    messages: dict[tuple[int, int, tuple[str, int]], list[Part]] = {}
     for number, part in enumerate(_moves(communication)):
-        ends = (part.move.source, part.move.target)
         if _size_bytes(graph, communication, part, link) > SMALL_bytes:
-            moment: object = ("alone", number)
+            moment = ("alone", number)
         elif (begin := _begin(part, communication, order)) is not None:
             moment = ("with", begin)
         else:
             moment = ("behind", written[communication.deliveries[part.delivery].tensor])
-        messages.setdefault((*ends, moment), []).append(part)
+        messages.setdefault((part.move.source, part.move.target, moment), []).append(part)
     return tuple(
         Transfer(
             tag,
@@ -253,14 +253,14 @@ def _actions(
         steps: list[Action] = []
         for at in range(len(order.ops) + 1):
             update = at < len(order.ops) and graph.ops[order.ops[at]].phase == UPDATE  # it may wait
-            first = [t for t in begins.get(at, []) if update or t.priority == at]
-            steps += _started(device, first)
+            soon = [t for t in begins.get(at, []) if update or t.priority == at]
+            steps += _started(device, soon)
             if (device, at) in awaited:
                 steps.append(Await(tuple(awaited[device, at])))
             steps += [Place(index) for index in placed.get((device, at), [])]
             if at == len(order.ops):
                 break
-            steps += _started(device, [t for t in begins.get(at, []) if t not in first])
+            steps += _started(device, [t for t in begins.get(at, []) if t not in soon])
             if volume(plan.placements[order.ops[at]].compute[device]):
                 steps.append(Compute(order.ops[at]))
             written = graph.ops[order.ops[at]].outputs
