@@ -547,7 +547,7 @@ class Importer:
         return Node(proto.op_type, tuple(proto.input), tuple(proto.output), attrs, origin, self.opset)
 
     def _fold(self, proto: onnx.NodeProto, node: Node) -> None:
-        values = dict(self.values)
+        values = {name: self.values[name] for name in node.inputs if name in self.values}
         if (described := folding.SHAPE_ONLY.get(node.kind)) is not None and node.inputs[described] not in values:
             name = node.inputs[described]
             values[name] = np.broadcast_to(np.float32(0), self.known_shape(name))

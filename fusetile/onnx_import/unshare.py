@@ -28,7 +28,7 @@ ROLES = {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"}
 def unshare_norms(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same model, or a changed copy in which merged initializers are apart again."""
     merged = _merged_roots(model)
-    if not merged and not any(_copied(node) in _even(model.graph) for node in model.graph.node):
+    if not merged and not _even(model.graph):
         return model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -61,7 +61,7 @@ def _merged_roots(model: onnx.ModelProto) -> set[str]:
 
 
 def _even(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Initializers whose numbers are all the same, as they are before training."""
+    """Initializers that Identity nodes copy and whose numbers are all the same, as they are before training."""
     wanted = {_copied(node) for node in graph.node}
     found = {}
     for tensor in graph.initializer:

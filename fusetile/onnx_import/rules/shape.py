@@ -310,7 +310,7 @@ def gather(importer: Importer, node: Node) -> None:
     (axis,) = axes_of(importer, node, [node.attrs.get("axis", 0)], len(view.dims))
     indices = importer.constant_input(node, 1, "indices")
     size = view.shape[axis]
-    picked = [int(index) % size for index in indices.reshape(-1)]
+    picked = (indices.reshape(-1) % size).tolist()
     if indices.ndim > 1 and len(view.dims) == 1 and indices.size * importer.batch == size * indices.shape[0]:
         # so newer exporters write as_strided of what lies in order, for the batch of the export
         whole = view.reshaped((importer.batch, *indices.shape[1:])) if picked == list(range(indices.size)) else None
@@ -356,7 +356,7 @@ def gather_nd(importer: Importer, node: Node) -> None:
     rest = view.shape[depth:]
     for axis in range(depth):
         chosen = indices[tuple(slice(None) if owner == axis else 0 for owner in owners)][..., axis].reshape(-1)
-        view = _cut(importer, node, view, axis, [int(index) % view.shape[axis] for index in chosen])
+        view = _cut(importer, node, view, axis, (chosen % view.shape[axis]).tolist())
     shape = (*counts, *rest)
     found = view.reshaped(shape) or importer.whole(importer.tensor(node, view)).reshaped(shape)
     assert found is not None  # neighbours are taken apart
