@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fusetile.cluster import Cluster, Link, local_cluster
+from fusetile.graph import Parameter
 from fusetile.passes.assign import assign
-from tests.graphs import NETWORKS, feeds
+from fusetile.passes.communicate import wire_dtype
+from tests.graphs import NETWORKS, Net, feeds
 from tests.local_cluster import LocalCluster
 from tests.test_programs import build, by_key
 from tests.training import training_graph
@@ -55,6 +58,23 @@ def moved(document: dict[str, Any]) -> set[tuple[tuple[str, str], str]]:
         for transfer in document["transfers"]
         for part in transfer["parts"]
     }
+
+
+def test_weights_travel_as_they_are() -> None:
+    """Also those that a layer computes from others, and, at batch 1, those that are maps of one image."""
+    net = Net((1, 4, 6, 6))
+    kernel = np.random.default_rng(3).standard_normal((8, 4, 3, 3)).astype(np.float32)
+    stored = net.graph.add_parameter("w", Parameter(kernel, True, "w"), kind="map")
+    place = net.graph.add_parameter("place", Parameter(np.ones((1, 4, 6, 6), np.float32), True, "place"), kind="map")
+    (weights,) = net.graph.add("FilterOf", net.graph.add("Tanh", [stored]))
+    (x,) = net.graph.add("Add", ["x", place])
+    window = {"strides": (1, 1), "dilations": (1, 1), "pads": (1, 1, 1, 1)}
+    net.graph.outputs = [*net.graph.add("Conv", [x, weights], attrs=window)]
+    graph = training_graph(net.graph)
+    narrow = {name for name in graph.tensors if wire_dtype(graph, name, Link(1e6, 1e-4, "fp16")) == "float16"}
+    again = {op.outputs[0] for op in graph.ops.values() if op.kind == "FilterOf"}
+    assert not narrow & ({*graph.parameters, *graph.next_value.values()} | again)
+    assert {x, *graph.outputs} <= narrow and any(graph.tensors[name].kind == "filter" for name in narrow)
 
 
 def test_the_planner_counts_half() -> None:

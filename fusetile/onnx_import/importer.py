@@ -18,6 +18,7 @@ from fusetile.graph import FORWARD, Graph, Parameter
 from fusetile.onnx_import import files, folding
 from fusetile.onnx_import.notes import notes_of
 from fusetile.onnx_import.unshare import unshare_norms
+from fusetile.onnx_import.untrained import buffers_of
 from fusetile.onnx_import.views import View
 from fusetile.ops.rearrange import Dims, reshaped, whole_view
 from fusetile.ops.resample import Taps, resample
@@ -108,6 +109,7 @@ class Importer:
         self.proto = model.graph
         self.graph = Graph(model.graph.name or "model")
         self.initializers = self._read_initializers()
+        self.buffers = buffers_of(self.initializers)
         self.nodes = live_nodes(model.graph)
         self.constant = folding.constant_outputs(self.nodes, self.initializers)
         self.values = {name: array for name, array in self.initializers.items() if name in self.constant}
@@ -389,7 +391,8 @@ class Importer:
             raise self.refuse(node, f"its operand {name!r} has shape {array.shape}; expected {shape}")
         value = np.ascontiguousarray(array.reshape(shape).swapaxes(0, 1) if transposed else array.reshape(shape))
         onnx_name = name if name in self.initializers else ""
-        parameter = Parameter(value, trainable and bool(onnx_name), onnx_name, transposed)
+        trainable = trainable and bool(onnx_name) and onnx_name not in self.buffers
+        parameter = Parameter(value, trainable, onnx_name, transposed)
         if name not in self.graph.parameters:
             return self.graph.add_parameter(name, parameter, kind=kind)
         was = self.graph.parameters[name]

@@ -190,12 +190,14 @@ def _delivery(
 
 def wire_dtype(graph: Graph, name: str, link: Link) -> str:
     """As what a tensor's values travel: with a wire of fp16, maps and their gradients, and those of filters, as
-    float16; everything else (weights, sums over channels or pixels, statistics, losses) as it is."""
+    float16; everything else (weights, given or computed, sums over channels or pixels, statistics, losses) as it is."""
     tensor = graph.tensors[name]
     if link.wire == "fp32" or tensor.dtype != "float32":
         return tensor.dtype
-    if tensor.kind == "filter":
-        narrow = name not in graph.parameters and name not in graph.next_value.values()
+    if name in graph.parameters or name in graph.next_value.values():
+        narrow = False
+    elif tensor.kind == "filter":
+        narrow = name not in graph.ops or graph.ops[name].kind != "FilterOf"
     else:
         images, *sizes = tensor.shape
         batch = graph.tensors[graph.inputs[0]].shape[0]

@@ -258,6 +258,24 @@ CASES: dict[str, tuple[Nodes, Weights]] = {
         ],
         {"w": normal(6, 3, 1, 1)} | ints(five=[0, 2, 3, 4, 5], a=[1], gates=[0, 2, 3, 1, 1]),
     ),
+    "biases of a network of coordinates": (
+        [
+            node("Transpose", "w", "v", perm=[1, 0]),
+            node("MatMul", "relative_coords_table v", "m"),
+            node("Transpose", "m", "p", perm=[0, 3, 1, 2]),
+            node("Add", "x p", "y"),
+        ],
+        {"relative_coords_table": normal(1, 4, 5, 2), "w": normal(6, 2)},
+    ),
+    "zeros written over a part": (
+        [
+            node("Expand", "zero two", "z"),
+            node("ScatterND", "b places z", "c"),
+            node("Reshape", "c column", "d"),
+            node("Mul", "x d", "y"),
+        ],
+        {"b": normal(6), "zero": number(0.0)} | ints(two=[2], places=[[2], [3]], column=[6, 1, 1]),
+    ),
 }
 
 
@@ -265,6 +283,19 @@ CASES: dict[str, tuple[Nodes, Weights]] = {
 def test_against_onnx_runtime(name: str, tmp_path: Path) -> None:
     nodes, weights = CASES[name]
     check(model(nodes, X, weights=weights), tmp_path)
+
+
+def test_weights_that_are_written_over_in_part_are_trained(tmp_path: Path) -> None:
+    nodes, weights = CASES["zeros written over a part"]
+    graph = training_graph(import_onnx(save(model(nodes, X, weights=weights), tmp_path)), loss="mse")
+    gradient = evaluate(graph, feeds(graph))[graph.gradients["b"]].reshape(-1)
+    assert not gradient[2:4].any() and gradient[[0, 1, 4, 5]].all()
+
+
+def test_numbers_computed_are_not_written_over_a_part(tmp_path: Path) -> None:
+    nodes = [node("Tanh", "b", "z"), node("ScatterND", "x places z", "y", "write")]
+    with pytest.raises(UnsupportedOp, match="ScatterND node 'write': only constants can be written over a part"):
+        import_onnx(save(model(nodes, X, weights={"b": normal(1, 4, 5)} | ints(places=[[0, 0]])), tmp_path))
 
 
 REDUCTIONS = [(axes, keep) for axes in ([1], [2, 3], [-1], [1, 2, 3], [0, 2, 3]) for keep in (0, 1)]

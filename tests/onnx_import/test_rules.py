@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 from fusetile.errors import UnsupportedOp
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
+from fusetile.onnx_import.untrained import buffers_of
 from fusetile.reference import evaluate
 from tests.graphs import feeds
 from tests.onnx_tools import for_inference, model, node, normal, run_ort, save
@@ -463,6 +464,19 @@ def test_weights_in_constant_nodes_are_not_trained(tmp_path: Path) -> None:
     constant = node("Constant", "", "w", value=onnx.numpy_helper.from_array(normal(4, 3, 1, 1)))
     graph = check(model([constant, node("Conv", "x w", "y")], X), tmp_path)
     assert not graph.parameters["w"].trainable and graph.parameters["w"].onnx_name == ""
+
+
+def test_buffers_of_common_layers_are_not_trained() -> None:
+    """Spectral norm's vectors only beside the weight that they belong to."""
+    buffers = {
+        "c.weight_u",
+        "c.weight_v",
+        "d.parametrizations.weight.0._u",
+        "a.relative_coords_table",
+        "layer1.aa.filt",
+    }
+    weights = {"c.weight_orig", "d.parametrizations.weight.original", "e.weight_u", "e.filter", "filt.weight"}
+    assert buffers_of(buffers | weights) == buffers
 
 
 def test_initializers_that_are_inputs_too_are_no_data(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ RULES: dict[str, Rule] = {
     "Reshape": shape.reshape,
     "Resize": resize.resize,
     "ScatterElements": unpool.refused,
-    "ScatterND": unpool.refused,
+    "ScatterND": pointwise.scatter_nd,
     "Selu": pointwise.function("Selu", alpha=1.67326319217681884765625, gamma=1.05070102214813232421875),
     "SequenceAt": shape.sequence_at,
     "Sigmoid": pointwise.function("Sigmoid"),

@@ -37,9 +37,10 @@ def gemm(importer: Importer, node: Node) -> None:
 
 
 def mat_mul(importer: Importer, node: Node) -> None:
-    """By a matrix of weights: a fully connected layer, or, along the channels of a stored map, a 1x1 convolution."""
-    weights = [importer.weight(name) is not None for name in node.inputs]
-    if weights == [False, True] and len(importer.constant_shape(node, 1)) == 2 and not importer.is_map(node.inputs[1]):
+    """By a matrix of weights: a fully connected layer, or, along the channels of a stored map, a 1x1 convolution. What
+    it is applied to may be constant, too: coordinates that a small network turns into a bias."""
+    weight = importer.weight(node.inputs[1])
+    if weight is not None and weight.ndim == 2 and not importer.is_map(node.inputs[1]):
         _linear(importer, node)
     else:
         _products(importer, node)

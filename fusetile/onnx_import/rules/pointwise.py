@@ -232,7 +232,7 @@ def where(importer: Importer, node: Node) -> None:
         raise importer.refuse(node, f"its condition {node.inputs[0]!r} must be a constant of booleans, or a comparison")
     parts = []
     for i, chosen in ((1, mask), (2, ~mask)):
-        array = importer.weight(node.inputs[i])
+        array = importer.values.get(importer.resolved(node.inputs[i]))  # no weight
         if array is not None:
             masked = np.where(chosen, array, np.zeros((), array.dtype)).astype(np.float32)
             if masked.any():
@@ -247,6 +247,23 @@ def where(importer: Importer, node: Node) -> None:
     else:
         part = Node("Identity", (parts[0],), node.outputs, {}, node.origin, node.opset)
         importer.define(part, importer.view(part))
+
+
+def scatter_nd(importer: Importer, node: Node) -> None:
+    """Constants written over some elements (`bias[8:16] = 0`): a choice by a constant mask."""
+    if importer.resolved(node.inputs[2]) not in importer.values or node.attrs.get("reduction", "none") != "none":
+        raise importer.refuse(
+            node, "only constants can be written over a part of a map; write it as torch.cat of parts"
+        )
+    places = tuple(np.moveaxis(importer.constant_input(node, 1, "indices"), -1, 0))
+    shape = importer.known_shape(node.inputs[0])
+    mask, numbers = np.zeros(shape, bool), np.zeros(shape, np.float32)
+    mask[places], numbers[places] = True, importer.constant_input(node, 2, "updates")
+    names = [
+        importer.new_constant(f"{node.outputs[0]}.{label}", value)
+        for label, value in (("over", mask), ("numbers", numbers))
+    ]
+    where(importer, replace(node, kind="Where", inputs=(*names, node.inputs[0])))
 
 
 def identity(importer: Importer, node: Node) -> None:
