@@ -98,6 +98,10 @@ POOLS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 CEIL = ((1, 2, 8, 9), {"kernel": (3, 2), **window((2, 2), (0, 1, 0, 0)), "ceil_mode": True})
 CEIL_DROPPED = ((1, 1, 5, 6), {"kernel": (2, 2), **window((3, 2), (0, 0, 1, 1)), "ceil_mode": True})
+DILATED = ((1, 2, 9, 8), {"kernel": (2, 3), **window(2, (1, 2, 1, 1), (3, 2))})
+MAXIMA = {**POOLS, "ceil": CEIL, "ceil, last window dropped": CEIL_DROPPED, "dilated": DILATED}
+FIT = ((2, 3, 5, 4), (2, 3, 1, 1), (1, 3, 1, 1), (1,), (2, 1, 5, 4))
+"""Shapes of operands that fit a map by broadcasting."""
 
 
 def _convolutions() -> list[Case]:
