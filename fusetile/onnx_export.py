@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from fusetile.errors import UserError
 from fusetile.onnx_import.files import check_model, read_model
-from fusetile.onnx_import.unshare import unshare_norms
+from fusetile.onnx_import.unshare import unshare
 
 
 def export_onnx(
@@ -20,7 +20,7 @@ def export_onnx(
 ) -> onnx.ModelProto:
     """Write `model` with the values of `trained` (initializer name -> float32 array) to `out_path`; returns it.
 
-    Nodes and names stay as they are; only where BatchNormalization vectors had been merged (see unshare.py) those get
+    Nodes and names stay as they are; only where weights had been merged by value (see unshare.py) those get
     initializers of their own. A vector [C] fits an initializer that differs by dimensions of one, such as [1, C].
     The file is checked, then appears whole or not at all. External data are taken into the file. Raises UserError if a
     name or shape is not the model's, or the file can't be written.
@@ -28,7 +28,7 @@ def export_onnx(
     source = "the model" if isinstance(model, onnx.ModelProto) else str(model)
     original = model if isinstance(model, onnx.ModelProto) else read_model(model)
     result = onnx.ModelProto()
-    result.CopyFrom(unshare_norms(original))
+    result.CopyFrom(unshare(original))
     tensors = {tensor.name: tensor for tensor in result.graph.initializer}
     for name, array in trained.items():
         if name not in tensors:

@@ -11,6 +11,7 @@ Nothing that depends on a trainable initializer is folded: BatchNormalization st
 
     files.py      reading the file, and what may be wrong with it
     unshare.py    initializers that an exporter merged because their first values are equal
+    origins.py    the names of weights by what an exporter notes at its nodes
     folding.py    what is constant, and its value
     importer.py   inputs and batch, names, parameters, the walk over the nodes
     views.py      what an ONNX tensor is of a tensor of the graph: reshapes and transposes move nothing by themselves

@@ -3,11 +3,13 @@
     Shape(x) -> Gather(., 0) -> Concat(., [-1])     ==>     [4, -1]
 
 A value is constant if it comes from Constant nodes, integer initializers and scalars only, or is a Shape. Initializers
-of floats are weights, and nothing that depends on them is constant.
+of floats are weights, and nothing that depends on them is constant. But PyTorch's newer exporter, which numbers what it
+has computed itself, keeps what it puts into a mask of zeros, such as that of shifted windows, as an initializer val_7.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,6 +21,8 @@ from fusetile.errors import UnsupportedOp
 Array = np.ndarray
 # op -> the input of which only shape and dtype matter, never the value
 SHAPE_ONLY = {"Shape": 0, "Size": 0, "CastLike": 1}
+SCATTERS = ("ScatterElements", "ScatterND")
+COMPUTED = re.compile(r"val_\d+")
 RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 
 
@@ -34,7 +38,9 @@ def constant_outputs(nodes: Sequence[onnx.NodeProto], initializers: Mapping[str,
         if node.domain not in ("", "ai.onnx") or node.op_type in RANDOM or _has_subgraph(node):
             continue
         ignored = SHAPE_ONLY.get(node.op_type)
-        if all(name in constant for i, name in enumerate(node.input) if name and i != ignored):
+        put_in = {name for name in node.input if node.op_type in SCATTERS and COMPUTED.fullmatch(name)}
+        known = constant | (put_in & initializers.keys()) if put_in else constant
+        if all(name in known for i, name in enumerate(node.input) if name and i != ignored):
             constant.update(name for name in node.output if name)
     return constant
 

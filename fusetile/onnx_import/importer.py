@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -17,7 +17,7 @@ from fusetile.errors import UnsupportedOp, UserError
 from fusetile.graph import FORWARD, Graph, Parameter
 from fusetile.onnx_import import files, folding
 from fusetile.onnx_import.notes import notes_of
-from fusetile.onnx_import.unshare import unshare_norms
+from fusetile.onnx_import.unshare import unshare
 from fusetile.onnx_import.untrained import buffers_of
 from fusetile.onnx_import.views import View
 from fusetile.ops.rearrange import Dims, reshaped, whole_view
@@ -77,12 +77,13 @@ def import_onnx(
     seed     of the dropout masks; their step counter is the control tensor "step".
     loss     an ONNX file that follows the model: its first output is the graph's only one (see appended.py).
 
-    Tensors keep their ONNX names; `notes` say what an export for inference lacks. Raises UserError if the file can't be
-    read, is no valid model, or has a dynamic dimension other than the batch; UnsupportedOp, naming all nodes concerned,
-    if an op can't be trained.
+    Tensors keep their ONNX names; `notes` say what an export for inference lacks and which weights it had merged.
+    Raises UserError if the file can't be read, is no valid model, or has a dynamic dimension other than the batch;
+    UnsupportedOp, naming all nodes concerned, if an op can't be trained.
     """
     where = str(path)
-    model = unshare_norms(files.read_model(path))
+    original = files.read_model(path)
+    model = unshare(original)
     if model.functions:
         model = inliner.inline_local_functions(model)
     opset = files.opset_of(model, where)
@@ -91,7 +92,9 @@ def import_onnx(
     files.check_model(model, where)
     importer.bind_inputs(batch)
     importer.run()
-    importer.graph.notes = notes_of(model.graph, where=where, bn=bn)
+    trained = {parameter.onnx_name for parameter in importer.graph.parameters.values() if parameter.trainable}
+    merged = trained - {tensor.name for tensor in original.graph.initializer}
+    importer.graph.notes = notes_of(model.graph, where=where, bn=bn, merged=merged)
     if loss is not None:
         from fusetile.onnx_import.appended import append_loss  # which needs Importer
 
@@ -550,7 +553,8 @@ class Importer:
         return Node(proto.op_type, tuple(proto.input), tuple(proto.output), attrs, origin, self.opset)
 
     def _fold(self, proto: onnx.NodeProto, node: Node) -> None:
-        values = {name: self.values[name] for name in node.inputs if name in self.values}
+        known = ChainMap(self.values, self.initializers)
+        values = {name: known[name] for name in node.inputs if name in known}
         if (described := folding.SHAPE_ONLY.get(node.kind)) is not None and node.inputs[described] not in values:
             name = node.inputs[described]
             values[name] = np.broadcast_to(np.float32(0), self.known_shape(name))

@@ -1,4 +1,4 @@
-"""What an export for inference lacks, in one line for the user; it trains as it stands.
+"""What an export for inference lacks, in one line for the user, though it trains as it stands; and merged weights.
 
 Conv(x, onnx::Conv_26, onnx::Conv_27)          PyTorch's older exporter has folded a BatchNormalization into it
 Conv(x, c1.weight, c1.weight_bias)             so has the newer one, and the convolution had no bias
@@ -6,13 +6,26 @@ Conv(x, c1.weight, c1.weight_bias)             so has the newer one, and the con
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx
 
 _DROPS = ("Dropout", "RandomUniformLike", "RandomUniform")
 
 
-def notes_of(graph: onnx.GraphProto, *, where: str, bn: str) -> list[str]:
-    """At most one line: that BatchNormalization has been removed, or is in inference form."""
+def notes_of(graph: onnx.GraphProto, *, where: str, bn: str, merged: Collection[str] = ()) -> list[str]:
+    """At most one line each: that BatchNormalization has been removed, or is in inference form; and that weights are
+    `merged` no longer."""
+    lines = _norms(graph, where=where, bn=bn)
+    if merged:
+        lines.append(
+            f"{where}: {_count(len(merged), 'weight')}, such as {min(merged)!r}, that the exporter had merged with "
+            "others of equal values are trained on their own."
+        )
+    return lines
+
+
+def _norms(graph: onnx.GraphProto, *, where: str, bn: str) -> list[str]:
     folded = sum(_is_folded(node) for node in graph.node)
     norms = sum(_is_inference_norm(node) for node in graph.node)
     gone = not any(node.op_type in _DROPS for node in graph.node)

@@ -1,32 +1,38 @@
 """Take apart initializers that an exporter merged because their first values are equal.
 
-PyTorch's newer exporter merges them under one name, the older one, outside training mode, by Identity nodes. In a fresh
-network all scales and running variances are one, all biases and running means zero:
+By default, PyTorch's newer exporter merges them under one name; the older one, but for training, by Identity nodes.
+In a fresh network all scales and running variances are one, all biases and running means zero:
 
     bn1(x, one, zero, zero, one)      ==>      bn1(x, one, zero, bn1.running_mean, bn1.running_var)
     bn2(y, one, zero, zero, one)               bn2(y, bn2.weight, bn2.bias, bn2.running_mean, bn2.running_var)
 
     norm2.bias = Identity(norm1.bias)  ==>     an initializer norm2.bias of its own, if all its numbers are equal
 
-Training that model as it says would tie weights that the network does not tie. No network ties a running statistic to
-anything in another role, so where one is, values were merged, and each use gets a copy. Names that Identity nodes kept
-come back; but an Identity of numbers that differ among themselves is of weights that a network ties, and stays. So does
-what is shared without any of these signs.
+Training that model as it says would tie weights that the network does not tie. What the newer exporter notes at its
+nodes tells exactly (see origins.py). Else: no network ties a running statistic to anything in another role; so where
+one is, values were merged, and each use gets a copy. Names that Identity nodes kept come back; but an Identity of
+numbers that differ among themselves is of weights that a network ties, and stays. So does what is shared without
+these signs.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import onnx
 from onnx import numpy_helper
+
+from fusetile.onnx_import.origins import merged_uses
 
 STATISTICS = (3, 4)
 ROLES = {1: "weight", 2: "bias", 3: "running_mean", 4: "running_var"}
 
 
-def unshare_norms(model: onnx.ModelProto) -> onnx.ModelProto:
+def unshare(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same model, or a changed copy in which merged initializers are apart again."""
+    if others := merged_uses(model.graph):
+        model = _apart(model, others)
     merged = _merged_roots(model)
     if not merged and not _even(model.graph):
         return model
@@ -34,6 +40,21 @@ def unshare_norms(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.CopyFrom(model)
     _drop_identities(copy.graph, everything=bool(merged))
     _copy_per_use(copy.graph, merged)
+    return copy
+
+
+def _apart(model: onnx.ModelProto, others: Mapping[tuple[int, int], tuple[str, str]]) -> onnx.ModelProto:
+    """A copy in which (node, input) reads a copy of an initializer, by (initializer, name of the copy)."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    tensors = {tensor.name: tensor for tensor in copy.graph.initializer}
+    names = {name for node in copy.graph.node for name in (*node.input, *node.output)} | set(tensors)
+    made: dict[tuple[str, str], str] = {}
+    for (number, i), (name, wanted) in others.items():
+        if (name, wanted) not in made:
+            made[name, wanted] = _unused(wanted, names)
+            _add_copy(copy.graph, tensors[name], made[name, wanted])
+        copy.graph.node[number].input[i] = made[name, wanted]
     return copy
 
 
