@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+COMPOSED = ("Attention", "RMSNormalization", "Swish")
+"""What newer opsets define by other ops, and the import takes apart into these."""
 _LABELLED = ("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss")
 
 
@@ -86,6 +88,8 @@ def import_onnx(
     model = unshare(original)
     if model.functions:
         model = inliner.inline_local_functions(model)
+    if any(node.op_type in COMPOSED for node in model.graph.node):
+        model = decomposed(model)
     opset = files.opset_of(model, where)
     importer = Importer(model, where=where, opset=opset, bn=bn, dropout=dropout, seed=seed)
     importer.refuse_unsupported()
@@ -586,6 +590,14 @@ class Importer:
         if source != name:
             self.graph.add("Identity", [source], outputs=[name], origin=node.origin)
         return name
+
+
+def decomposed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with ops that ONNX defines by others taken apart; how depends on the types of their operands."""
+    described = onnx.shape_inference.infer_shapes(model)
+    known = (helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in described.graph.initializer)
+    described.graph.value_info.extend(known)
+    return inliner.inline_selected_functions(described, [("", op) for op in COMPOSED], inline_schema_functions=True)
 
 
 def live_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from fusetile.errors import UnsupportedOp
 from fusetile.graph import Graph
@@ -487,3 +488,24 @@ def test_initializers_that_are_inputs_too_are_no_data(tmp_path: Path) -> None:
 def test_dead_nodes_do_not_matter(tmp_path: Path) -> None:
     graph = check(model([node("Sinh", "x", "dead"), node("Relu", "x", "y")], X), tmp_path)
     assert kinds(graph) == ["Relu"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "operands", "attrs"),
+    [
+        ("Attention", "x x x", {}),
+        ("Attention", "x x x", {"is_causal": 1, "scale": 0.3}),
+        ("RMSNormalization", "x s", {"axis": -1}),
+        ("Swish", "x", {"alpha": 1.5}),
+    ],
+)
+def test_ops_that_newer_opsets_define_by_others(
+    kind: str, operands: str, attrs: dict[str, Any], tmp_path: Path
+) -> None:
+    weights = {"s": normal(4)} if kind == "RMSNormalization" else {}
+    nodes = [node("Relu", "a", "x"), node(kind, operands, "y", **attrs)]
+    proto = model(nodes, {"a": (2, 2, 3, 4)}, ["y"], weights, opset=24)
+    graph, a = import_onnx(save(proto, tmp_path)), normal(2, 2, 3, 4)
+    (expected,) = ReferenceEvaluator(proto).run(None, {"a": a})
+    np.testing.assert_allclose(evaluate(graph, {"a": a})["y"], expected, rtol=1e-5, atol=1e-6)
+    assert {p.onnx_name for p in graph.parameters.values() if p.trainable} == set(weights)
