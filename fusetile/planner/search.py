@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -44,25 +45,27 @@ def minimise(nodes: Sequence[Table], edges: Edges) -> Minimum:
     sizes = [len(table) for table in nodes]
     eliminated: list[tuple[int, _Factor]] = []
     constant = 0.0
-    live = set(range(len(nodes)))
-    while live:
-        near = {v: sorted({u for f in factors if v in f.variables for u in f.variables} - {v}) for v in live}
-        width = {v: sizes[v] * np.prod([sizes[u] for u in near[v]], dtype=float) for v in live}
-        v = min(live, key=lambda v: (width[v], v))
+    near = _neighbours(len(nodes), edges)
+    width = {v: prod(sizes[u] for u in (v, *near[v])) for v in near}
+    while near:
+        v = min(near, key=lambda v: (width[v], v))
         if width[v] > LARGEST_TABLE_entries:
             break
-        joined = _join([f for f in factors if v in f.variables], (v, *near[v]), sizes)
+        others = near.pop(v)
+        joined = _join([f for f in factors if v in f.variables], (v, *sorted(others)), sizes)
         eliminated.append((v, joined))
         factors = [f for f in factors if v not in f.variables]
         rest = joined.table.min(axis=0)
-        if near[v]:
-            factors.append(_Factor(tuple(near[v]), rest))
+        if others:
+            factors.append(_Factor(tuple(sorted(others)), rest))
         else:
             constant += float(rest)
-        live.discard(v)
+        for u in others:
+            near[u] = (near[u] | others) - {u, v}
+            width[u] = prod(sizes[w] for w in (u, *near[u]))
     choice: dict[int, int] = {}
     bound = constant
-    if live:
+    if near:
         from fusetile.planner.integer import minimise_core  # scipy takes long to import
 
         core, core_bound = minimise_core([(f.variables, f.table) for f in factors], sizes)
@@ -74,6 +77,15 @@ def minimise(nodes: Sequence[Table], edges: Edges) -> Minimum:
     picked = tuple(choice[v] for v in range(len(nodes)))
     cost = cost_of_choice(nodes, edges, picked)
     return Minimum(picked, cost, min(bound, cost))
+
+
+def _neighbours(count: int, edges: Edges) -> dict[int, set[int]]:
+    """Per variable, those that it shares a table with."""
+    near: dict[int, set[int]] = {v: set() for v in range(count)}
+    for u, v in edges:
+        near[u].add(v)
+        near[v].add(u)
+    return near
 
 
 def cost_of_choice(nodes: Sequence[Table], edges: Edges, choice: Sequence[int]) -> float:
