@@ -13,11 +13,13 @@ Nothing that depends on a trainable initializer is folded: BatchNormalization st
     unshare.py    initializers that an exporter merged because their first values are equal
     origins.py    the names of weights by what an exporter notes at its nodes
     folding.py    what is constant, and its value
-    importer.py   inputs and batch, names, parameters, the walk over the nodes
+    contents.py   nodes, inputs and initializers as the rest sees them
+    walk.py       the import from top to bottom: inputs and batch, the rule of each node, outputs
+    importer.py   what rules use: operands, parameters, new ops
     views.py      what an ONNX tensor is of a tensor of the graph: reshapes and transposes move nothing by themselves
     rules/        one rule per ONNX op
 """
 
-from fusetile.onnx_import.importer import import_onnx
+from fusetile.onnx_import.walk import import_onnx
 
 __all__ = ["import_onnx"]

@@ -15,7 +15,9 @@ from onnx import compose, inliner
 
 from fusetile.errors import UserError
 from fusetile.onnx_import import files
+from fusetile.onnx_import.contents import input_dims
 from fusetile.onnx_import.importer import Importer
+from fusetile.onnx_import.walk import refuse_unsupported, translate
 
 
 def append_loss(network: Importer, path: str | Path) -> None:
@@ -38,14 +40,14 @@ def append_loss(network: Importer, path: str | Path) -> None:
         prefix = f"_{prefix}"
     compose.add_prefix(model, prefix, rename_nodes=False, inplace=True)
     importer = Importer(model, where=where, opset=files.opset_of(model, where), bn="frozen", dropout=0.0, seed=0)
-    importer.refuse_unsupported()
+    refuse_unsupported(importer)
     files.check_model(model, where)
     importer.graph, importer.batch = graph, network.batch
     importer.views, importer.alias = dict(network.views), dict(network.alias)
     before = set(graph.parameters)
     _bind(importer, network, prefix)
     graph.outputs = []
-    importer.run()
+    translate(importer)
     (loss,) = graph.outputs
     if prod(graph.tensors[loss].shape) != 1:
         shape = importer.known_shape(loss)
@@ -75,7 +77,7 @@ def _bind(importer: Importer, network: Importer, prefix: str) -> None:
     }
     for name, value in inputs.items():
         if name not in known:
-            dims = importer.input_dims(value, ranks=(2, 3, 4))
+            dims = input_dims(value, importer.labels, importer.where, ranks=(2, 3, 4))
             dtype = "int32" if value.name in importer.labels else "float32"
             shape = [importer.batch, *(size for size in dims[1:] if size is not None)]
             graph.targets[graph.add_tensor(value.name, shape, dtype)] = name

@@ -1,23 +1,20 @@
-"""The walk over an ONNX model: inputs and batch, names, parameters, and the rule of each node."""
+"""What is known in the midst of an import, and what rules do with it: operands, parameters, new ops."""
 
 from __future__ import annotations
 
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
-from onnx import helper, inliner, numpy_helper
 
 from fusetile.errors import UnsupportedOp, UserError
 from fusetile.graph import FORWARD, Graph, Parameter
-from fusetile.onnx_import import files, folding
-from fusetile.onnx_import.notes import notes_of
-from fusetile.onnx_import.unshare import unshare
+from fusetile.onnx_import import folding
+from fusetile.onnx_import.contents import Array, Node, initializers_of, labels_of, live_nodes
 from fusetile.onnx_import.untrained import buffers_of
 from fusetile.onnx_import.views import View
 from fusetile.ops.rearrange import Dims, reshaped, whole_view
@@ -25,12 +22,6 @@ from fusetile.ops.resample import Taps, resample
 
 if TYPE_CHECKING:
     from fusetile.onnx_import.rules.unpool import Places
-
-Array = np.ndarray
-_INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
-COMPOSED = ("Attention", "RMSNormalization", "Swish")
-"""What newer opsets define by other ops, and the import takes apart into these."""
-_LABELLED = ("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,70 +35,8 @@ class Mask:
     low: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
-    """An ONNX node as a rule sees it; `inputs[i]` is "" where an optional input is left out."""
-
-    kind: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    attrs: Mapping[str, Any]
-    origin: str
-    opset: int
-
-    def has(self, i: int) -> bool:
-        """Whether input `i` is given."""
-        return i < len(self.inputs) and self.inputs[i] != ""
-
-
-def import_onnx(
-    path: str | Path,
-    *,
-    batch: int | None = None,
-    bn: Literal["train", "frozen"] = "train",
-    dropout: float | None = None,
-    seed: int = 0,
-    loss: str | Path | None = None,
-) -> Graph:
-    """The forward graph of an ONNX file, with the running statistics' updates of its BatchNormalizations.
-
-    batch    binds the first dimension of every input, also where the model has another number there. By default the
-             model's own number, or 1 if it is dynamic.
-    bn       "train": statistics of the batch, and running statistics by ONNX's rule; "frozen": the stored statistics.
-             The nodes' own training_mode does not matter.
-    dropout  overrides the ratio of every Dropout. Dropout always drops, whatever training_mode says.
-    seed     of the dropout masks; their step counter is the control tensor "step".
-    loss     an ONNX file that follows the model: its first output is the graph's only one (see appended.py).
-
-    Tensors keep their ONNX names; `notes` say what an export for inference lacks and which weights it had merged.
-    Raises UserError if the file can't be read, is no valid model, or has a dynamic dimension other than the batch;
-    UnsupportedOp, naming all nodes concerned, if an op can't be trained.
-    """
-    where = str(path)
-    original = files.read_model(path)
-    model = unshare(original)
-    if model.functions:
-        model = inliner.inline_local_functions(model)
-    if any(node.op_type in COMPOSED for node in model.graph.node):
-        model = decomposed(model)
-    opset = files.opset_of(model, where)
-    importer = Importer(model, where=where, opset=opset, bn=bn, dropout=dropout, seed=seed)
-    importer.refuse_unsupported()
-    files.check_model(model, where)
-    importer.bind_inputs(batch)
-    importer.run()
-    trained = {parameter.onnx_name for parameter in importer.graph.parameters.values() if parameter.trainable}
-    merged = trained - {tensor.name for tensor in original.graph.initializer}
-    importer.graph.notes = notes_of(model.graph, where=where, bn=bn, merged=merged)
-    if loss is not None:
-        from fusetile.onnx_import.appended import append_loss  # which needs Importer
-
-        append_loss(importer, loss)
-    return importer.graph
-
-
 class Importer:
-    """State of one import. Rules (rules.py) read a node's operands and add ops through its methods."""
+    """State of one import. Rules (rules/) read a node's operands and add ops through its methods."""
 
     def __init__(
         self, model: onnx.ModelProto, *, where: str, opset: int, bn: str, dropout: float | None, seed: int
@@ -115,7 +44,7 @@ class Importer:
         self.where, self.opset, self.bn, self.dropout, self.seed = where, opset, bn, dropout, seed
         self.proto = model.graph
         self.graph = Graph(model.graph.name or "model")
-        self.initializers = self._read_initializers()
+        self.initializers = initializers_of(model.graph, where)
         self.buffers = buffers_of(self.initializers)
         self.nodes = live_nodes(model.graph)
         self.constant = folding.constant_outputs(self.nodes, self.initializers)
@@ -138,90 +67,10 @@ class Importer:
         self.dropout_sites = 0
         self.labels = labels_of(self.nodes)
 
-    # -- the steps of an import -------------------------------------------------------------------------------------
-
-    def refuse_unsupported(self) -> None:
-        """Raise UnsupportedOp that names every op without a rule, if there is one."""
-        from fusetile.onnx_import.rules import RULES  # the rules need this class
-
-        refused: dict[str, list[str]] = {}
-        for node in self.nodes:
-            standard = node.domain in ("", "ai.onnx")
-            if not all(name in self.constant for name in node.output if name) and not (
-                standard and (node.op_type in RULES or (node.op_type == "If" and node.input[0] in self.constant))
-            ):
-                label = node.op_type if standard else f"{node.domain}::{node.op_type}"
-                refused.setdefault(label, []).append(repr(node.name or node.output[0]))
-        if refused:
-            lines = [
-                f"{label} ({'node' if len(names) == 1 else 'nodes'} {', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-                for label, names in sorted(refused.items())
-            ]
-            raise UnsupportedOp(
-                f"{self.where}: can't train {'; '.join(lines)}. Supported ops: {', '.join(sorted(RULES))}, and "
-                "Constant and arithmetic on constants and shapes"
-            )
-
-    def bind_inputs(self, batch: int | None) -> None:
-        """Declare the data inputs, their first dimension bound to the batch."""
-        inputs = [value for value in self.proto.input if value.name not in self.initializers]
-        if not inputs or not self.proto.output:
-            raise UserError(f"{self.where}: the model has no {'outputs' if inputs else 'inputs for data'}")
-        shapes = {value.name: self.input_dims(value) for value in inputs}
-        baked = {name: shape[0] for name, shape in shapes.items() if shape[0] is not None}
-        if len(set(baked.values())) > 1:
-            raise UserError(
-                f"{self.where}: the first dimension must be the batch, but the inputs differ in it: {baked}"
-            )
-        self.baked_batch = next(iter(baked.values()), None)
-        self.batch = batch if batch is not None else self.baked_batch or 1
-        if self.batch < 1:
-            raise UserError(f"the batch size must be at least 1, not {self.batch}")
-        for name, shape in shapes.items():
-            sizes = [self.batch, *(size for size in shape[1:] if size is not None)]
-            dtype = "int32" if name in self.labels else "float32"
-            self.graph.inputs.append(self.graph.add_tensor(name, sizes, dtype))
-
-    def run(self) -> None:
-        """Translate the nodes, in their (topological) order, and name the outputs."""
-        self._walk(self.nodes)
-        for value in self.proto.output:
-            self.graph.outputs.append(self._output(value.name))
-
-    def _walk(self, nodes: Sequence[onnx.NodeProto]) -> None:
-        from fusetile.onnx_import.rules import RULES
-        from fusetile.onnx_import.rules.unpool import follow
-
-        for proto in nodes:
-            node = self._node(proto)
-            if all(name in self.constant for name in proto.output if name):
-                self._fold(proto, node)
-            elif node.kind == "If":
-                self._choose(node)
-            elif any(self.resolved(name) in self.places for name in node.inputs):
-                follow(self, node, proto)
-            elif node.kind not in RULES:
-                raise self.refuse(node, "the op is not supported")
-            elif any(node.outputs):
-                RULES[node.kind](self, node)
-
-    def _choose(self, node: Node) -> None:
-        """The branch of an If whose condition is known, in its place."""
-        chosen = bool(self.constant_input(node, 0, "condition").reshape(()))
-        branch: onnx.GraphProto = node.attrs["then_branch" if chosen else "else_branch"]
-        self.initializers |= {tensor.name: numpy_helper.to_array(tensor) for tensor in branch.initializer}
-        self._fold_more(branch.node)
-        self.uses.update(name for inner in branch.node for name in inner.input)
-        self._walk(branch.node)
-        for output, inner in zip(node.outputs, branch.output, strict=True):
-            self.alias[output] = inner.name
-
-    def _fold_more(self, nodes: Sequence[onnx.NodeProto]) -> None:
+    def find_constants(self, nodes: Sequence[onnx.NodeProto]) -> None:
         """Find what is constant among nodes, knowing more than when the import began."""
         known = {name: self.initializers.get(name, np.zeros(0, np.int64)) for name in self.constant} | self.initializers
         self.constant |= folding.constant_outputs(nodes, known) - set(self.initializers)
-
-    # -- what rules use ---------------------------------------------------------------------------------------------
 
     def refuse(self, node: Node, why: str) -> UnsupportedOp:
         """The error to raise for a form of an op that is not supported."""
@@ -340,7 +189,7 @@ class Importer:
         """An output of the model has turned out to be constant."""
         self.values[name] = value
         self.constant.add(name)
-        self._fold_more(self.nodes)
+        self.find_constants(self.nodes)
 
     def constant_shape(self, node: Node, i: int) -> tuple[int, ...]:
         """The shape of an operand that is an initializer or a constant, or the transpose of one."""
@@ -505,120 +354,8 @@ class Importer:
             if self.uses[name]:
                 raise self.refuse(node, f"its output {name!r} is used; only the first output is supported")
 
-    def input_dims(self, value: onnx.ValueInfoProto, *, ranks: tuple[int, ...] = (2, 4)) -> list[int | None]:
-        """Sizes of an input, None for a dynamic batch. `ranks`: what it may have of dimensions if it has no labels."""
-        tensor = value.type.tensor_type
-        place = f"{self.where}: input {value.name!r}"
-        labels = value.name in self.labels
-        if tensor.elem_type not in (_INTEGERS if labels else (onnx.TensorProto.FLOAT,)):
-            kinds = {number: kind.lower() for kind, number in onnx.TensorProto.DataType.items()}
-            kind = kinds.get(tensor.elem_type, f"of the unknown type {tensor.elem_type}")
-            if labels:
-                raise UserError(
-                    f"{place} is {kind}; the labels of a loss of classes are int64 or int32. For class probabilities "
-                    "write the loss out: -(targets * log_softmax(y, 1)).sum(1).mean()"
-                )
-            raise UserError(f"{place} is {kind}; fusetile's inputs are float32: export the model in float32")
-        dims = [dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim]
-        if len(dims) not in ((1, 3) if labels else ranks):
-            raise UserError(f"{place} has {len(dims)} dimensions; supported are [N, C, H, W] and [N, C]")
-        dynamic = [
-            f"{(tensor.shape.dim[i].dim_param or '?')!r} (dimension {i})" for i in range(1, len(dims)) if not dims[i]
-        ]
-        if dynamic:
-            raise UserError(
-                f"{place} has the dynamic dimensions {', '.join(dynamic)}; only the batch may be dynamic: export with "
-                "fixed sizes, or fix them with `python -m onnxruntime.tools.make_dynamic_shape_fixed`"
-            )
-        return dims
-
-    # -- inside -----------------------------------------------------------------------------------------------------
-
-    def _read_initializers(self) -> dict[str, Array]:
-        if self.proto.sparse_initializer:
-            name = self.proto.sparse_initializer[0].values.name
-            raise UserError(f"{self.where}: initializer {name!r} is sparse; export the model with dense weights")
-        arrays = {}
-        for tensor in self.proto.initializer:
-            try:
-                arrays[tensor.name] = numpy_helper.to_array(tensor)
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{self.where}: initializer {tensor.name!r} is damaged ({error}); copy or export the model again"
-                ) from None
-        return arrays
-
-    def _node(self, proto: onnx.NodeProto) -> Node:
-        attrs = {attribute.name: helper.get_attribute_value(attribute) for attribute in proto.attribute}
-        attrs = {
-            key: value.decode(errors="replace") if isinstance(value, bytes) else value for key, value in attrs.items()
-        }
-        origin = f"{proto.op_type} node {(proto.name or proto.output[0])!r}"
-        return Node(proto.op_type, tuple(proto.input), tuple(proto.output), attrs, origin, self.opset)
-
-    def _fold(self, proto: onnx.NodeProto, node: Node) -> None:
-        known = ChainMap(self.values, self.initializers)
-        values = {name: known[name] for name in node.inputs if name in known}
-        if (described := folding.SHAPE_ONLY.get(node.kind)) is not None and node.inputs[described] not in values:
-            name = node.inputs[described]
-            values[name] = np.broadcast_to(np.float32(0), self.known_shape(name))
-        self.values |= folding.evaluate(proto, self.opset, values, origin=f"{self.where}: {node.origin}")
-
     def resolved(self, name: str) -> str:
         """The name behind aliases."""
         while name in self.alias:
             name = self.alias[name]
         return name
-
-    def _output(self, name: str) -> str:
-        """An output keeps its name."""
-        source = self.resolved(name)
-        node = Node("Identity", (name,), (name,), {}, f"output {name!r}", self.opset)
-        if source in self.views:
-            view = self.views[source]
-            if len(view.dims) > 4:  # raw heads of detectors: kept with the last dimensions as one
-                flat = view.reshaped((*view.shape[:3], prod(view.shape[3:])))
-                assert flat is not None  # neighbours can always be put together
-                view = flat
-            source = (
-                self.tensor(node, view, name) if view.dims else view.base
-            )  # a scalar is stored with dimensions of 1
-        if source in self.places:
-            raise self.refuse(node, "it is the indices of a MaxPool; only unpooling by them is supported")
-        if source not in self.graph.tensors or source in self.graph.parameters:
-            raise UserError(f"{self.where}: output {name!r} does not depend on the model's inputs")
-        if source != name:
-            self.graph.add("Identity", [source], outputs=[name], origin=node.origin)
-        return name
-
-
-def decomposed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with ops that ONNX defines by others taken apart; how depends on the types of their operands."""
-    described = onnx.shape_inference.infer_shapes(model)
-    known = (helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in described.graph.initializer)
-    described.graph.value_info.extend(known)
-    return inliner.inline_selected_functions(described, [("", op) for op in COMPOSED], inline_schema_functions=True)
-
-
-def live_nodes(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes on which an output depends, in the graph's order."""
-    wanted = {output.name for output in graph.output}
-    live = []
-    for node in reversed(graph.node):
-        if wanted.intersection(name for name in node.output if name):
-            wanted.update(node.input)
-            for branch in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
-                wanted.update(name for inner in branch.node for name in inner.input)
-            live.append(node)
-    return live[::-1]
-
-
-def labels_of(nodes: Sequence[onnx.NodeProto]) -> set[str]:
-    """What losses of classes read as labels, and nothing else reads but their shape."""
-    reads = [
-        (name, node.op_type in _LABELLED and i == 1)
-        for node in nodes
-        for i, name in enumerate(node.input)
-        if folding.SHAPE_ONLY.get(node.op_type) != i
-    ]
-    return {name for name, labels in reads if labels} - {name for name, labels in reads if not labels}

@@ -7,7 +7,8 @@ from math import prod
 import numpy as np
 
 from fusetile.graph import Parameter
-from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.contents import Node
+from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import Rule, finish
 
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fusetile.onnx_import.importer import Importer, Mask, Node
+from fusetile.onnx_import.contents import Node
+from fusetile.onnx_import.importer import Importer, Mask
 from fusetile.onnx_import.rules.common import Rule, finish, number_of, operands, pointwise
 from fusetile.onnx_import.rules.norm import dropped
 from fusetile.onnx_import.views import View

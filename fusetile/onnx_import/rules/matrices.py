@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import prod
 
-from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.contents import Node
+from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import finish
 from fusetile.onnx_import.views import View
 

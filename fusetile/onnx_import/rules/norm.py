@@ -8,7 +8,8 @@ from math import prod
 import numpy as np
 
 from fusetile.graph import UPDATE
-from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.contents import Node
+from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import finish, operands
 from fusetile.onnx_import.rules.reduce import reducible
 from fusetile.onnx_import.views import View

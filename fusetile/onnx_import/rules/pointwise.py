@@ -8,7 +8,8 @@ from math import prod
 
 import numpy as np
 
-from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.contents import Node
+from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import Rule, finish, number_of, operands, pointwise
 from fusetile.onnx_import.rules.masks import masked
 from fusetile.onnx_import.views import View

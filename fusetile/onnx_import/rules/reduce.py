@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.contents import Node
+from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import Rule, axes_of, finish, listed
 from fusetile.onnx_import.views import View, merged
 

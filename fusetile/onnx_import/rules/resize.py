@@ -13,7 +13,8 @@ from math import ceil, floor
 import numpy as np
 
 from fusetile.graph import Parameter
-from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.contents import Node
+from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import axes_of, listed, number_of
 from fusetile.onnx_import.views import View
 from fusetile.ops.resample import Taps

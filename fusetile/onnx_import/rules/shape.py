@@ -8,7 +8,8 @@ from math import prod
 
 import numpy as np
 
-from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.contents import Node
+from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import axes_of, finish, listed
 from fusetile.onnx_import.rules.resize import slice_axis
 from fusetile.onnx_import.views import View, merged

@@ -19,7 +19,8 @@ import numpy as np
 import onnx
 
 from fusetile.onnx_import import folding
-from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.contents import Node
+from fusetile.onnx_import.importer import Importer
 
 _MOVING = ("Cast", "CastLike", "Concat", "Expand", "Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fusetile.onnx_import.importer import Importer, Node
+from fusetile.onnx_import.contents import Node
+from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules import unpool
 from fusetile.onnx_import.views import View
 from fusetile.ops.pool import divisors, pooled_size
