@@ -393,7 +393,8 @@ def test_a_finished_log_is_one_object_per_step(here: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_training_leaves_nothing(here: Path, number: signal.Signals) -> None:
-    command = "import sys; from fusetile.cli import main; main(sys.argv[1:])"
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # also where the tests run in the background
+    command = f"import signal, sys; {heard}; from fusetile.cli import main; main(sys.argv[1:])"
     given = ("--data", "data.npz", "--batch", "4", "--nodes", "2", "--steps", "1000000", "--log", "log.jsonl")
     environment = os.environ | {"TMPDIR": str(here)}
     process = subprocess.Popen(
