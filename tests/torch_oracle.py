@@ -97,7 +97,7 @@ def _run(node: onnx.NodeProto, values: dict[str, torch.Tensor], running: dict[st
         case "Flatten":
             y = x.flatten(1)
         case kind:
-            raise NotImplementedError(kind)
+            raise AssertionError(f"no PyTorch for {kind}: add its case here")
     values[node.output[0]] = y
 
 
