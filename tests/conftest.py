@@ -3,12 +3,16 @@ compiles has guards: what any kernel in any test writes outside of a buffer is f
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 from fusetile.codegen.assemble import memory_of
 from fusetile.codegen.emit import Draft
 from fusetile.passes.plan_memory import MemoryPlan
+from models import lenet
+from tests.commands import SHAPE, images, save
 
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
@@ -25,3 +29,12 @@ pytest.MonkeyPatch().setattr("fusetile.pipeline.memory_of", _guarded)
 def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of how much memory is touched: guards touch all of the arena."""
     monkeypatch.setattr("fusetile.pipeline.memory_of", memory_of)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, but for a model and its data."""
+    save(lenet.build(size=16, classes=5, width=0.5), tmp_path / "model.onnx")
+    images(tmp_path / "data.npz", shape=SHAPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

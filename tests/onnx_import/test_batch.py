@@ -12,7 +12,7 @@ from onnx import helper, numpy_helper
 from fusetile.errors import UnsupportedOp, UserError
 from fusetile.onnx_import import import_onnx
 from fusetile.passes.differentiate import differentiate
-from tests.onnx_import.test_rules import check, kinds
+from tests.onnx_import.checks import check, kinds
 from tests.onnx_tools import model, node, normal, save
 
 

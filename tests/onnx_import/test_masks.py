@@ -12,7 +12,7 @@ from fusetile.errors import UnsupportedOp
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
 from tests.graphs import feeds
-from tests.onnx_import.test_rules import X, check, kinds
+from tests.onnx_import.checks import X, check, kinds
 from tests.onnx_tools import model, node, normal, save
 from tests.training import in_float64, planned, run_plan, training_graph, worst
 

@@ -13,8 +13,8 @@ from fusetile.errors import UnsupportedOp
 from fusetile.onnx_import import import_onnx
 from fusetile.reference import evaluate
 from tests.graphs import feeds
+from tests.onnx_import.checks import check, kinds
 from tests.onnx_import.moving_cases import CASES, X, ints, number
-from tests.onnx_import.test_rules import check, kinds
 from tests.onnx_tools import model, node, normal, run_ort, save
 from tests.training import planned, run_plan, training_graph, worst
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fusetile.onnx_import import import_onnx
-from tests.onnx_import.test_rules import X
+from tests.onnx_import.checks import X
 from tests.onnx_tools import model, node, normal, save
 
 

@@ -13,7 +13,7 @@ import pytest
 from fusetile.onnx_import import import_onnx
 from fusetile.passes.differentiate import differentiate
 from fusetile.reference import evaluate
-from tests.onnx_import.test_rules import check, kinds
+from tests.onnx_import.checks import check, kinds
 
 pytest.importorskip("torch")
 import torch

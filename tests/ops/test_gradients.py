@@ -170,7 +170,7 @@ def test_gradients_of_losses(loss: str) -> None:
 
 def test_every_op_with_a_gradient_is_tested() -> None:
     tested = {kind for kind, _, _ in DIFFERENTIABLE} | {"BatchStatistics", "FrozenStatistics"}
-    elsewhere = {"YoloV2", "MaxPoolGrad"}  # test_yolo.py, and test_max_unpool in onnx_import/test_rules.py
+    elsewhere = {"YoloV2", "MaxPoolGrad"}  # test_yolo.py, and test_max_unpool in onnx_import/test_window_rules.py
     elsewhere |= {"FilterOf"}  # a loss is of maps: test_networks.py, weight_standardized
     elsewhere |= {"IsGreater", "IsAtLeast", "Masked", "MaskedOut"}  # test_choices in onnx_import/test_masks.py
     assert tested | set(LOSSES.values()) | elsewhere == {kind for kind, row in ROWS.items() if row.vjp}

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,14 +296,11 @@ class Proxy:
                 threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
 
     def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
-        while data := source.recv(65536):
-            if self.cut.is_set():
-                self.cut.wait(60)
-                time.sleep(60)
-            try:
+        with suppress(OSError):  # a side has ended: its node says so itself
+            while data := source.recv(65536):
+                if self.cut.is_set():
+                    time.sleep(60)
                 target.sendall(data)
-            except OSError:  # the other side has ended; its node says so itself
-                break
         target.close()
 
 
