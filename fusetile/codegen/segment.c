@@ -1,10 +1,11 @@
 /* Segments: kernel calls executed in order by a fixed set of threads.
  *
- * Every call's work units are shared evenly by all threads, which then meet at a barrier. The barrier is also how a
- * segment starts: the workers wait at one, and the caller is the last to arrive. A thread that waits spins for about
- * 20 us. Inside a segment it then offers its core to whoever else is ready, again and again for a millisecond, because
- * waking a sleeper can take longer than a small kernel; between segments, and after that, it sleeps in a futex. With
- * one thread there is nothing of this.
+ * Every call's work units are shared evenly by all threads, so that a thread finds in its cache what it made before.
+ * Each takes its share piece by piece, and then pieces of those who are not done yet, because something else had their
+ * core for a while. All meet at a barrier, which is also how a segment starts. A thread that waits spins; between
+ * segments, it soon sleeps in a futex. Inside one, the others are about to be done, waking a sleeper can take longer
+ * than a small kernel, and a core that is offered to a busy program comes back late: there it spins for longer, then
+ * offers its core until a millisecond is over, and only then sleeps. With one thread there is nothing of this.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -28,7 +29,8 @@ typedef struct ft_call {
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { MAX_THREADS = 64, SPIN_ns = 20000, YIELD_ns = 1000000, SPINS_PER_LOOK = 32 };
+enum { MAX_THREADS = 64, PIECES = 8, SPINS_PER_LOOK = 32 };
+enum { SPIN_ns = 20000, SPIN_INSIDE_ns = 400000, YIELD_ns = 1000000 };
 
 static struct {
   pthread_t workers[MAX_THREADS];
@@ -40,6 +42,9 @@ static struct {
   _Alignas(64) atomic_int arrived;
   _Alignas(64) atomic_uint phase;
   atomic_int sleepers;
+  struct {
+    _Alignas(64) atomic_int next; /* the first unit of a thread's share that nobody has taken */
+  } shares[MAX_THREADS];
 } pool;
 
 static int64_t now_ns(void) {
@@ -65,7 +70,7 @@ static void wait_for_phase(unsigned old, int inside) {
       if (!phase_is(old)) return;
       relax();
     }
-  } while (now_ns() < start_ns + SPIN_ns);
+  } while (now_ns() < start_ns + (inside ? SPIN_INSIDE_ns : SPIN_ns));
   while (inside && now_ns() < start_ns + YIELD_ns) {
     if (!phase_is(old)) return;
     syscall(SYS_sched_yield);
@@ -77,31 +82,51 @@ static void wait_for_phase(unsigned old, int inside) {
   atomic_fetch_sub(&pool.sleepers, 1);
 }
 
-static void barrier(int inside) {
+static int32_t share_start(int32_t split, int32_t thread) {
+  return (int32_t)((int64_t)split * thread / pool.threads);
+}
+
+static void open_call(const ft_call *call) {
+  for (int32_t i = 0; i < pool.threads; i++) {
+    atomic_store_explicit(&pool.shares[i].next, share_start(call->split, i), memory_order_relaxed);
+  }
+}
+
+/* Wait for all threads; the last one opens the next call, if any, while no other looks at one. */
+static void barrier(int inside, const ft_call *next) {
   unsigned phase = atomic_load(&pool.phase);
   if (atomic_fetch_add(&pool.arrived, 1) + 1 < pool.threads) {
     wait_for_phase(phase, inside);
     return;
   }
   atomic_store(&pool.arrived, 0);
+  if (next) open_call(next);
   atomic_store(&pool.phase, phase + 1);
   if (atomic_load(&pool.sleepers)) syscall(SYS_futex, &pool.phase, FUTEX_WAKE_PRIVATE, MAX_THREADS, NULL, NULL, 0);
 }
 
-static void run_share(int32_t thread) {
+static void run_call(const ft_call *call, int32_t thread) {
+  int32_t piece = call->split / (pool.threads * PIECES) + 1;
+  for (int32_t i = 0; i < pool.threads; i++) {
+    int32_t owner = (thread + i) % pool.threads, stop = share_start(call->split, owner + 1), lo;
+    while ((lo = atomic_fetch_add(&pool.shares[owner].next, piece)) < stop) {
+      call->kernel(lo, lo + piece < stop ? lo + piece : stop, call);
+    }
+  }
+}
+
+static void run_calls(int32_t thread) {
   for (const ft_call *call = pool.calls, *end = call + pool.count; call < end; call++) {
-    int32_t lo = (int32_t)((int64_t)call->split * thread / pool.threads);
-    int32_t hi = (int32_t)((int64_t)call->split * (thread + 1) / pool.threads);
-    if (lo < hi) call->kernel(lo, hi, call);
-    barrier(1);
+    run_call(call, thread);
+    barrier(1, call + 1 < end ? call + 1 : NULL);
   }
 }
 
 static void *work(void *thread) {
   for (;;) {
-    barrier(0);
+    barrier(0, NULL);
     if (pool.stopping) return NULL;
-    run_share((int32_t)(intptr_t)thread);
+    run_calls((int32_t)(intptr_t)thread);
   }
 }
 
@@ -109,7 +134,7 @@ static void *work(void *thread) {
 EXPORT void ft_stop(void) {
   if (pool.threads > 1) {
     pool.stopping = 1;
-    barrier(0);
+    barrier(0, NULL);
     for (int32_t i = 1; i < pool.threads; i++) pthread_join(pool.workers[i], NULL);
   }
   pool.threads = 0;
@@ -133,7 +158,7 @@ EXPORT int ft_start(int32_t threads) {
     /* stand in at the barrier for the threads that are missing */
     pool.stopping = 1;
     atomic_fetch_add(&pool.arrived, threads - made);
-    barrier(0);
+    barrier(0, NULL);
     for (int32_t i = 1; i < made; i++) pthread_join(pool.workers[i], NULL);
     pool.threads = 0;
   }
@@ -148,8 +173,10 @@ EXPORT void ft_run(const ft_call *calls, int32_t count) {
     }
     return;
   }
+  if (count < 1) return;
   pool.calls = calls;
   pool.count = count;
-  barrier(0);
-  run_share(0);
+  open_call(calls);
+  barrier(0, NULL);
+  run_calls(0);
 }
