@@ -1,17 +1,32 @@
-"""Products of matrices per image and channel: the lanes of a vector are channels, that is different products."""
+"""Products of matrices per image and channel: the lanes of a vector are channels, that is different products.
+
+A register tile is some rows x some columns of the result, each a vector, so that what is loaded of both operands is
+multiplied several times. The columns of the right operand are first put together: they serve all rows of a band, and
+their addresses are then one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
-from fusetile.box import Box, view4
-from fusetile.codegen.calls import Lowered, ref, vectors
+from fusetile.box import Box, extents, view4
+from fusetile.codegen.calls import Kernel, KernelCall, Lowered, indented, make_kernel, ref, vectors
 from fusetile.codegen.elementwise import has_lanes, with_lanes
-from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.targets import Target
 from fusetile.graph import Op
 from fusetile.ops import Domain
 from fusetile.program import Buffer
+
+LARGE, SMALL = (3, 4), (2, 2)  # rows and columns
+CHUNK = 128  # of the inner dimension, between which sums rest in the result
+BAND_elements = 1 << 15  # of the left operand, that are gone through for every few columns: they should stay in a cache
+
+_INTS = (
+    *("blocks", "rows", "columns", "inner", "band", "channels"),
+    *("Y_image", "Y_block", "Y_row", "Y_pixel"),
+    *(f"{key}_{axis}" for key in "AB" for axis in ("image", "block", "outer", "inner")),
+)
 
 
 def lower_mat_mul(
@@ -21,49 +36,98 @@ def lower_mat_mul(
     block, written = outputs[0].block[1], domain.output(box)
     needs = [domain.need(box, i) for i in (0, 1)]
     before, operands = with_lanes(op, list(zip(inputs, needs, strict=True)), outputs[0])
-    elements: list[str] = []
-    ints: dict[str, int] = {}
-    name = "mat_mul"
-    for key, operand, outer in zip("AB", operands, "hw", strict=True):
-        buffer, need = operand
-        turned = op.attrs["turned"][key == "B"]
-        # a is [h, c] and b is [c, w], as long as they are not turned
-        down, across = ("c", outer) if turned == (key == "A") else (outer, "c")
-        lanes = has_lanes(operand, written)
+    images, channels, rows, columns = extents(view4(written))
+    strides: list[int] = []
+    for i, (buffer, need) in enumerate(operands):
+        counts = extents(view4(need))[:2]
         image, depth, row, pixel = buffer.strides
-        counts = [stop - start for start, stop in view4(need)[:2]]
-        full = [stop - start for start, stop in view4(written)[:2]]
-        ints |= {
-            f"{key}_image": image if counts[0] == full[0] else 0,
-            f"{key}_block": depth if counts[1] == full[1] else 0,
-            f"{key}_row": row,
-            f"{key}_pixel": pixel,
-        }
-        at = f"n * {key}_image + k * {key}_block + {down} * {key}_row + {across} * {key}_pixel"
-        elements.append(f"{key}[{at}{' + v' if lanes else ''}]")
-        name += f"_{key}{'_turned' if turned else ''}{'' if lanes else '_alone'}"
-    add = vectors([f"total[v] = total[v] + {elements[0]} * {elements[1]}"], block).replace("\n", "\n    ")
-    pixel_text = f"""
-{vectors(["total[v] = T.float32(0)"], block)}
-for c in T.serial(inner):
-    {add}
-{vectors(["{Y} = T.Select(k * " + str(block) + " + v < channels, total[v], T.float32(0))"], block)}
-"""
-    kernel = mapped_kernel(
-        name,
-        block=block,
-        maps={"Y": "float32"},
-        pointers={"A": "float32", "B": "float32"},
-        ints=["inner", "channels", *ints],
-        scratch={"total": "float32"},
-        pixel=pixel_text,
-    )
-    start, stop = domain.interval(box, "c")
-    call = mapped_call(
-        kernel,
-        loops_over(written, block),
-        [(outputs[0], written)],
-        pointers=[ref(buffer, need) for buffer, need in operands],
-        ints=(stop - start, written[1][1] - written[1][0], *ints.values()),
+        # a is [h, c] and b is [c, w], as long as they are not turned
+        outer, inner = (pixel, row) if op.attrs["turned"][i] == (i == 0) else (row, pixel)
+        strides += [image if counts[0] == images else 0, depth if counts[1] == channels else 0, outer, inner]
+    width, (start, stop) = min(block, target.width), domain.interval(box, "c")
+    tile = _tile(block // width, target.registers)
+    fitting = BAND_elements // (min(stop - start, CHUNK) * block) // tile[0] * tile[0]
+    band, blocks = min(rows, max(tile[0], fitting)), -(-channels // block)
+    lanes = [has_lanes(operand, written) for operand in operands]
+    call = KernelCall(
+        _product(block, width, tile, (lanes[0], lanes[1])),
+        images * blocks * -(-rows // band),
+        (*(ref(buffer, need) for buffer, need in operands), ref(outputs[0], written)),
+        (blocks, rows, columns, stop - start, band, channels, *outputs[0].strides, *strides),
     )
     return Lowered((*before.calls, call), before.scratch)
+
+
+def _tile(parts: int, registers: int) -> tuple[int, int]:
+    """The larger tile if registers hold its sums, a column of the left operand and an element of the right one."""
+    rows, columns = LARGE
+    return LARGE if (rows * columns + rows + 1) * parts <= registers else SMALL
+
+
+@cache
+def _product(block: int, width: int, tile: tuple[int, int], lanes: tuple[bool, bool]) -> Kernel:
+    """Pointers A, B, Y. A work unit is a band of rows of one channel block of one image."""
+    parts, (long, wide) = block // width, tile
+    lane = f"s * {width} + v"
+    of_channel = [f" + {lane}" if has else "" for has in lanes]
+    held = block if lanes[1] else 1
+
+    def of_tile(rows: int, columns: int, row: str, column: str) -> str:
+        def each(statement: str) -> str:
+            loops = "".join(
+                f"{'    ' * i}for {name} in T.unroll({count}):\n"
+                for i, (name, count) in enumerate((("q", columns), ("r", rows), ("s", parts)))
+            )
+            return loops + indented(vectors([statement], width), 3)
+
+        sums = f"sums[(r * {columns} + q) * {parts} + s, v]"
+        y = f"Y[y0 + r * Y_row + q * Y_pixel + {lane}]"
+        a = f"A[a0 + r * A_outer + c * A_inner{of_channel[0]}]"
+        b = f"b[(c * {columns} + q) * {held}{of_channel[1]}]"
+        return f"""
+a0: T.int32 = n * A_image + k * A_block + ({row}) * A_outer + chunk * {CHUNK} * A_inner
+y0: T.int32 = n * Y_image + k * Y_block + ({row}) * Y_row + ({column}) * Y_pixel
+if chunk > 0:
+{indented(each(f"{sums} = {y}"), 1)}
+else:
+{indented(each(f"{sums} = T.float32(0)"), 1)}
+for c in T.serial(depth):
+{indented(each(f"{sums} = {sums} + {a} * {b}"), 1)}
+{each(f"{y} = T.Select(k * {block} + {lane} < channels, {sums}, T.float32(0))")}
+"""
+
+    def of_columns(columns: int, column: str) -> str:
+        gather = vectors([f"b[(c * {columns} + q) * {held} + v] = B[b0 + q * B_outer + c * B_inner + v]"], held)
+        return f"""
+b0: T.int32 = n * B_image + k * B_block + ({column}) * B_outer + chunk * {CHUNK} * B_inner
+for c in T.serial(depth):
+    for q in T.serial({columns}):
+{indented(gather, 2)}
+for i in T.serial(T.truncdiv(height, {long})):
+{indented(of_tile(long, columns, f"first + i * {long}", column), 1)}
+for i in T.serial(T.truncmod(height, {long})):
+{indented(of_tile(1, columns, f"first + T.truncdiv(height, {long}) * {long} + i", column), 1)}
+"""
+
+    body = f"""
+for u in T.serial(lo, hi):
+    bands: T.int32 = T.truncdiv(rows + band - 1, band)
+    n: T.int32 = T.truncdiv(T.truncdiv(u, bands), blocks)
+    k: T.int32 = T.truncmod(T.truncdiv(u, bands), blocks)
+    first: T.int32 = T.truncmod(u, bands) * band
+    height: T.int32 = T.min(band, rows - first)
+    for chunk in T.serial(T.truncdiv(inner + {CHUNK - 1}, {CHUNK})):
+        depth: T.int32 = T.min(inner - chunk * {CHUNK}, {CHUNK})
+        for j in T.serial(T.truncdiv(columns, {wide})):
+{indented(of_columns(wide, f"j * {wide}"), 3)}
+        for j in T.serial(T.truncmod(columns, {wide})):
+{indented(of_columns(1, f"T.truncdiv(columns, {wide}) * {wide} + j"), 3)}
+"""
+    names = "".join("_lanes" if has else "_alone" for has in lanes)
+    return make_kernel(
+        f"mat_mul{names}_{long}x{wide}_b{block}v{width}",
+        pointers=dict.fromkeys("ABY", "float32"),
+        ints=_INTS,
+        scratch={"sums": ((long * wide * parts, width), "float32"), "b": ((CHUNK * wide * held,), "float32")},
+        body=body,
+    )
