@@ -1,4 +1,4 @@
-"""Layers that are several ops, or no convolutions, against PyTorch's eager ones: `python -m benchmarks.modules [PATTERN]`.
+"""Layers of several ops, or without Winograd, against eager PyTorch: `python -m benchmarks.modules [PATTERN]`.
 
 Prints, per layer, milliseconds forward and backward of ours and of PyTorch on one thread, and how many times as fast
 ours are. Each layer is exported and imported as a part of a network would be; what is counted are the kernels of the
@@ -13,7 +13,7 @@ import argparse
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,7 +122,7 @@ class Fronted(nn.Module):
         return y
 
 
-def ours(layer: Layer, folder: Path, runs: int) -> tuple[float, float, dict[str, float]]:
+def ours(layer: Layer, folder: Path, runs: int) -> tuple[tuple[float, float], dict[str, float]]:
     """Milliseconds forward and backward, and those of every kernel."""
     model = folder / "model.onnx"
     inputs = tuple(torch.randn(*shape, *[1] * (4 - len(shape))) for shape in layer.shapes)
@@ -144,7 +144,7 @@ def ours(layer: Layer, folder: Path, runs: int) -> tuple[float, float, dict[str,
         found[op.phase] += seconds * 1e3
         label = f"{op.phase} {op.kind} {call.kernel}"
         kernels[label] = kernels.get(label, 0.0) + seconds * 1e3
-    return found["forward"], found["backward"], kernels
+    return (found["forward"], found["backward"]), kernels
 
 
 def theirs(layer: Layer, runs: int) -> tuple[float, float]:
@@ -181,14 +181,14 @@ def compare(layer: Layer, runs: int, *, kernels: bool) -> None:
     """Print a layer's line."""
     with tempfile.TemporaryDirectory() as folder:
         turns = [(theirs(layer, runs), ours(layer, Path(folder), runs)) for _ in range(2)]
-    forward, backward = (min(mine[i] for _, mine in turns) for i in (0, 1))
+    forward, backward = (min(mine[i] for _, (mine, _) in turns) for i in (0, 1))
     forward_peer, backward_peer = (min(peer[i] for peer, _ in turns) for i in (0, 1))
     both = (forward_peer + backward_peer) / (forward + backward)
     cells = f"{forward:8.2f} {forward_peer:8.2f} {forward_peer / forward:5.2f}"
     cells += f" {backward:9.2f} {backward_peer:8.2f} {backward_peer / backward:5.2f} {both:6.2f}"
     print(f"{layer.name:32} {cells}", flush=True)
     if kernels:
-        for label, milliseconds in sorted(turns[-1][1][2].items(), key=lambda item: -item[1]):
+        for label, milliseconds in sorted(turns[-1][1][1].items(), key=lambda item: -item[1]):
             print(f"    {milliseconds:8.3f}  {label}")
 
 

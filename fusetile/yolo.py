@@ -20,7 +20,7 @@ def sigmoid(x: Array) -> Array:
     return np.exp(-np.logaddexp(x.dtype.type(0), -x))
 
 
-def log_softmax(x: Array, axis: int) -> Array:
+def log_softmax(x: Array, axis: int | tuple[int, ...]) -> Array:
     """The logarithm of exp(x) / sum of exp(x)."""
     shifted = x - x.max(axis, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis, keepdims=True))

@@ -58,6 +58,8 @@ _MODULES = {
     "mat_mul": "matmul",
     "sum_to": "reduce",
     "max_to": "reduce",
+    "softmax": "softmax",
+    "softmax_grad": "softmax",
     "grouped_conv": "grouped",
     "grouped_conv_input_grad": "grouped",
     "grouped_conv_weight_grad": "grouped",

@@ -15,9 +15,9 @@ from fusetile.graph import Op
 from fusetile.ops import Domain
 from fusetile.program import Buffer
 
-_SUMMED = ("images_in", "blocks_in", "rows_in", "columns_in")
-_AT = ("n + i", "k + j", "h + y", "w + x")
-_LOOPS = """
+SUMMED = ("images_in", "blocks_in", "rows_in", "columns_in")
+AT = ("n + i", "k + j", "h + y", "w + x")
+LOOPS = """
 for i in T.serial(images_in):
     for j in T.serial(blocks_in):
         for y in T.serial(rows_in):
@@ -78,12 +78,12 @@ def _reduce(
     for i, operand in enumerate(operands):
         channels = has_lanes(operand, full)
         ints |= broadcast_strides(f"F{i}", operand, full)
-        factors.append(f'T.Cast("{reduction.dtype}", {broadcast_element(f"F{i}", _AT, lanes=channels)})')
+        factors.append(f'T.Cast("{reduction.dtype}", {broadcast_element(f"F{i}", AT, lanes=channels)})')
         name += "_lanes" if channels else "_alone"
     added = reduction.add.replace("BLOCK", str(block)).format(" * ".join(factors))
     add = vectors([f"total[v] = {added}"], block)
     pixel = (
-        vectors([f"total[v] = {reduction.start}"], block) + _LOOPS.strip("\n") + "\n" + textwrap.indent(add, " " * 16)
+        vectors([f"total[v] = {reduction.start}"], block) + LOOPS.strip("\n") + "\n" + textwrap.indent(add, " " * 16)
     )
     result = (output, written)
     if lanes:
@@ -102,7 +102,7 @@ def _reduce(
         block=block,
         maps={"Y": "float32"} if lanes else {},
         pointers=pointers,
-        ints=[*_SUMMED, "channels", *ints],
+        ints=[*SUMMED, "channels", *ints],
         scratch={"total": reduction.dtype},
         pixel=pixel,
     )

@@ -14,6 +14,7 @@ from fusetile.ops import (
     reduce,
     resample,
     shape,
+    softmax,
     update,
     yolo,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "resample",
     "row",
     "shape",
+    "softmax",
     "update",
     "yolo",
 ]

@@ -135,3 +135,20 @@ def test_products_of_matrices(turned: tuple[bool, bool]) -> None:
         inner = zip("nkhwc", (2, 11, 5, 7, 6), strict=True)
         box = tuple((1, size - 1) if name in "hwc" else (0, size) for name, size in inner)
         case.check(box, **LAYOUT)
+
+
+def test_products_of_large_matrices() -> None:
+    """More rows than a band has, and more to sum than between two looks at the sums."""
+    Case("MatMul", [tensor(1, 3, 35, 300), tensor(1, 3, 300, 6, seed=1)], {"turned": (False, False)}).check(atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 11, 5, 1), (2, 1, 5, 7), (2, 11, 1, 1), (1, 1, 1, 7)])
+@pytest.mark.parametrize("kind", ["Softmax", "LogSoftmax"])
+def test_softmax(kind: str, shape: tuple[int, ...]) -> None:
+    x, dy = tensor(2, 11, 5, 7), tensor(2, 11, 5, 7, seed=1)
+    x[1, 2] *= 40
+    forward = Case(kind, [x], {"shape": shape})
+    (y,) = forward.expected(forward.domain.box)
+    for case in (forward, Case(f"{kind}Grad", [dy, y], {"shape": shape})):
+        case.check(atol=1e-5, **LAYOUT)
+        case.check(middle(case.domain.box, case.domain, channels=8), atol=1e-5, **LAYOUT)

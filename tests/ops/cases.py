@@ -216,6 +216,10 @@ def _moves() -> list[Case]:
         cases.append(Case(f"Pad {axis}", "Pad", ((MAP, V),), {"axis": axis, "before": before, "after": after}))
     for shape in ((2, 5, 1, 1), (2, 1, 4, 3), (2, 5, 4, 1), (2, 1, 1, 1)):
         cases.append(Case(f"MaxTo {shape}", "MaxTo", ((MAP, V),), {"shape": shape}))
+    for shape in ((2, 5, 1, 1), (2, 1, 4, 3)):
+        for kind in ("Softmax", "LogSoftmax"):
+            cases.append(Case(f"{kind} {shape}", kind, ((MAP, V),), {"shape": shape}))
+            cases.append(Case(f"{kind}Grad {shape}", f"{kind}Grad", ((MAP, V), (MAP, V)), {"shape": shape}))
     for other in BROADCAST:
         cases.append(Case(f"Expand {other}", "Expand", ((other, V),), {"shape": MAP}))
     steps = ("Exceeds", "Reaches", "IsGreater", "IsAtLeast", "Masked", "MaskedOut")

@@ -62,6 +62,11 @@ DIFFERENTIABLE: list[tuple[str, list[tuple[tuple[int, ...], str]], dict[str, Any
     *(("SumTo", [((2, 3, 5, 4), "map")], {"shape": shape}) for shape in (*FIT[1:], (2, 1, 1, 1), (3,))),
     ("SumTo", [((2, 3, 5, 4), "map"), ((3,), "map")], {"shape": (2, 3, 1, 1)}),
     *(("MaxTo", [((2, 3, 5, 4), "map")], {"shape": shape}) for shape in ((2, 3, 1, 1), (2, 1, 5, 4), (2, 3, 5, 1))),
+    *(
+        (kind, [((2, 3, 5, 4), "map")], {"shape": shape})
+        for kind in ("Softmax", "LogSoftmax")
+        for shape in ((2, 1, 5, 4), (2, 3, 5, 1))
+    ),
     *(("Rearrange", [(shape, "map")], {"dims": dims}) for shape, dims in VIEWS.values()),
     ("MapOf", [((3, 4, 2, 2), "filter")], {}),
     *(

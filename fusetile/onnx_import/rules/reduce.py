@@ -96,9 +96,7 @@ def _finish(
 
 
 def softmax(importer: Importer, node: Node) -> None:
-    """exp(x - max) over its sum; the maximum is only there for the range, and has no gradient.
-
-    Before opset 13 it is over all dimensions from `axis` on."""
+    """And its logarithm. Before opset 13 they are over all dimensions from `axis` on."""
     view = importer.view(node)
     rank = len(view.dims)
     (axis,) = axes_of(importer, node, [node.attrs.get("axis", 1 if node.opset < 13 else -1)], rank)
@@ -106,13 +104,4 @@ def softmax(importer: Importer, node: Node) -> None:
     view, shape = reducible(importer, node, view, axes)
     if prod(shape) == 1 and importer.batch == 1 and len(shape) < 2:
         raise importer.refuse(node, "softmax over the whole batch is not supported")
-    x, small = view.base, {"shape": shape}
-    top = importer.step(node, "top", "MaxTo", [x], small | {"constant": True})
-    lowered = importer.step(node, "lowered", "Sub", [x, top])
-    powers = importer.step(node, "exp", "Exp", [lowered])
-    total = importer.step(node, "sum", "SumTo", [powers], small)
-    dims = importer.seen_through(view)
-    if node.kind == "LogSoftmax":
-        finish(importer, node, "Sub", [lowered, importer.step(node, "log", "Log", [total])], dims=dims)
-    else:
-        finish(importer, node, "Div", [powers, total], dims=dims)
+    finish(importer, node, node.kind, [view.base], {"shape": shape}, importer.seen_through(view))
