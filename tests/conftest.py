@@ -1,8 +1,12 @@
 """Property tests try the same examples every time, and take as long as the computer needs. Every program that a test
-compiles has guards: what any kernel in any test writes outside of a buffer is found, and what it reads there is NaN."""
+compiles has guards: what any kernel in any test writes outside of a buffer is found, and what it reads there is NaN.
+Kernels are compiled in the test's process: more processes would load TVM again, and all cores have tests to do. The
+processes that tests start keep their bytecode, which an emulated CPU takes seconds to make."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +26,9 @@ def _guarded(draft: Draft, **options: bool) -> MemoryPlan:
     return memory_of(draft, **{**options, "guard": True})
 
 
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 pytest.MonkeyPatch().setattr("fusetile.pipeline.memory_of", _guarded)
+pytest.MonkeyPatch().setattr("fusetile.codegen.build.KERNELS_PER_PROCESS", sys.maxsize)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -73,8 +74,13 @@ def planned(
 ) -> tuple[Plan, Communication]:
     """Through assign, group and communicate; `seed` lets a lot decide which halos are computed."""
     cluster = local_cluster(cluster) if isinstance(cluster, int) else cluster
-    placed = group(graph, assign(graph, plan=plan, cluster=cluster, block=block), cluster=cluster, halo=halo, seed=seed)
+    placed = group(graph, _assigned(graph, plan, cluster, block), cluster=cluster, halo=halo, seed=seed)
     return placed, communicate(graph, placed, block=block)
+
+
+@lru_cache(8)
+def _assigned(graph: Graph, plan: str, cluster: Cluster, block: int) -> Plan:
+    return assign(graph, plan=plan, cluster=cluster, block=block)
 
 
 def worst(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> tuple[float, str]:

@@ -32,7 +32,7 @@ EMULATED = {  # the emulator, its processor, and the system that it runs
 }
 ADAMW = ("--optimizer", "adamw", "--clip-norm", "0.5", "--label-smoothing", "0.1", "--ema", "0.9")
 EQUAL_flops = 120e9  # per second: a whole number of cores of every kind
-REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 Launch = Callable[[str], list[str]]
 
 
@@ -88,8 +88,7 @@ def train(
         command += ["--data", str(data), "--steps", str(steps), "--threads", "2", "--quiet"]
         command += ["--save-gradients", str(folder / "gradients.npz")]
         command += ["--log", str(folder / "log.jsonl")] if rank == 0 else []
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
-        nodes.append(subprocess.Popen(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True))
+        nodes.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=folder, stderr=subprocess.PIPE, text=True))
     try:
         ends = [(node.communicate(timeout=200)[1], node.returncode) for node in nodes]
     finally:
@@ -146,6 +145,6 @@ def test_training_on_arm_equals_the_host(
 def test_the_emulated_processor_is_the_one_asked_for(device: str, expected: str, python_on: Launch) -> None:
     code = "import platform, numpy; from fusetile.runtime.abi import own\n"
     code += "print(platform.machine(), f'numpy {numpy.__version__}', own(), sep=', ')"
-    command, environment = [*python_on(device), "-c", code], os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    command = [*python_on(device), "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
     assert said.stdout.strip() == expected

@@ -41,6 +41,11 @@ def training(name: str) -> Graph:
     return training_graph(NETWORKS[name](3))
 
 
+@cache
+def assigned(name: str, nodes: int, plan: str) -> Plan:
+    return assign(training(name), plan=plan, cluster=local_cluster(nodes), block=8)
+
+
 # -- cut, tile, shard ------------------------------------------------------------------------------------------------
 
 weights = st.lists(st.floats(0.01, 100), min_size=1, max_size=8)
@@ -126,9 +131,8 @@ def test_assign_golden(plan: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_own_iterations_partition_every_domain(name: str, nodes: int, plan: str) -> None:
     """Before and after halos have grown: what grows is computed, never owned."""
-    graph, cluster = training(name), local_cluster(nodes)
-    before = assign(graph, plan=plan, cluster=cluster, block=8)
-    after = group(graph, before, cluster=cluster, halo="recompute")
+    graph, before = training(name), assigned(name, nodes, plan)
+    after = group(graph, before, cluster=local_cluster(nodes), halo="recompute")
     assert set(before.placements) == set(after.placements) == set(graph.ops)
     for op in graph.ops.values():
         axes = domain_of(graph, op)
@@ -288,7 +292,8 @@ def test_every_needed_element_is_delivered_exactly_once(name: str, nodes: int, p
     graph = training(name)
     halos: tuple[Halo, ...] = ("exchange", "recompute")
     for halo in halos:
-        assert_delivered(graph, *planned(graph, plan, nodes, halo=halo), block=8)
+        placed = group(graph, assigned(name, nodes, plan), cluster=local_cluster(nodes), halo=halo)
+        assert_delivered(graph, placed, communicate(graph, placed, block=8), block=8)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -64,8 +65,9 @@ def check_not_worse(graph: Graph, cluster: Cluster) -> None:
         assert seconds <= other * (1 + 1e-9), f"{rule}: {other}, auto: {seconds}"
 
 
-@pytest.mark.parametrize("name", REDUCED)
-@pytest.mark.parametrize(("nodes", "batch"), [(2, 1), (4, 4)])
+@pytest.mark.parametrize(
+    ("name", "nodes", "batch"), [*((name, 2, 1) for name in REDUCED), ("lenet", 4, 4), ("vgg_small", 4, 4)]
+)
 def test_no_rule_is_better(name: str, nodes: int, batch: int, tmp_path: Path) -> None:
     check_not_worse(imported(REDUCED[name](), batch, tmp_path), PI3[nodes])
 
@@ -76,15 +78,18 @@ def test_no_rule_is_better_on_unequal_devices(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["yolov2", "resnet18"])
-def test_large_networks(name: str, tmp_path: Path) -> None:
-    """Predicted speedup at batch 1 over one device, and the gap."""
-    graph = imported(yolov2.build() if name == "yolov2" else resnet18.build(), 1, tmp_path)
-    plan = best_plan(graph, cluster=PI3[6], block=8)
+@pytest.mark.parametrize(
+    ("build", "nodes", "speedup", "best"), [(yolov2.build, 6, 2.9, 0.95), (resnet18.build, 4, 2.3, 0.97)]
+)
+def test_large_networks(
+    build: Callable[[], onnx.ModelProto], nodes: int, speedup: float, best: float, tmp_path: Path
+) -> None:
+    """Predicted speedup at batch 1 over one device, step time of that of the best rule, and the gap."""
+    plan = best_plan(imported(build(), 1, tmp_path), cluster=PI3[nodes], block=8)
     assert plan.estimate is not None
     assert plan.estimate.gap <= 0.05
-    assert plan.estimate.others["single"] / plan.estimate.step_seconds >= {"yolov2": 2.9, "resnet18": 1.8}[name]
-    assert plan.estimate.step_seconds <= 0.95 * min(plan.estimate.others[rule] for rule in ("batch", "grid", "mixed"))
+    assert plan.estimate.others["single"] / plan.estimate.step_seconds >= speedup
+    assert plan.estimate.step_seconds <= best * min(plan.estimate.others[rule] for rule in ("batch", "grid", "mixed"))
 
 
 @pytest.mark.parametrize("name", ["plain", "branches", "normalized"])
@@ -119,11 +124,11 @@ def test_every_layer_is_in_one_unit_and_normalization_follows_its_convolution() 
 
 def test_a_plan_that_fits_is_preferred_to_a_faster_one(tmp_path: Path) -> None:
     """With links so slow that one device alone is fastest, but with too little memory for that."""
-    graph = imported(REDUCED["yolov2"](), 4, tmp_path)
-    slow = Cluster(PI3[4].nodes, Link(2e5, 1e-3))
+    graph = imported(REDUCED["vgg_small"](), 16, tmp_path)
+    slow = Cluster(PI3[2].nodes, Link(2e5, 1e-3))
     alone = best_plan(graph, cluster=slow, block=8)
     assert alone.estimate is not None and alone.estimate.rule == "single"
-    small = tuple(replace(node, device=replace(node.device, memory_bytes=54_000_000)) for node in slow.nodes)
+    small = tuple(replace(node, device=replace(node.device, memory_bytes=50_000_000)) for node in slow.nodes)
     spread = best_plan(graph, cluster=Cluster(small, slow.link), block=8)
     assert spread.estimate is not None and spread.estimate.rule != "single"
 
