@@ -45,8 +45,8 @@ class Importer:
         self.proto = model.graph
         self.graph = Graph(model.graph.name or "model")
         self.initializers = initializers_of(model.graph, where)
-        self.buffers = buffers_of(self.initializers)
         self.nodes = live_nodes(model.graph)
+        self.buffers = buffers_of(self.initializers, self.nodes)
         self.constant = folding.constant_outputs(self.nodes, self.initializers)
         self.values = {name: array for name, array in self.initializers.items() if name in self.constant}
         self.alias: dict[str, str] = {}
@@ -240,6 +240,8 @@ class Importer:
             raise self.refuse(node, f"its operand {node.inputs[i]!r} must be an initializer, not computed")
         if array.dtype != np.float32:
             raise self.refuse(node, f"its operand {name!r} is {array.dtype}; export the model in float32")
+        if not array.size:
+            raise self.refuse(node, f"its operand {name!r} of shape {array.shape} is empty; is the network too narrow?")
         if rank not in (None, array.ndim):
             raise self.refuse(node, f"its operand {name!r} has shape {array.shape}; expected {rank} dimensions")
         shape = tuple(shape if shape is not None else (*array.shape, *more))

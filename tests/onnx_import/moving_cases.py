@@ -218,6 +218,26 @@ CASES: dict[str, tuple[Nodes, Weights]] = {
         ],
         ints(four=[0, 2, 3, 20], three=[0, 6, -1]),
     ),
+    "a pool of what has one dimension": (
+        [
+            node("Reshape", "x three", "t"),
+            node("GlobalAveragePool", "t", "a"),
+            node("GlobalMaxPool", "t", "b"),
+            node("Mul", "a b", "y"),
+        ],
+        ints(three=[2, 6, 20]),
+    ),
+    "products of many images": (
+        [
+            node("Reshape", "x five", "q"),
+            node("Transpose", "q", "k", perm=[0, 1, 2, 4, 3]),
+            node("MatMul", "q k", "s"),
+            node("MatMul", "u s", "m"),
+            node("Transpose", "m", "t", perm=[0, 3, 1, 2, 4]),
+            node("Reshape", "t three", "y"),
+        ],
+        {"u": normal(1, 1, 3, 2, 4)} | ints(five=[2, 2, 3, 4, 5], three=[2, 4, 12]),
+    ),
     "tokens": (
         [
             node("Reshape", "x three", "t"),

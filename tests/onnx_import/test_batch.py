@@ -41,6 +41,14 @@ def test_batch_of_one_baked_into_a_reshape_of_a_dynamic_model(target: list[int],
     assert import_onnx(save(proto, tmp_path), batch=2).tensors["y"].shape[0] == 2 * target[0]
 
 
+@pytest.mark.parametrize("target", [[1, -1, 2, 1], [-1, 6, 2, 1]])
+def test_maps_of_weights_have_one_image_whatever_the_batch(target: list[int], tmp_path: Path) -> None:
+    nodes = [node("Relu", "w", "r"), node("Reshape", "r t", "p"), node("Add", "x p", "y")]
+    weights = {"w": normal(1, 3, 2, 2), "t": np.array(target)}
+    graph = import_onnx(save(model(nodes, {"x": ("N", 6, 2, 3)}, weights=weights), tmp_path), batch=2)
+    assert graph.tensors["y"].shape == (2, 6, 2, 3)
+
+
 def test_reshapes_that_mix_the_batch_are_refused(tmp_path: Path) -> None:
     for target in ([5, -1], [-1, 8]):
         proto = model([node("Reshape", "x t", "y", "view")], {"x": ("N", 3, 2, 2)}, weights={"t": np.array(target)})

@@ -175,6 +175,7 @@ FORMS = [
         "'w' is float16; export the model in float32",
     ),
     (node("Conv", "x w", "y", "n"), {"w": normal(4, 4, 3, 3).astype("f8")}, "'w' is float64"),
+    (node("Conv", "x w", "y", "n"), {"w": normal(0, 4, 3, 3)}, "is empty; is the network too narrow"),
     (node("MaxPool", "x", "y", "n", kernel_shape=[20, 20], pads=[9] * 4), {}, "more than 256"),
     (node("MaxPool", "x", "y", "n", kernel_shape=[2, 2], pads=[2] * 4), {}, "nothing but padding"),
     (node("MaxPool", "x", "y", "n", kernel_shape=[2]), {}, "only windows on"),

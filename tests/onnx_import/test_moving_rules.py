@@ -38,6 +38,21 @@ def test_numbers_computed_are_not_written_over_a_part(tmp_path: Path) -> None:
         import_onnx(save(model(nodes, X, weights={"b": normal(1, 4, 5)} | ints(places=[[0, 0]])), tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("size", "block", "attrs"),
+    [
+        ([5, 6], [1, 3], {"strides": [1, 3]}),
+        ([6, 4], [2, 3], {"strides": [1, 2], "pads": [0, 1, 1, 0], "dilations": [2, 1]}),
+    ],
+    ids=["side by side", "with overlap"],
+)
+def test_patches(size: list[int], block: list[int], attrs: dict[str, Any], tmp_path: Path) -> None:
+    channels = 2 * block[0] * block[1]
+    nodes = [node("Reshape", "x three", "t"), node("Col2Im", "t size block", "y", **attrs)]
+    weights = ints(three=[2, channels, -1], size=size, block=block)
+    check(model(nodes, {"x": (2, channels, 2, 5)}, weights=weights, opset=18), tmp_path)
+
+
 REDUCTIONS = [(axes, keep) for axes in ([1], [2, 3], [-1], [1, 2, 3], [0, 2, 3]) for keep in (0, 1)]
 
 

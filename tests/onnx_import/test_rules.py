@@ -203,16 +203,25 @@ def test_weights_in_constant_nodes_are_not_trained(tmp_path: Path) -> None:
 
 
 def test_buffers_of_common_layers_are_not_trained() -> None:
-    """Spectral norm's vectors only beside the weight that they belong to."""
+    """Spectral norm's vectors only beside the weight that they belong to; masks whatever they are called."""
     buffers = {
         "c.weight_u",
         "c.weight_v",
         "d.parametrizations.weight.0._u",
         "a.relative_coords_table",
         "layer1.aa.filt",
+        "mean",
+        *(f"f.{part}" for part in ("weight", "bias", "running_mean", "running_var")),
     }
     weights = {"c.weight_orig", "d.parametrizations.weight.original", "e.weight_u", "e.filter", "filt.weight"}
-    assert buffers_of(buffers | weights) == buffers
+    norm = [f"n.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+    nodes = [node("BatchNormalization", " ".join(["x", *norm]), "y")]
+    names = {*buffers, *weights, *norm}
+    assert buffers_of({name: normal(4, 4) for name in names}, nodes) == buffers
+    mask = np.where(np.arange(12).reshape(3, 4) % 3, np.float32(-100), np.float32(0))
+    masks = {"low": mask, "lowest": np.where(mask, np.float32(-np.inf), mask)}
+    others = {"shift": mask / 2, "row": mask[0], "even": np.full_like(mask, -100), "more": mask + mask[:, :1]}
+    assert buffers_of(masks | others, nodes) == masks.keys()
 
 
 def test_initializers_that_are_inputs_too_are_no_data(tmp_path: Path) -> None:

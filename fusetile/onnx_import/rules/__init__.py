@@ -18,6 +18,7 @@ RULES: dict[str, Rule] = {
     "CastLike": pointwise.cast,
     "Celu": pointwise.function("Celu", alpha=1.0),
     "Clip": pointwise.clip,
+    "Col2Im": windows.col2im,
     "Concat": shape.concat,
     "Conv": windows.conv,
     "ConvTranspose": windows.conv_transpose,

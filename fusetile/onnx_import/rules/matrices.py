@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import finish
-from fusetile.onnx_import.views import View
+from fusetile.onnx_import.views import View, merged
 
 _POINT = {"strides": (1, 1), "dilations": (1, 1), "pads": (0, 0, 0, 0)}
 
@@ -78,17 +79,18 @@ def _products(importer: Importer, node: Node) -> None:
         _of_vectors(importer, node, [len(shape) == 1 for shape in shapes])
         return
     rank = max(map(len, shapes))
-    if min(map(len, shapes)) < 2 or rank > 4:
+    wide = [(*(1,) * (rank - len(shape)), *shape) for shape in shapes]
+    four = _four(wide)
+    if four is None:
         raise importer.refuse(node, f"the product of {shapes[0]} and {shapes[1]} is not supported")
-    wide = [_four(shape, rank) for shape in shapes]
     names, turned = [], []
     for i in (0, 1):
         if importer.weight(node.inputs[i]) is not None and not importer.is_map(node.inputs[i]):
-            names.append(importer.parameter(node, i, shape=wide[i], kind="map"))
+            names.append(importer.parameter(node, i, shape=four[i], kind="map"))
             turned.append(False)
             continue
-        view = importer.view(node, i).of_rank(rank).reshaped(wide[i])
-        assert view is not None  # dimensions of one are added
+        view = importer.view(node, i).reshaped(four[i])
+        assert view is not None  # neighbours are put together, and dimensions of one added
         other = view.permuted((0, 1, 3, 2))
         turned.append(other.is_whole(importer.shape(view.base)))
         names.append(view.base if turned[-1] else importer.tensor(node, view))
@@ -97,9 +99,10 @@ def _products(importer: Importer, node: Node) -> None:
         importer.emit(node, "MatMul", names, attrs)
         return
     y = importer.step(node, "images", "MatMul", names, attrs)
-    n, k, h, w = importer.shape(y)
-    result = importer.whole(y).reshaped((n * k, h, w)[3 - rank :])
-    assert result is not None
+    images = tuple(max(sizes) for sizes in zip(*(shape[:-2] for shape in wide), strict=True))
+    result = importer.whole(y).reshaped((*images, *importer.shape(y)[2:]))
+    if result is None:
+        raise importer.refuse(node, f"the product of {shapes[0]} and {shapes[1]} is not supported")
     importer.define(node, result)
 
 
@@ -118,12 +121,13 @@ def _of_vectors(importer: Importer, node: Node, vectors: list[bool]) -> None:
     importer.define(node, found.without([rank - 2 + i for i, vector in enumerate(vectors) if vector]))
 
 
-def _four(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """[images, 1, rows, columns] of a shape of up to three dimensions; four stay."""
-    wide = (1,) * (rank - len(shape)) + shape
-    if rank == 4:
-        return wide
-    return (*(wide[:1] if rank == 3 else (1,)), 1, *wide[-2:])
+def _four(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]] | None:
+    """Two shapes of one rank as [images, channels, rows, columns]: more dimensions of images become two where they are
+    broadcast alike; None if that leaves more."""
+    images = merged([shape[:-2] for shape in shapes], most=2)
+    if images is None:
+        return None
+    return [(*sizes, *(1,) * (2 - len(sizes)), *shape[-2:]) for sizes, shape in zip(images, shapes, strict=True)]
 
 
 def einsum(importer: Importer, node: Node) -> None:

@@ -55,7 +55,8 @@ def reshape(importer: Importer, node: Node) -> None:
     baked, batch = importer.baked_batch or 1, importer.batch
     wrong = -1 in target[1:] or (-1 not in target and prod(target) != prod(shape))
     exported = baked != batch and wrong and target[0] > 0 and target[0] % baked == 0
-    if exported and (target[0] == baked or prod(target) * batch == prod(shape) * baked):
+    whole = target[0] == baked and shape[0] % batch == 0  # a map of weights has one image, whatever the batch
+    if exported and (whole or prod(target) * batch == prod(shape) * baked):
         target[0] = target[0] // baked * batch  # the model was exported for another batch
     if -1 in target:
         known = prod(size for size in target if size != -1)
@@ -184,7 +185,7 @@ def concat(importer: Importer, node: Node) -> None:
     views = [importer.view(node, i) for i, name in enumerate(node.inputs) if prod(importer.known_shape(name))]
     rank = len(views[0].dims)
     (axis,) = axes_of(importer, node, [node.attrs["axis"]], rank)
-    if any(len(view.dims) != rank for view in views):
+    if len({(len(view.dims), *view.shape[:axis], *view.shape[axis + 1 :]) for view in views}) > 1:
         raise importer.refuse(node, f"shapes {[view.shape for view in views]} can't be joined along axis {axis}")
     if len(views) == 1:
         importer.define(node, views[0])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from fusetile.graph import Parameter
 from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules import unpool
+from fusetile.onnx_import.rules.reduce import reduce
 from fusetile.onnx_import.views import View
 from fusetile.ops.pool import divisors, pooled_size
 from fusetile.ops.resample import Taps
@@ -135,6 +138,38 @@ def conv_transpose(importer: Importer, node: Node) -> None:
     _result(importer, node, row, "Add", [y, bias], {})
 
 
+def col2im(importer: Importer, node: Node) -> None:
+    """Patches [N, C * taps, positions] added up where they lie in an image: elements in another order, if patches touch
+    without overlap; else the input gradient of a convolution whose filters pick one tap each."""
+    size, taps = ([int(n) for n in importer.constant_input(node, i, what)] for i, what in ((1, "size"), (2, "block")))
+    if len(size) != 2:
+        raise importer.refuse(node, f"it makes images of {len(size)} dimensions; supported are two")
+    attrs, view = _window(importer, node, size, taps), importer.view(node)
+    counts = [
+        pooled_size(size[i], taps[i], attrs["strides"][i], attrs["dilations"][i], attrs["pads"][i::2], False)
+        for i in (0, 1)
+    ]
+    images, channels = view.shape[0], view.shape[1] // prod(taps)
+    if view.shape != (images, channels * prod(taps), prod(counts)):
+        raise importer.refuse(node, f"its input of shape {view.shape} does not fit {counts} patches of {taps} pixels")
+    x = importer.whole(importer.tensor(node, view))
+    plain = {"strides": tuple(taps), "dilations": (1, 1), "pads": (0, 0, 0, 0)}
+    if attrs == plain and size == [n * count for n, count in zip(taps, counts, strict=True)]:
+        apart = x.reshaped((images, channels, *taps, *counts))
+        assert apart is not None  # a tensor as it is stored can be taken apart
+        image = apart.permuted((0, 1, 4, 2, 5, 3)).reshaped((images, channels, *size))
+        assert image is not None  # neighbours can always be put together
+        importer.define(node, image)
+        return
+    pictures = x.reshaped((images, channels * prod(taps), *counts))
+    assert pictures is not None  # so it is here
+    weights = np.tile(np.eye(prod(taps), dtype=np.float32), (channels, 1)).reshape(-1, 1, *taps)
+    picks = importer.fresh(f"{node.outputs[0]}.picks")
+    importer.graph.add_parameter(picks, Parameter(weights, trainable=False))
+    attrs |= {"input_shape": (images, channels, *size)} | ({"groups": channels} if channels > 1 else {})
+    importer.emit(node, "ConvInputGrad", [importer.tensor(node, pictures), picks], attrs)
+
+
 def _pool(importer: Importer, node: Node) -> tuple[str, bool, dict[str, Any]]:
     kernel = tuple(node.attrs["kernel_shape"])
     x, sizes, row = _image(importer, node, len(kernel))
@@ -219,21 +254,24 @@ def _averages(attrs: dict[str, Any], axis: int, size: int, dilation: int) -> Tap
 
 
 def global_average_pool(importer: Importer, node: Node) -> None:
-    x = importer.data(node)
-    if len(importer.shape(x)) != 4:
-        raise importer.refuse(node, f"its input has shape {importer.shape(x)}; only [N, C, H, W] is supported")
-    importer.emit(node, "GlobalAveragePool", [x])
+    """Over all dimensions behind the channels."""
+    reduce("mean")(importer, _over_all(importer, node))
 
 
 def global_max_pool(importer: Importer, node: Node) -> None:
     """The first of equal maxima, as long as max pooling can tell which it is."""
-    x = importer.data(node)
-    shape = importer.shape(x)
-    if len(shape) != 4:
-        raise importer.refuse(node, f"its input has shape {shape}; only [N, C, H, W] is supported")
-    if prod(shape[2:]) > 256:
-        importer.emit(node, "MaxTo", [x], {"shape": (*shape[:2], 1, 1)})
+    shape = importer.known_shape(node.inputs[0])
+    if len(shape) != 4 or prod(shape[2:]) > 256:
+        reduce("max")(importer, _over_all(importer, node))
         return
     window = {"kernel": shape[2:], "strides": (1, 1), "dilations": (1, 1), "pads": (0, 0, 0, 0), "ceil_mode": False}
     y = node.outputs[0]
-    importer.emit(node, "MaxPool", [x], window, outputs=[y, importer.fresh(f"{y}.argmax")])
+    importer.emit(node, "MaxPool", [importer.data(node)], window, outputs=[y, importer.fresh(f"{y}.argmax")])
+
+
+def _over_all(importer: Importer, node: Node) -> Node:
+    """A global pool as a reduction."""
+    shape = importer.known_shape(node.inputs[0])
+    if len(shape) < 3:
+        raise importer.refuse(node, f"its input has shape {shape}; there is nothing behind the channels")
+    return replace(node, attrs={"axes": range(2, len(shape))})
