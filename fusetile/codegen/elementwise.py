@@ -159,11 +159,11 @@ def _broadcast(kernel: _Kernel, whole: Mapping[str, Operand], spread: Mapping[st
     block, name, statements = output.block[1], kernel.name, list(kernel.statements)
     ints: dict[str, int] = {}
     for key, operand in spread.items():
-        lanes = has_lanes(operand, written)
+        axes = varying(operand, written)
         ints |= broadcast_strides(key, operand, written)
-        element = broadcast_element(key, "nkhw", lanes=lanes)
+        element = broadcast_element(key, "nkhw", axes)
         statements = [statement.replace(f"{{{key}}}", element) for statement in statements]
-        name += f"_{key}_{'lanes' if lanes else 'alone'}"
+        name += f"_{key}_{axes or 'one'}"
     made = mapped_kernel(
         name,
         block=block,
@@ -187,8 +187,10 @@ def _broadcast(kernel: _Kernel, whole: Mapping[str, Operand], spread: Mapping[st
 def _fills_pads(op: Op, shared: Sequence[bool]) -> bool:
     """Whether the expression makes anything but zero of inputs that are zero, or, where all lanes share one element,
     any number."""
-    for number in (0.0, 1.0):
-        inputs = [np.full(1, number if alone else 0.0, np.float32) for alone in shared]
+    for numbers in ([0.0] * len(shared), [1.0 + 0.37 * i for i in range(len(shared))]):
+        inputs = [
+            np.full(1, number if alone else 0.0, np.float32) for number, alone in zip(numbers, shared, strict=True)
+        ]
         if compute(row(op.kind).expression, op.attrs, inputs)[0] != 0:  # or NaN
             return True
     return False
@@ -214,14 +216,22 @@ def has_lanes(operand: Operand, full: Box) -> bool:
     return extents(view4(operand[1]))[1] == extents(view4(full))[1]
 
 
-def broadcast_strides(key: str, operand: Operand, full: Box) -> dict[str, int]:
-    """An operand's strides in a kernel over the box `full`: 0 where it stays the same."""
+def varying(operand: Operand, full: Box) -> str:
+    """The axes of the box `full` along which an operand does not stay the same: some of n, k, h, w."""
     sizes, wanted = extents(view4(operand[1])), extents(view4(full))
-    kept = zip(STRIDES, operand[0].strides, sizes, wanted, strict=True)
-    return {f"{key}_{axis}": stride if size == other else 0 for axis, stride, size, other in kept}
+    return "".join(axis for axis, size, other in zip("nkhw", sizes, wanted, strict=True) if size == other)
 
 
-def broadcast_element(key: str, indices: Sequence[str], *, lanes: bool) -> str:
-    """The element of an operand at image, channel block, row and column `indices`, lane v."""
-    terms = [f"({index}) * {key}_{axis}" for index, axis in zip(indices, STRIDES, strict=True)]
-    return f"{key}[{' + '.join(terms)}{' + v' if lanes else ''}]"
+def broadcast_strides(key: str, operand: Operand, full: Box) -> dict[str, int]:
+    """An operand's strides, along the axes on which it varies, in a kernel over the box `full`."""
+    axes = varying(operand, full)
+    names = zip("nkhw", STRIDES, operand[0].strides, strict=True)
+    return {f"{key}_{name}": stride for axis, name, stride in names if axis in axes}
+
+
+def broadcast_element(key: str, indices: Sequence[str], axes: str = "nkhw") -> str:
+    """The element of an operand that varies along `axes`, at image, channel block, row and column `indices`; at lane v
+    if its lanes are channels."""
+    places = zip("nkhw", indices, STRIDES, strict=True)
+    terms = [f"({index}) * {key}_{name}" for axis, index, name in places if axis in axes]
+    return f"{key}[{' + '.join([*terms, *(['v'] if 'k' in axes else [])]) or '0'}]"

@@ -58,6 +58,8 @@ _MODULES = {
     "mat_mul": "matmul",
     "sum_to": "reduce",
     "max_to": "reduce",
+    "sums": "reduce",
+    "statistics": "statistics",
     "softmax": "softmax",
     "softmax_grad": "softmax",
     "grouped_conv": "grouped",

@@ -43,10 +43,11 @@ class Loops:
         return (self.images, self.blocks, self.rows, self.columns, self.band)
 
 
-def loops_over(box: Box, block: int) -> Loops:
-    """The loops over a box of a map whose channel block is `block`; the bands depend on nothing else."""
+def loops_over(box: Box, block: int, *, each: int = 1) -> Loops:
+    """The loops over a box of a map whose channel block is `block`, for a kernel that reads `each` vectors per pixel;
+    the bands depend on nothing else."""
     images, channels, rows, columns = extents(view4(box))
-    band = max(1, min(rows, UNIT_elements // (columns * block)))
+    band = max(1, min(rows, UNIT_elements // (columns * block * each)))
     return Loops(images, -(-channels // block), rows, columns, band)
 
 

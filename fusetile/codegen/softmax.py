@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import prod
 
 from fusetile.box import Box, extents, view4
@@ -12,7 +11,6 @@ from fusetile.codegen.elementwise import STRIDES, broadcast_element, translate
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.reduce import AT, LOOPS, SUMMED
-from fusetile.codegen.strided import UNIT_elements
 from fusetile.codegen.targets import Target
 from fusetile.graph import Op
 from fusetile.ops import Domain
@@ -95,7 +93,7 @@ def _lines(
     line = [count if size != other else 1 for count, size, other in zip(counts, sizes, left, strict=True)]
     together = sizes[1] != left[1]
     pointers = {**dict.fromkeys(names.values(), "float32"), "Y": "float32"}
-    at = {key: broadcast_element(name, AT, lanes=True) for key, name in (*names.items(), ("y", "Y"))} | dict(elements)
+    at = {key: broadcast_element(name, AT) for key, name in (*names.items(), ("y", "Y"))} | dict(elements)
     text = ""
     for start, each, joined in passes:
         inner = vectors([one.replace("REAL", _REAL).format_map(at) for one in each], block)
@@ -110,12 +108,10 @@ def _lines(
         scratch={"total": "float64", **{f"t{i}": "float32" for i in range(12)}, "top": "float32", "e": "float32"},
         pixel=text.replace("BLOCK", str(block)),
     )
-    loops = loops_over(kept, block)
-    loops = replace(loops, band=max(1, min(loops.rows, UNIT_elements // (prod(line) * loops.columns * block))))
     placed = [*operands, (output, full)]
     call = mapped_call(
         kernel,
-        loops,
+        loops_over(kept, block, each=prod(line)),
         [],
         pointers=[ref(buffer, part) for buffer, part in placed],
         ints=(*line, sizes[1], *(stride for buffer, _ in placed for stride in buffer.strides)),

@@ -15,6 +15,7 @@ from onnx import inliner, numpy_helper
 from fusetile.errors import UnsupportedOp, UserError
 from fusetile.graph import Graph
 from fusetile.onnx_import import files, folding
+from fusetile.onnx_import.affine import join_affine
 from fusetile.onnx_import.contents import COMPOSED, Node, decomposed, input_dims
 from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.notes import notes_of
@@ -66,6 +67,7 @@ def import_onnx(
         from fusetile.onnx_import.appended import append_loss  # which needs this file
 
         append_loss(importer, loss)
+    join_affine(importer.graph)
     return importer.graph
 
 

@@ -15,6 +15,7 @@ from fusetile.ops import (
     resample,
     shape,
     softmax,
+    standardize,
     update,
     yolo,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "row",
     "shape",
     "softmax",
+    "standardize",
     "update",
     "yolo",
 ]

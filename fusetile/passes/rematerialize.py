@@ -61,7 +61,7 @@ def cheap(graph: Graph) -> frozenset[str]:
     return frozenset(
         op.outputs[0]
         for op in graph.ops.values()
-        if op.kind == "Normalize" and any(reader.phase == BACKWARD for reader in readers[op.inputs[0]])
+        if op.kind in ("Normalize", "Standardize") and any(reader.phase == BACKWARD for reader in readers[op.inputs[0]])
     )
 
 

@@ -117,3 +117,27 @@ def test_gradients_behind_a_pool(activation: str, window: str) -> None:
     gradient = Case("PooledNormalizeInputGrad", [*given, gamma, moments, *beta], {"count": 126, **attrs})
     for case in (sums, gradient):
         case.check(middle(case.domain.box, case.domain, channels=8), rtol=1e-5, atol=1e-5, **LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("shape", "per"), [((2, 18, 1, 1), 1), ((2, 18, 1, 1), 3), ((2, 18, 5, 1), 1), ((2, 1, 5, 7), 1)]
+)
+def test_normalization_of_instances_groups_and_layers(shape: tuple[int, ...], per: int) -> None:
+    """`shape` is what is left; scale and bias are of channels or of columns."""
+    x, dy = maps((2, 18, 5, 7), 2)
+    mean, inverse, slope = (np.abs(array[tuple(slice(0, size) for size in shape)]) + 0.1 for array in (x, dy, x - dy))
+    gamma = vector(18, 1) if shape[3] == 1 and shape[2] == 1 else maps((1, 1, 1, 7), 1)[0]
+    count = {"count": 35, "per_group": per}
+    sums = [35.0 * mean.astype(np.float64), 400.0 * inverse.astype(np.float64) + 9000]
+    for case in (
+        Case("Moments", [x], {"shape": shape}),
+        Case("AffineGrad", [dy, x, mean, inverse], {"shape": gamma.shape}),
+        Case("StandardizeMoments", [dy, x, mean, inverse, gamma], {"shape": shape}),
+        Case("Statistics", sums, {**count, "epsilon": 1e-3}),
+        Case("StandardizeMeans", sums, count),
+        Case("Standardize", [x, mean, inverse, gamma, np.ones(1, np.float32)], {}),
+        Case("StandardizeGrad", [dy, x, mean, inverse, gamma, slope, mean], {}),
+    ):
+        case.check(rtol=2e-6, atol=1e-4)
+        channels = 8 if case.domain.axes[1].size > 1 else 0
+        case.check(middle(case.domain.box, case.domain, channels=channels), rtol=2e-6, atol=1e-4, **LAYOUT)

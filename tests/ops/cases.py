@@ -220,6 +220,20 @@ def _moves() -> list[Case]:
         for kind in ("Softmax", "LogSoftmax"):
             cases.append(Case(f"{kind} {shape}", kind, ((MAP, V),), {"shape": shape}))
             cases.append(Case(f"{kind}Grad {shape}", f"{kind}Grad", ((MAP, V), (MAP, V)), {"shape": shape}))
+    for shape, per in (((2, 6, 1, 1), 1), ((2, 6, 1, 1), 3), ((2, 1, 4, 3), 1)):
+        whole, small, wide, count = ((2, 6, 4, 3), V), (shape, V), (shape, "float64"), {"count": 24, "per_group": per}
+        maps = (whole, whole, small, small)
+        summed = (wide, wide)
+        positive = {1: np.full(shape, 60.0)}
+        cases += [
+            Case(f"Moments {shape}", "Moments", (whole,), {"shape": shape}),
+            Case(f"Statistics {shape} {per}", "Statistics", summed, {**count, "epsilon": 1e-5}, positive),
+            Case(f"Standardize {shape}", "Standardize", (whole, small, small, ((6,), V), ((1,), V))),
+            Case(f"AffineGrad {shape}", "AffineGrad", maps, {"shape": (6,)}),
+            Case(f"StandardizeMoments {shape}", "StandardizeMoments", (*maps, ((1,), V)), {"shape": shape}),
+            Case(f"StandardizeMeans {shape} {per}", "StandardizeMeans", summed, count),
+            Case(f"StandardizeGrad {shape}", "StandardizeGrad", (*maps, ((6,), V), small, small)),
+        ]
     for other in BROADCAST:
         cases.append(Case(f"Expand {other}", "Expand", ((other, V),), {"shape": MAP}))
     steps = ("Exceeds", "Reaches", "IsGreater", "IsAtLeast", "Masked", "MaskedOut")

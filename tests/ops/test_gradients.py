@@ -96,6 +96,14 @@ DIFFERENTIABLE: list[tuple[str, list[tuple[tuple[int, ...], str]], dict[str, Any
     ("Normalize", [((3, 4, 2, 3), "map"), ((4,), "map"), ((4,), "map")], {"count": 18}),
     ("Normalize", [((6, 4), "map"), ((4,), "map"), ((4,), "map")], {"count": 6}),
     ("Normalize", [((3, 4, 2, 3), "map"), ((4,), "map"), ((4,), "map")], {"count": 0}),
+    *(
+        ("Standardize", [((3, 4, 2, 3), "map"), (gamma, "map"), (beta, "map")], attrs)
+        for gamma, beta, attrs in (
+            ((4,), (4,), {"shape": (3, 4, 1, 1), "count": 6, "per_group": 1}),
+            ((4,), (4,), {"shape": (3, 4, 1, 1), "count": 12, "per_group": 2}),
+            ((1, 1, 1, 3), (1,), {"shape": (3, 4, 2, 1), "count": 3, "per_group": 1}),
+        )
+    ),
 ]
 
 
@@ -124,6 +132,9 @@ def differentiated(
                 graph.add_parameter(name, Parameter(value, trainable=False))
             (stats,) = graph.add("FrozenStatistics", ["mean", "var"], attrs={"epsilon": 1e-3})
         names.insert(1, stats)
+    if kind == "Standardize":
+        sums = graph.add("Moments", ["p0"], attrs={"shape": attrs["shape"]}, outputs=["sum", "squares"])
+        names[1:1] = graph.add("Statistics", sums, attrs={**attrs, "epsilon": 1e-3}, outputs=["mean", "inverse"])
     if kind == "Resample":
         output = resample(graph, names[0], attrs["rows"], attrs["columns"], stem="out")
     else:

@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from fusetile.graph import UPDATE
+from fusetile.graph import UPDATE, Parameter
 from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import finish, operands
@@ -51,13 +51,15 @@ def _without_running_statistics(importer: Importer, node: Node) -> None:
     view, shape = reducible(importer, node, view, [axis for axis in range(len(view.dims)) if axis != 1])
     epsilon = float(node.attrs.get("epsilon", 1e-5))
     if node.attrs.get("training_mode", 0):
-        centred, inverse = _normalized(importer, node, view.base, shape, epsilon)
+        plain = _standardized(importer, node, view.base, shape, epsilon)
     else:
         view = importer.whole(importer.tensor(node, view))
         mean, variance = (importer.vector(node, i, view.shape[1]) for i in (3, 4))
         centred = importer.step(node, "centred", "Sub", [view.base, mean])
-        inverse = _inverse_deviation(importer, node, variance, epsilon)
-    plain = importer.step(node, "plain", "Mul", [centred, inverse])
+        raised = importer.step(node, "raised", "Shift", [variance], {"offset": epsilon})
+        deviation = importer.step(node, "deviation", "Sqrt", [raised])
+        inverse = importer.step(node, "inverse", "Reciprocal", [deviation])
+        plain = importer.step(node, "plain", "Mul", [centred, inverse])
     _affine(importer, node, view.over(plain))
 
 
@@ -79,38 +81,20 @@ def _update_statistics(
     graph.replace_op(update, inputs=(*update.inputs, sums))
 
 
-def _average(importer: Importer, node: Node, label: str, x: Sequence[str], shape: Sequence[int], groups: int) -> str:
-    """The mean of x, or of the product of two, over what `shape` lacks; with groups, over groups of channels too."""
-    count = prod(importer.shape(x[0])) // prod(shape)
-    total = importer.step(node, f"{label}.sum", "SumTo", x, {"shape": tuple(shape)})
-    if groups:
-        n, c = shape[:2]
-        parts = View(total, importer.whole(total).dims).reshaped((n, groups, c // groups))
-        assert parts is not None
-        inner = importer.tensor(node, parts)
-        small = {"shape": (n, groups, 1)}
-        joined = importer.step(node, f"{label}.group", "SumTo", [inner], small)
-        spread = importer.step(node, f"{label}.spread", "Expand", [joined], {"shape": importer.shape(inner)})
-        again = importer.whole(spread).reshaped(shape)
-        assert again is not None
-        total, count = importer.tensor(node, again), count * (c // groups)
-    return importer.step(node, label, "Scale", [total], {"factor": 1 / count})
-
-
-def _normalized(
+def _standardized(
     importer: Importer, node: Node, x: str, shape: Sequence[int], epsilon: float, *, groups: int = 0
-) -> tuple[str, str]:
-    """(x - mean, 1 / deviation): in two passes, so that a large mean does not cancel the variance."""
-    mean = _average(importer, node, "mean", [x], shape, groups)
-    centred = importer.step(node, "centred", "Sub", [x, mean])
-    variance = _average(importer, node, "variance", [centred, centred], shape, groups)
-    return centred, _inverse_deviation(importer, node, variance, epsilon)
-
-
-def _inverse_deviation(importer: Importer, node: Node, variance: str, epsilon: float) -> str:
-    raised = importer.step(node, "raised", "Shift", [variance], {"offset": epsilon})
-    deviation = importer.step(node, "deviation", "Sqrt", [raised])
-    return importer.step(node, "inverse", "Reciprocal", [deviation])
+) -> str:
+    """(x - mean) / deviation over what `shape` lacks; with groups, over groups of channels too."""
+    count, per_group = prod(importer.shape(x)) // prod(shape), shape[1] // groups if groups else 1
+    counts = {"count": count * per_group, "per_group": per_group}
+    labels = [importer.fresh(f"{node.outputs[0]}.{label}") for label in ("sum", "squares", "mean", "inverse")]
+    add, common = importer.graph.add, {"origin": node.origin}
+    sums = add("Moments", [x], attrs={"shape": tuple(shape)}, outputs=labels[:2], **common)
+    statistics = add("Statistics", sums, attrs={**counts, "epsilon": epsilon}, outputs=labels[2:], **common)
+    neutral = [importer.fresh(f"{node.outputs[0]}.{label}") for label in ("one", "zero")]
+    for name, number in zip(neutral, (1, 0), strict=True):
+        importer.graph.add_parameter(name, Parameter(np.full(1, number, np.float32), trainable=False))
+    return importer.step(node, "plain", "Standardize", [x, *statistics, *neutral], counts)
 
 
 def instance_normalization(importer: Importer, node: Node) -> None:
@@ -128,8 +112,7 @@ def instance_normalization(importer: Importer, node: Node) -> None:
     else:
         view, shape = reducible(importer, node, view, range(2, len(view.dims)))
         x = view.base
-    centred, inverse = _normalized(importer, node, x, shape, epsilon, groups=groups)
-    plain = importer.step(node, "plain", "Mul", [centred, inverse])
+    plain = _standardized(importer, node, x, shape, epsilon, groups=groups)
     _affine(importer, node, view.over(plain), per_group=bool(groups))
 
 
@@ -163,8 +146,7 @@ def group_normalization(importer: Importer, node: Node) -> None:
     if len(shape) != 4 or shape[1] % groups:
         raise importer.refuse(node, f"{groups} groups of shape {shape} are not supported; only of [N, C, H, W]")
     epsilon = float(node.attrs.get("epsilon", 1e-5))
-    centred, inverse = _normalized(importer, node, x, (*shape[:2], 1, 1), epsilon, groups=groups)
-    plain = importer.step(node, "plain", "Mul", [centred, inverse])
+    plain = _standardized(importer, node, x, (*shape[:2], 1, 1), epsilon, groups=groups)
     if importer.constant_shape(node, 1) != (groups,) or groups == shape[1]:
         _affine(importer, node, importer.whole(plain))
         return
@@ -188,9 +170,9 @@ def layer_normalization(importer: Importer, node: Node) -> None:
     rank = len(view.dims)
     axis = int(node.attrs.get("axis", -1)) % rank
     view, shape = reducible(importer, node, view, range(axis, rank))
-    centred, inverse = _normalized(importer, node, view.base, shape, float(node.attrs.get("epsilon", 1e-5)))
+    standard = _standardized(importer, node, view.base, shape, float(node.attrs.get("epsilon", 1e-5)))
     plain = importer.fresh(f"{node.outputs[0]}.normal")
-    importer.define(node, view.over(importer.step(node, "plain", "Mul", [centred, inverse])), plain)
+    importer.define(node, view.over(standard), plain)
     for i, kind in ((1, "Mul"), (2, "Add")):
         if not node.has(i):
             continue
