@@ -2,8 +2,9 @@
 
 The search minimises (1 - l) A + l N for many l: whatever l is, its minimum is a lower bound of max(A, N) over all plans
 that are made of the candidates (Lagrangian duality). The minimisers are plans to consider, and so are those that small
-changes lead to from them. If the fastest plan does not fit into the devices' memory, a device's bytes get a price in
-the search; and plans are compared with the time that computing maps again takes until they fit.
+changes lead to from them; branch and bound looks for better ones between them, and raises the bound. If the fastest
+plan does not fit into the devices' memory, a device's bytes get a price in the search; and plans are compared with the
+time that computing maps again takes until they fit.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fusetile.passes.fit import room_bytes
 from fusetile.passes.group import Halo
 from fusetile.passes.rules import rule_splits
 from fusetile.plan import Estimate, Plan
+from fusetile.planner.close_in import close_in
 from fusetile.planner.descend import descend
 from fusetile.planner.improve import improve
 from fusetile.planner.model import Model
@@ -62,8 +64,8 @@ def best_plan(
 
 
 def _search(model: Model) -> tuple[float, list[Choice]]:
-    """A lower bound of max(A, N), and distinct choices: by turns one that `descend` ends at and one of those that it
-    starts from, the best by the model first."""
+    """A lower bound of max(A, N), and distinct choices, the best by the model first: what `close_in` finds, then by
+    turns one that `descend` ends at and one of those that it starts from."""
     bound, choices = 0.0, []
     for weight in WEIGHTS:
         sums = model.weighed(weight)
@@ -76,7 +78,8 @@ def _search(model: Model) -> tuple[float, list[Choice]]:
     starts = sorted(dict.fromkeys(choices), key=model.seconds)
     ends = sorted({descend(model, choice) for choice in starts}, key=model.seconds)
     turns = (choice for pair in zip_longest(ends, starts) for choice in pair if choice is not None)
-    return bound, list(dict.fromkeys(turns))
+    closer_bound, closer = close_in(model, ends[0])
+    return max(bound, closer_bound), list(dict.fromkeys((*closer, *turns)))
 
 
 def _rules(graph: Graph, cluster: Cluster) -> Iterator[tuple[str, Splits]]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fusetile.planner import search
-from fusetile.planner.search import Table, cost_of_choice, minimise
+from fusetile.planner.search import Elimination, Table, cost_of_choice, minimise
 
 SHAPES = {
     "chain": [(0, 1), (1, 2), (2, 3), (3, 4)],
@@ -41,6 +41,18 @@ def test_search_equals_brute_force(shape: str) -> None:
         best = brute_force(nodes, edges)
         assert found.cost == pytest.approx(best) == cost_of_choice(nodes, edges, found.choice)
         assert found.bound == pytest.approx(best)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_marginals_equal_brute_force(shape: str) -> None:
+    for seed in range(12):
+        nodes, edges = instance(shape, seed)
+        least = [np.full(len(table), np.inf) for table in nodes]
+        for choice in product(*(range(len(table)) for table in nodes)):
+            for v, index in enumerate(choice):
+                least[v][index] = min(least[v][index], cost_of_choice(nodes, edges, choice))
+        for found, expected in zip(Elimination(nodes, edges).marginals(), least, strict=True):
+            np.testing.assert_allclose(found, expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
