@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,33 +72,45 @@ NETWORKS: dict[str, Callable[[], onnx.ModelProto]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Job, Path, Path]]:
+    """Of a network with BatchNorm: one step and four steps on one node."""
+
+    @cache
+    def made(network: str) -> tuple[Job, Path, Path]:
+        job = Job(tmp_path_factory.mktemp(network), NETWORKS[network](), "--lr", 0.001, "--weight-decay", 5e-4)
+        if network == "yolov2":  # its output is a map: a regression
+            map_shape = onnx.shape_inference.infer_shapes(onnx.load(job.model)).graph.output[0].type.tensor_type.shape
+            targets = np.random.default_rng(1).normal(size=(24, *(dim.dim_value for dim in map_shape.dim[1:])))
+            np.savez(job.data, x=np.load(job.data)["x"], y=targets.astype(np.float32))
+            job.options += ("--loss", "mse")
+        return job, job.run("--nodes", 1, "--steps", 1), job.run("--nodes", 1, "--steps", 4)
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("network", "nodes", "plan"),
     [
         ("vgg", 3, "grid:3x1"),
         ("vgg", 4, "batch"),
         ("vgg", 2, "channel"),
-        ("resnet18", 4, "auto"),
+        ("resnet18", 3, "auto"),
         ("resnet18", 2, "channel"),
         ("yolov2", 4, "grid:2x2"),
         ("yolov2", 3, "batch"),
     ],
 )
-def test_batch_norm_sees_the_whole_batch(network: str, nodes: int, plan: str, tmp_path: Path) -> None:
-    options: tuple[object, ...] = ("--lr", 0.001, "--weight-decay", 5e-4)
-    job = Job(tmp_path, NETWORKS[network](), *options)
-    if network == "yolov2":  # its output is a map: a regression
-        map_shape = onnx.shape_inference.infer_shapes(onnx.load(job.model)).graph.output[0].type.tensor_type.shape
-        targets = np.random.default_rng(1).normal(size=(24, *(dim.dim_value for dim in map_shape.dim[1:])))
-        np.savez(job.data, x=np.load(job.data)["x"], y=targets.astype(np.float32))
-        job.options += ("--loss", "mse")
-    single = job.run("--nodes", 1, "--steps", 1), job.run("--nodes", 1, "--steps", 4)
+def test_batch_norm_sees_the_whole_batch(
+    jobs: Callable[[str], tuple[Job, Path, Path]], network: str, nodes: int, plan: str
+) -> None:
+    job, one_step, four_steps = jobs(network)
     cut = ("--nodes", nodes, "--plan", plan)
     several = job.run(*cut, "--steps", 1), job.run(*cut, "--steps", 4)
-    expected = losses(single[1] / "log.jsonl")
+    expected = losses(four_steps / "log.jsonl")
     assert losses(several[1] / "log.jsonl")[0] == pytest.approx(expected[0], rel=1e-5)
     assert losses(several[1] / "log.jsonl") == pytest.approx(expected, rel=1e-3)
-    gradients = np.load(single[0] / "gradients.npz")
+    gradients = np.load(one_step / "gradients.npz")
     found = dict(np.load(several[0] / "gradients.npz"))
     assert found.keys() == dict(gradients).keys() and len(found) >= 15
     for name, value in found.items():
