@@ -12,7 +12,7 @@ What an iteration box reads and writes is data: per operand one `Dim` per tensor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -151,11 +151,13 @@ Access = tuple[Dim, ...]
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """An iteration domain: its axes, and per input and output the dimensions that an iteration touches."""
+    """An iteration domain: its axes, and per input and output the dimensions that an iteration touches. What boxes
+    touch is remembered: a search for a plan asks for the same again and again."""
 
     axes: tuple[Axis, ...]
     reads: tuple[Access, ...]
     writes: tuple[Access, ...]
+    _touched: dict[tuple[bool, int, Box], Box] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def box(self) -> Box:
@@ -179,11 +181,11 @@ class Domain:
 
     def need(self, box: Box, i: int) -> Box:
         """The box of input `i` that a box of iterations reads, clipped to the tensor."""
-        return self._touch(box, self.reads[i])
+        return self._touch(box, False, i)
 
     def output(self, box: Box, i: int = 0) -> Box:
         """The box of output `i` that a box of iterations writes."""
-        return self._touch(box, self.writes[i])
+        return self._touch(box, True, i)
 
     def reach(self, box: Box, i: int) -> tuple[Interval, ...]:
         """Like `need`, not clipped: what lies outside the tensor is padding."""
@@ -194,7 +196,13 @@ class Domain:
         """Whether the box leaves out part of a reduction axis, so that its output is a partial sum."""
         return any(a.kind == "reduction" and part != (0, a.size) for a, part in zip(self.axes, box, strict=True))
 
-    def _touch(self, box: Box, access: Access) -> Box:
+    def _touch(self, box: Box, written: bool, i: int) -> Box:
+        found = self._touched.get((written, i, box))
+        if found is None:
+            found = self._touched[written, i, box] = self._clipped(box, (self.writes if written else self.reads)[i])
+        return found
+
+    def _clipped(self, box: Box, access: Access) -> Box:
         if volume(box) == 0:
             return empty(len(access))
         iterations = {axis.name: part for axis, part in zip(self.axes, box, strict=True)}

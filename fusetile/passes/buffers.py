@@ -51,11 +51,15 @@ def buffers(
         homes = _Homes(graph, block)
         there = held.buffers[device] if held else {}
         delivered: dict[int, str] = {}  # in which home
+        in_place: dict[str, list[int]] = {}
+        for index, delivery in enumerate(communication.deliveries):
+            if delivery.in_place[device]:
+                in_place.setdefault(delivery.tensor, []).append(index)
         for name, layout in communication.layouts.items():
             if name in same_home:
                 continue
             here = (name, graph.next_value.get(name))
-            indices = [i for i, d in enumerate(communication.deliveries) if d.tensor in here and d.in_place[device]]
+            indices = sorted(index for tensor in here if tensor for index in in_place.get(tensor, ()))
             boxes = [layout.have[device], *(communication.deliveries[i].need[device] for i in indices)]
             if name not in there:
                 homes.add(name, hull(boxes), _widest([borders.get((i, device), (0, 0)) for i in indices]))

@@ -40,8 +40,12 @@ class Sums:
 
     def of(self, choice: Sequence[int]) -> float:
         """The quantity of a plan: a candidate per unit."""
-        nodes = sum(table[i] for table, i in zip(self.nodes, choice, strict=True))
-        return float(nodes + sum(table[choice[u], choice[v]] for (u, v), table in self.edges.items()))
+        return float(self.of_each(np.array([choice]))[0])
+
+    def of_each(self, choices: Array) -> Array:
+        """Of plans [plans, units]: [plans]."""
+        nodes = sum(table[choices[:, u]] for u, table in enumerate(self.nodes))
+        return nodes + sum(table[choices[:, u], choices[:, v]] for (u, v), table in self.edges.items())
 
 
 @dataclass(frozen=True, slots=True)
