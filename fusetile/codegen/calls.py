@@ -133,3 +133,20 @@ def ref(buffer: Buffer, box: Box | None = None) -> Ref:
     """The first element of `box` (a box of the tensor, at a multiple of the block) in its buffer."""
     elements = 0 if box is None else buffer.element(box)
     return Ref(buffer.name, elements * np.dtype(buffer.dtype).itemsize)
+
+
+def named_call(
+    kernel: Kernel,
+    split: int,
+    pointers: Sequence[Ref],
+    names: Sequence[str],
+    ints: Mapping[str, int],
+    floats: Sequence[float] = (),
+) -> KernelCall:
+    """A call whose integers are given by name; `names` is their order among the kernel's arguments."""
+    return KernelCall(kernel, split, tuple(pointers), tuple(ints[name] for name in names), tuple(floats))
+
+
+def scratch_buffer(name: str, elements: int) -> Buffer:
+    """A buffer of so many float32 that exists only during the calls of an op."""
+    return Buffer(name, ((0, elements),))

@@ -14,19 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fusetile.box import Box, extents, view4, volume
-from fusetile.codegen.calls import KernelCall, Lowered, Ref, ref
-from fusetile.codegen.conv_source import GRADIENT_INTS, TAP_INTS, tap_convolution, weight_gradient
+from fusetile.codegen.calls import KernelCall, Lowered, Ref, named_call, ref, scratch_buffer
+from fusetile.codegen.conv_calls import Epilogue, Sizes, gradient_calls, tap_calls
 from fusetile.codegen.conv_tiles import (
     LONGEST_ROW,
     Machine,
     best_rows,
-    block_convolution,
-    block_gradient,
-    cover_lines,
-    cover_pixels,
     machine,
     row_counts,
-    written_lines,
 )
 from fusetile.codegen.conv_views import (
     ALONE,
@@ -45,33 +40,13 @@ from fusetile.codegen.conv_views import (
     taps_of,
     view,
 )
-from fusetile.codegen.filter_source import SUM_INTS, TRANSPOSE_INTS, sum_parts, transpose_filter
+from fusetile.codegen.filter_source import TRANSPOSE_INTS, transpose_filter
 from fusetile.codegen.gemm import gathered, input_gradient_calls
 from fusetile.codegen.targets import Target
 from fusetile.codegen.update import Updating
 from fusetile.graph import Op
 from fusetile.ops.base import Domain
 from fusetile.program import Buffer
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Iterations of a tap convolution: images, rows, columns, blocks of output channels and of input channels."""
-
-    images: int
-    rows: int
-    columns: int
-    k_blocks: int
-    c_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Epilogue:
-    """What a tap convolution does besides."""
-
-    bias: Ref | None = None
-    activation: str = ""
-    alpha: float = 0.0
 
 
 def lower_conv(
@@ -108,7 +83,7 @@ def lower_conv_input_grad(
     weights, size = filter_view(w, filter_box), k_blocks * c_blocks * m.vectors.block**2
     if len(written) == 2 and weights.lines == m.vectors.block:
         return _gemm_input_grad(op, m, view(dy, need), weights, view(outputs[0], written), written, k_blocks, c_blocks)
-    scratch = _scratch(f"{op.name}.transposed", size * weights.taps)
+    scratch = scratch_buffer(f"{op.name}.transposed", size * weights.taps)
     lowered, done = Lowered((), (scratch,)), 0
     dx, (images, _, rows, columns) = view(outputs[0], written), view4(written)
     across = list(phases(op.attrs, 1, columns, weights.window[1]))
@@ -187,7 +162,7 @@ def lower_conv_weight_grad(
         before, left = gathered(f"{op.name}.x", left, images=images, blocks=c_blocks)
         more, right = gathered(f"{op.name}.dy", right, images=images, blocks=k_blocks)
         sizes = Sizes(1, 1, images, k_blocks, c_blocks)
-        return _join(_join(before, more), _gradient(op, m, left, right, dw, step, sizes, updating))
+        return _join(_join(before, more), gradient_calls(op, m, left, right, dw, step, sizes, updating))
     left = replace(left, row=taps.stride[0] * left.row, pixel=taps.stride[1] * left.pixel)
     if (rows, columns) == (1, 1):
         left, right, images, columns = replace(left, pixel=left.image), replace(right, pixel=right.image), 1, images
@@ -195,177 +170,10 @@ def lower_conv_weight_grad(
         merged = max(n for n in row_counts(rows) if n == 1 or n * columns <= LONGEST_ROW)
         left, right = replace(left, row=merged * left.row), replace(right, row=merged * right.row)
         rows, columns = rows // merged, columns * merged
-    return _gradient(op, m, left, right, dw, step, Sizes(images, rows, columns, k_blocks, c_blocks), updating)
+    return gradient_calls(op, m, left, right, dw, step, Sizes(images, rows, columns, k_blocks, c_blocks), updating)
 
 
-# -- calls ------------------------------------------------------------------------------------------------------------
-
-
-def _convolve(
-    m: Machine, x: View, w: Filter, y: View, taps: Taps, sizes: Sizes, epilogue: Epilogue, phases: Phases
-) -> tuple[KernelCall, ...]:
-    """The calls of a tap convolution: one, and more if the output channels do not divide into equal tiles."""
-    step = (taps.step[0] * x.row, taps.step[1] * x.pixel)
-    lines, (taps_h, taps_w), pixel = w.lines, taps.count, taps.stride[1] * x.pixel
-    contiguous = taps_w > 1 and step[1] == w.lines and w.tap_w == w.lines * m.vectors.block
-    if contiguous and (not m.written or lines * taps_w <= m.written):  # a row of taps is like one of more lines
-        lines, taps_w = lines * taps_w, 1
-    calls = []
-    rows = sizes.images * sizes.rows
-    written = written_lines(m, pixel=pixel, lines=lines)
-    for cover in cover_pixels(m, sizes.columns, sizes.k_blocks, written):
-        k_tiles = phases.count * cover.tiles
-        blocking = block_convolution(
-            m,
-            replace(cover, tiles=k_tiles),
-            rows=rows,
-            columns=sizes.columns,
-            blocks=sizes.c_blocks,
-            filter_block=taps.count[0] * taps.count[1] * w.lines * m.vectors.block,
-            x_row=sizes.columns * taps.stride[0] * taps.stride[1] * x.pixel,
-        )
-        row_blocks = -(-rows // blocking.block_rows)
-        ints = {
-            "channels_outer": int(blocking.channels_outer),
-            "k_tiles": k_tiles,
-            "row_blocks": row_blocks,
-            "block_rows": blocking.block_rows,
-            "rows": rows,
-            "height": sizes.rows,
-            "long_tiles": cover.long_tiles,
-            "short_tiles": cover.short_tiles,
-            "chunk": blocking.chunk,
-            "blocks": sizes.c_blocks,
-            "taps_h": taps_h,
-            "taps_w": taps_w,
-            "lines": lines,
-            "with_bias": int(epilogue.bias is not None),
-            "x_image": x.image,
-            "x_block": x.block,
-            "x_row": taps.stride[0] * x.row,
-            "x_tap_h": step[0],
-            "x_tap_w": step[1],
-            "w_k": w.k,
-            "w_block": w.block,
-            "w_tap_h": w.tap_h,
-            "w_tap_w": w.tap_w,
-            "y_image": y.image,
-            "y_block": y.block,
-            "y_row": y.row,
-            "y_pixel": y.pixel,
-            "phases": phases.count,
-            "across": phases.across,
-            "w_phase": phases.w,
-            "y_down": phases.y_down,
-            "y_across": phases.y_across,
-        }
-        kernel = tap_convolution(
-            vectors=m.vectors,
-            tile=cover.tile,
-            pixel=pixel,
-            loops=2 if taps_w != 1 else int(taps_h != 1),
-            written=written,
-            activation=epilogue.activation,
-            ragged=bool(m.vectors.lanes and not written and lines % m.vectors.lanes),
-        )
-        bias = w.start if epilogue.bias is None else moved(epilogue.bias, cover.first * m.vectors.block)
-        pointers = (x.start, moved(w.start, cover.first * w.k), bias, moved(y.start, cover.first * y.block))
-        calls.append(KernelCall(kernel, k_tiles * row_blocks, pointers, _order(TAP_INTS, ints), (epilogue.alpha,)))
-    return tuple(calls)
-
-
-def _gradient(
-    op: Op,
-    m: Machine,
-    x: View,
-    dy: View,
-    dw: Filter,
-    step: tuple[int, int],
-    sizes: Sizes,
-    updating: Updating | None,
-) -> Lowered:
-    """The calls of a weight gradient: per width of tile one, and one more that adds partial sums."""
-    lines, (taps_h, taps_w) = dw.lines, dw.window
-    if step[1] == lines:
-        lines, taps_w = lines * taps_w, 1  # the taps of a row are contiguous
-    rows, filter_block = sizes.images * sizes.rows, dw.taps * dw.lines * m.vectors.block
-    calls: list[KernelCall] = []
-    scratch: list[Buffer] = []
-    for cover in cover_lines(m, lines, sizes.k_blocks):
-        parts = block_gradient(
-            m,
-            cover,
-            rows=rows,
-            columns=max(sizes.columns, 1),
-            blocks=sizes.c_blocks,
-            k_tiles=cover.tiles,
-            filter_block=filter_block,
-        )
-        count = -(-rows // parts.part_rows)
-        k_blocks = cover.tiles * cover.tile.blocks
-        start, d_k, d_part = moved(dw.start, cover.first * dw.k), dw.k, 0
-        if count > 1:
-            d_k = sizes.c_blocks * filter_block
-            d_part = k_blocks * d_k
-            scratch.append(_scratch(f"{op.name}.parts{cover.first}", count * d_part))
-            start = ref(scratch[-1])
-        ints = {
-            "k_tiles": cover.tiles,
-            "c_blocks": sizes.c_blocks,
-            "unit_blocks": parts.unit_blocks,
-            "part_rows": parts.part_rows,
-            "outer_rows": parts.outer_rows,
-            "inner_rows": parts.inner_rows,
-            "rows": rows,
-            "height": sizes.rows,
-            "columns": sizes.columns,
-            "long_tiles": cover.long_tiles,
-            "short_tiles": cover.short_tiles,
-            "taps_h": taps_h,
-            "taps_w": taps_w,
-            "lines": lines,
-            "x_image": x.image,
-            "x_block": x.block,
-            "x_row": x.row if sizes.rows > 1 else x.image,
-            "x_pixel": x.pixel,
-            "x_tap_h": step[0],
-            "x_tap_w": step[1],
-            "y_image": dy.image,
-            "y_block": dy.block,
-            "y_row": dy.row if sizes.rows > 1 else dy.image,
-            "y_pixel": dy.pixel,
-            "d_part": d_part,
-            "d_k": d_k,
-            "d_block": dw.block,
-        }
-        pointers = [x.start, moved(dy.start, cover.first * dy.block), start]
-        numbers = list(_order(GRADIENT_INTS, ints))
-        if updating:
-            pointers += [*(moved(state, cover.first * dw.k) for state in updating.states), *updating.controls]
-            numbers.append(0)
-        in_rows = m.written and dy.pixel == m.vectors.block
-        kernel = weight_gradient(
-            vectors=m.vectors,
-            tile=cover.tile,
-            pixel=x.pixel if in_rows else 0,
-            in_line=bool(m.written and 1 in (sizes.images, sizes.rows)),
-            window=not m.written or (taps_h, taps_w) != (1, 1),
-            update=updating.arithmetic if updating else None,
-        )
-        units = count * cover.tiles * -(-sizes.c_blocks // parts.unit_blocks)
-        floats = updating.floats if updating else ()
-        calls.append(KernelCall(kernel, units, tuple(pointers), tuple(numbers), floats))
-        if count > 1:
-            sums = {
-                "parts": count,
-                "vectors": d_k // m.vectors.block,
-                "part": d_part,
-                "source_k": d_k,
-                "target_k": dw.k,
-            }
-            arrays = (start, moved(dw.start, cover.first * dw.k))
-            calls.append(KernelCall(sum_parts(vectors=m.vectors), k_blocks, arrays, _order(SUM_INTS, sums)))
-    return Lowered(tuple(calls), tuple(scratch))
+# -- what the phases share ------------------------------------------------------------------------------------------
 
 
 def _transpose(m: Machine, w: Filter, t: Ref, k_blocks: int, c_blocks: int, down: Phase, across: Phase) -> KernelCall:
@@ -375,7 +183,7 @@ def _transpose(m: Machine, w: Filter, t: Ref, k_blocks: int, c_blocks: int, down
     ints |= {"w_tap_h": -down.every * w.tap_h, "w_tap_w": -across.every * w.tap_w}
     kernel = transpose_filter(vectors=m.vectors, lines=w.lines, window=(down.taps, across.taps) != (1, 1))
     start = moved(w.start, first_h * w.tap_h + first_w * w.tap_w)
-    return KernelCall(kernel, c_blocks, (start, t), _order(TRANSPOSE_INTS, ints))
+    return named_call(kernel, c_blocks, (start, t), TRANSPOSE_INTS, ints)
 
 
 def _filter(m: Machine, start: Ref, blocks: int, window: tuple[int, int]) -> Filter:
@@ -401,10 +209,10 @@ def _convolve_maps(
     """A tap convolution; of one-pixel maps, the images become a row of pixels, for which x is gathered into scratch."""
     images = sizes.images
     if images == 1 or (sizes.rows, sizes.columns) != (1, 1) or taps.count != (1, 1):
-        return Lowered(_convolve(m, *_rows_in_line(m, x, w, y, taps, sizes), epilogue, phases))
+        return Lowered(tap_calls(m, *_rows_in_line(m, x, w, y, taps, sizes), epilogue, phases))
     before, x = gathered(f"{op.name}.rows{label}", x, images=images, blocks=sizes.c_blocks)
     y, sizes = replace(y, image=0, pixel=y.image), replace(sizes, images=1, columns=images)
-    return _join(before, Lowered(_convolve(m, x, w, y, Taps((1, 1)), sizes, epilogue, phases)))
+    return _join(before, Lowered(tap_calls(m, x, w, y, Taps((1, 1)), sizes, epilogue, phases)))
 
 
 def _rows_in_line(
@@ -436,12 +244,3 @@ def _gemm_input_grad(
 def _nothing(buffer: Buffer) -> View:
     """A view for a kernel that reads nothing."""
     return View(ref(buffer), 0, 0, 0, buffer.strides[3])
-
-
-def _scratch(name: str, elements: int) -> Buffer:
-    return Buffer(name, ((0, elements),))
-
-
-def _order(names: Sequence[str], values: dict[str, int]) -> tuple[int, ...]:
-    """The values in the kernel's order of arguments."""
-    return tuple(values[name] for name in names)

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from fusetile.codegen.conv_source import Tile, Vectors, Written
+from fusetile.codegen.conv_source import Written
+from fusetile.codegen.register_tile import Tile, Vectors
 from fusetile.codegen.targets import Target
 
 LONGEST_ROW = 256  # pixels; longer rows leave nothing to choose for caches and threads

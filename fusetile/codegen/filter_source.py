@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import cache
 
 from fusetile.codegen.calls import Kernel, make_kernel, prefetch
-from fusetile.codegen.conv_source import LINE, Vectors, indent
+from fusetile.codegen.register_tile import LINE, Vectors, indent
 
 TRANSPOSE_INTS = ("k_blocks", "taps_h", "taps_w", "w_k", "w_block", "w_tap_h", "w_tap_w")
 SUM_INTS = ("parts", "vectors", "part", "source_k", "target_k")

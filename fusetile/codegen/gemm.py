@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import cache
 
 from fusetile.codegen.calls import Kernel, KernelCall, Lowered, make_kernel, ref
-from fusetile.codegen.conv_source import Tile, Vectors, indent, over_tiles
 from fusetile.codegen.conv_tiles import MIN_UNITS, Machine, cover_pixels
 from fusetile.codegen.conv_views import Filter, View, moved
 from fusetile.codegen.filter_source import gather_rows
+from fusetile.codegen.register_tile import Tile, Vectors, indent, over_tiles
 from fusetile.codegen.winograd_parts import multiply, prefetch_next, turn_square, turning_squares
 from fusetile.program import Buffer
 

@@ -17,16 +17,15 @@ rounding; conv_choice states the errors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 from fusetile.box import Box, extents, view4
-from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, ref
-from fusetile.codegen.conv import Epilogue, Sizes
-from fusetile.codegen.conv_tiles import Machine, machine
+from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, named_call, ref, scratch_buffer
+from fusetile.codegen.conv_calls import Epilogue, Sizes
+from fusetile.codegen.conv_tiles import machine
 from fusetile.codegen.conv_views import Filter, View, blocks, filter_view, moved, padded_view, view
 from fusetile.codegen.targets import Target
-from fusetile.codegen.winograd_parts import m_strides
 from fusetile.codegen.winograd_source import (
     CHANNELS_INTS,
     FILTER_INTS,
@@ -43,6 +42,7 @@ from fusetile.codegen.winograd_source import (
 from fusetile.codegen.winograd_tiles import (
     MAX_TURNS,
     MIN_CHANNEL_TILES,
+    Convolution,
     Tiling,
     grouped,
     longest,
@@ -58,7 +58,6 @@ from fusetile.program import Buffer
 
 SMALL_floats = 1 << 18  # of scratch: less is not worth another call
 LEAN_BANDS = 8  # at most so many times are the inputs transformed where memory is scarce
-SUMS_AGAIN = 1.25  # that sums of products are read and written again costs this much of reading V
 
 
 def lower_conv(
@@ -143,9 +142,9 @@ def lower_conv_weight_grad(
     z_xi = padded(k_band * z_k)
     per_block = cpu.vectors.block // lines
     units, d_unit = min(units_of(target), k_band * c_band * per_block), whole.products * lines * row
-    v = _scratch(f"{op.name}.inputs", whole.products * v_xi)
-    z = _scratch(f"{op.name}.gradients", whole.products * z_xi)
-    d = _scratch(f"{op.name}.products", units * d_unit)
+    v = scratch_buffer(f"{op.name}.inputs", whole.products * v_xi)
+    z = scratch_buffer(f"{op.name}.gradients", whole.products * z_xi)
+    d = scratch_buffer(f"{op.name}.products", units * d_unit)
     codes = transform_input(vectors=cpu.vectors, m=m), transform_dy(vectors=cpu.vectors, m=m)
     multiply = filter_gradient(vectors=cpu.vectors, m=m, wide=wide, lines=lines)
     calls = []
@@ -174,7 +173,7 @@ def lower_conv_weight_grad(
                 "adding": int(i > 0),
             }
             pointers = (ref(v), ref(z), moved(dw.start, k * wide * dw.k + c * dw.block), ref(d))
-            calls.append(_call(multiply, sums["units"], pointers, GRADIENT_INTS, sums))
+            calls.append(named_call(multiply, sums["units"], pointers, GRADIENT_INTS, sums))
     return Lowered(tuple(calls), (v, z, d))
 
 
@@ -184,92 +183,10 @@ def _transform(
     """`count` channel blocks of x, or dy, from `block` on; the tiles from `first` on."""
     ints = tiling.ints() | {"first": first, "v_group": 0, "blocks": count}
     ints |= {"x_image": x.image, "x_block": x.block, "x_row": x.row} | strides
-    return _call(code, count * tiling.groups, (moved(x.start, block * x.block), target), INPUT_INTS, ints)
+    return named_call(code, count * tiling.groups, (moved(x.start, block * x.block), target), INPUT_INTS, ints)
 
 
 # -- convolution ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Convolution:
-    """A convolution to lower: operands, and how it is cut. `wide` blocks of output channels are a register tile;
-    `transposed`: the weights are stored for the convolution whose input gradient this is."""
-
-    name: str
-    cpu: Machine
-    units: int
-    tiling: Tiling
-    wide: int
-    x: View
-    w: Filter
-    y: View
-    epilogue: Epilogue
-    transposed: bool
-
-    @property
-    def block(self) -> int:
-        return self.cpu.vectors.block
-
-    @property
-    def row(self) -> int:
-        """Floats of a register tile of output channels."""
-        return self.wide * self.block
-
-    @property
-    def k_tiles(self) -> int:
-        return self.tiling.sizes.k_blocks // self.wide
-
-    @property
-    def v_xi(self) -> int:
-        """Floats of V from one xi to the next."""
-        return padded(self.tiling.sizes.c_blocks * self.tiling.long * self.block)
-
-    def m_group(self, *, by_xi: bool) -> int:
-        """Floats of M for a group of tiles."""
-        return m_strides(self.cpu.vectors, self.tiling.m, self.wide, self.tiling.long, by_xi=by_xi)[2]
-
-    @property
-    def block_groups(self) -> int:
-        """Groups of tiles whose V and M stay in the cache while all of U passes."""
-        group_bytes = 4 * (self.tiling.products * self.v_xi + self.m_group(by_xi=False))
-        fitting = self.cpu.outer_bytes * 3 // 4 // group_bytes
-        return max(1, min(fitting, -(-self.tiling.groups // self.units)))
-
-    @property
-    def ranges(self) -> int:
-        """Ranges of groups of tiles whose sums of products, for one tile of output channels, fit the cache."""
-        return -(-self.tiling.groups // max(1, self.cpu.outer_bytes // (4 * self.m_group(by_xi=True))))
-
-    @property
-    def has_many_channels(self) -> bool:
-        """Whether V is much smaller than U, or less to read for every tile of output channels than U is for every block
-        of tiles, and the sums of products of a tile of output channels stay in the cache."""
-        m_bytes = 4 * self.m_group(by_xi=True) * self.tiling.groups
-        k = self.tiling.sizes.k_blocks * self.block
-        v_again = SUMS_AGAIN * self.tiling.tiles * self.k_tiles * self.ranges
-        u_again = k * -(-self.tiling.groups // self.block_groups)
-        return (self.wide <= 2 or 2 * m_bytes <= self.cpu.outer_bytes) and (
-            2 * self.tiling.tiles <= k or v_again <= u_again
-        )
-
-    def ints(self) -> dict[str, int]:
-        """What both ways of doing it tell their kernels."""
-        tiling, x, w, y = self.tiling, self.x, self.w, self.y
-        return tiling.ints() | {
-            "blocks": tiling.sizes.c_blocks,
-            "k_tiles": self.k_tiles,
-            "with_bias": int(self.epilogue.bias is not None),
-            "x_image": x.image,
-            "x_block": x.block,
-            "x_row": x.row,
-            "w_k": w.k,
-            "w_block": w.block,
-            "y_image": y.image,
-            "y_block": y.block,
-            "y_row": y.row,
-            "y_pixel": y.pixel,
-            "v_xi": self.v_xi,
-        }
 
 
 def _convolve(
@@ -307,9 +224,9 @@ def _over_tiles(one: Convolution, *, lean: bool) -> Lowered:
     units = min(one.units, items)
     u_k = tiling.products * u_xi
     band = max(-(-one.k_tiles // LEAN_BANDS), min(one.k_tiles, SMALL_floats // u_k)) if lean else one.k_tiles
-    u = _scratch(f"{one.name}.weights", band * u_k)
-    v = _scratch(f"{one.name}.inputs", units * block_groups * v_group)
-    m = _scratch(f"{one.name}.products", units * block_groups * m_group)
+    u = scratch_buffer(f"{one.name}.weights", band * u_k)
+    v = scratch_buffer(f"{one.name}.inputs", units * block_groups * v_group)
+    m = scratch_buffer(f"{one.name}.products", units * block_groups * m_group)
     ints = one.ints() | {
         "items": items,
         "units": units,
@@ -329,8 +246,8 @@ def _over_tiles(one: Convolution, *, lean: bool) -> Lowered:
         w, y = moved(one.w.start, k * one.wide * one.w.k), one.y.moved(k * one.wide * one.y.block)
         bias = moved(one.epilogue.bias, k * one.row) if one.epilogue.bias else w
         calls += [
-            _call(weights, tiles * c_blocks, (w, ref(u)), FILTER_INTS, ints),
-            _call(
+            named_call(weights, tiles * c_blocks, (w, ref(u)), FILTER_INTS, ints),
+            named_call(
                 kernel,
                 units,
                 (one.x.start, ref(u), bias, y.start, ref(v), ref(m)),
@@ -354,9 +271,9 @@ def _over_channels(one: Convolution) -> Lowered:
     u_xi = padded(chunk * one.block * one.row)
     items = one.k_tiles * ranges
     units = min(one.units, items)
-    v = _scratch(f"{one.name}.inputs", tiling.groups * tiling.products * one.v_xi)
-    u = _scratch(f"{one.name}.weights", units * tiling.products * u_xi)
-    m = _scratch(f"{one.name}.products", units * block_groups * m_group)
+    v = scratch_buffer(f"{one.name}.inputs", tiling.groups * tiling.products * one.v_xi)
+    u = scratch_buffer(f"{one.name}.weights", units * tiling.products * u_xi)
+    m = scratch_buffer(f"{one.name}.products", units * block_groups * m_group)
     ints = one.ints() | {
         "items": items,
         "units": units,
@@ -383,25 +300,7 @@ def _over_channels(one: Convolution) -> Lowered:
     pointers = (ref(v), one.w.start, one.epilogue.bias or one.w.start, one.y.start, ref(u), ref(m))
     inputs = transform_input(vectors=one.cpu.vectors, m=tiling.m)
     calls = (
-        _call(inputs, c_blocks * tiling.groups, (one.x.start, ref(v)), INPUT_INTS, ints),
-        _call(kernel, units, pointers, CHANNELS_INTS, ints, (one.epilogue.alpha,)),
+        named_call(inputs, c_blocks * tiling.groups, (one.x.start, ref(v)), INPUT_INTS, ints),
+        named_call(kernel, units, pointers, CHANNELS_INTS, ints, (one.epilogue.alpha,)),
     )
     return Lowered(calls, (v, u, m))
-
-
-# -- what all share ---------------------------------------------------------------------------------------------------
-
-
-def _scratch(name: str, elements: int) -> Buffer:
-    return Buffer(name, ((0, elements),))
-
-
-def _call(
-    kernel: Kernel,
-    split: int,
-    pointers: tuple[Ref, ...],
-    names: Sequence[str],
-    ints: dict[str, int],
-    floats: tuple[float, ...] = (),
-) -> KernelCall:
-    return KernelCall(kernel, split, pointers, tuple(ints[name] for name in names), floats)

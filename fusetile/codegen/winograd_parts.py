@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fusetile.codegen.calls import prefetch
 from fusetile.codegen.calls import vectors as vectorized
-from fusetile.codegen.conv_source import ACTIVATIONS, LINE, Vectors, indent
+from fusetile.codegen.register_tile import ACTIVATIONS, LINE, Vectors, indent
 from fusetile.codegen.winograd_math import both_sides, local_arrays, matrices
 
 PAD = 16  # floats after the products of a tile: strides that are powers of two would meet in one set of the cache

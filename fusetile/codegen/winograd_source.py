@@ -17,7 +17,7 @@ from functools import cache
 
 from fusetile.codegen.calls import Kernel, make_kernel
 from fusetile.codegen.calls import vectors as vectorized
-from fusetile.codegen.conv_source import Vectors, indent
+from fusetile.codegen.register_tile import Vectors, indent
 from fusetile.codegen.winograd_math import both_sides, local_arrays, matrices
 from fusetile.codegen.winograd_parts import (
     multiply_groups,

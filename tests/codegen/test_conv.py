@@ -18,8 +18,10 @@ from fusetile.box import Box, volume
 from fusetile.codegen import conv
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import KernelCall, Lowered
-from fusetile.codegen.conv_source import GRADIENT_INTS, TAP_INTS, Tile, tap_convolution, weight_gradient
+from fusetile.codegen.conv_gradient_source import GRADIENT_INTS, weight_gradient
+from fusetile.codegen.conv_source import TAP_INTS, tap_convolution
 from fusetile.codegen.conv_tiles import cover_pixels, machine, written_lines
+from fusetile.codegen.register_tile import Tile
 from fusetile.codegen.targets import TARGETS, Target, host
 from fusetile.codegen.tvm_pipeline import assembly
 from fusetile.errors import PlanError
