@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fusetile.device import PROFILES
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.options import Training
+from fusetile.passes import pieces
 from fusetile.passes.add_optimizer import Optimizer
 from fusetile.pipeline import compile_graph
 from fusetile.program import Buffer, Run
@@ -120,6 +122,31 @@ PLANS = [
 def test_programs_equal_the_reference(name: str, plan: str, nodes: int, tmp_path: Path) -> None:
     graph = NETWORKS[name](3)
     check_steps(graph, LocalCluster(build(graph, tmp_path, plan, nodes)), steps=2)
+
+
+@pytest.mark.parametrize(("plan", "nodes"), [("grid:2x2", 4), ("grid:3x2", 6), ("channel", 3), ("random:4", 4)])
+@pytest.mark.parametrize("name", ["plain", "normalized"])
+def test_convolutions_in_pieces(
+    name: str, plan: str, nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut wherever they can be: borders first, or first what does not wait."""
+    monkeypatch.setattr(pieces, "LEAST_HIDDEN_seconds", -inf)
+    monkeypatch.setattr(pieces, "STRIP", 1)
+    graph = NETWORKS[name](3)
+    cluster = LocalCluster(build(graph, tmp_path, plan, nodes, halo="exchange"))
+    check_steps(graph, cluster, steps=2)
+
+
+def test_pieces_of_a_convolution_prepare_its_weights_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformed ones of Winograd, or turned ones of an input gradient."""
+    monkeypatch.setattr(pieces, "LEAST_HIDDEN_seconds", -inf)
+    net = Net((1, 32, 40, 24))
+    graph = net.done(net.conv(net.relu(net.batch_norm(net.conv(net.conv(net.x, 32), 32))), 32))
+    cluster = LocalCluster(build(graph, tmp_path, "grid:2x1", 2, halo="exchange"))
+    runs = [step for step in cluster.devices[0].program.steps if isinstance(step, Run)]
+    kernels = [call.kernel for run in runs for call in run.calls if call.op == "conv1"]
+    assert ["_filter" in kernel for kernel in kernels] in ([True, False, False], [False, False])  # or not at all
+    check_steps(graph, cluster, steps=1)
 
 
 def test_an_optimizer_with_state_average_and_clipping(tmp_path: Path) -> None:

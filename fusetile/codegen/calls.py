@@ -69,10 +69,12 @@ class KernelCall:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """The calls of one op, in order, and the buffers that exist only during them."""
+    """The calls of one op, in order, and the buffers that exist only during them. `prepared`: one of these, which the
+    first call makes of the weights alone and the others only read."""
 
     calls: tuple[KernelCall, ...] = ()
     scratch: tuple[Buffer, ...] = field(default=())
+    prepared: str = ""
 
 
 def make_kernel(

@@ -107,7 +107,7 @@ def lower_conv_input_grad(
             op, m, part.x, part.w, part.y, part.taps, part.sizes, Epilogue(), label=f".{i}", phases=together
         )
         lowered = _join(lowered, convolved)
-    return lowered
+    return replace(lowered, prepared=scratch.name) if [part.taps == NO_TAPS for part in parts] == [False] else lowered
 
 
 @dataclass(frozen=True, slots=True)

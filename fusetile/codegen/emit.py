@@ -115,6 +115,7 @@ class _Emitter:
         self.target, self.block, self.numerics, self.lean = target, block, numerics, lean
         self.compared = graph.compared()
         self.draft = Draft()
+        self.prepared: dict[str, tuple[KernelCall, Ref]] = {}  # by op: what makes scratch of the weights, and where
         self.actions = schedule.actions[device]
         self.updating = updating(graph, plan, communication, storage, self.actions, device)
         self.taken = {op.name: op.inputs[1] for op in graph.ops.values() if row(op.kind).kernel == "update"}
@@ -159,8 +160,8 @@ class _Emitter:
         match action:
             case Compute(op) if op in self.updating:
                 self._compute_updating(self.updating[op], op)
-            case Compute(op) if op not in self.updating.values():
-                self._compute(op)
+            case Compute(op, box) if op not in self.updating.values():
+                self._compute(op, box)
             case Pack(tag):
                 self._pack(self.schedule.transfers[tag])
             case Ship(tag):
@@ -176,9 +177,9 @@ class _Emitter:
             case Place(delivery):
                 self._place(delivery)
 
-    def _compute(self, name: str) -> None:
-        """This device's iterations of an op."""
-        op, box = self.graph.ops[name], self.plan.placements[name].compute[self.device]
+    def _compute(self, name: str, box: Box) -> None:
+        """Iterations of an op."""
+        op = self.graph.ops[name]
         inputs = [self._input(name, tensor) for tensor in op.inputs]
         outputs = [self._use(self.storage.home[tensor]) for tensor in op.outputs]
         domain, gradient = domain_of(self.graph, op), self.taken.get(name)
@@ -202,12 +203,20 @@ class _Emitter:
 
     def _lowered(self, name: str, lowered: Lowered) -> None:
         """Append the calls of an op, and make their scratch known."""
-        names = {buffer.name: Ref(f"{buffer.name} of {name}") for buffer in lowered.scratch}
-        self.draft.scratch_bytes[name] = sum(buffer.size_bytes for buffer in lowered.scratch)
+        known = self.draft.scratch_bytes
+        piece = f", step {len(self.draft.steps)}" if name in known else ""  # an op in pieces has scratch for each
+        names = {buffer.name: Ref(f"{buffer.name} of {name}{piece}") for buffer in lowered.scratch}
+        known[name] = max(known.get(name, 0), sum(buffer.size_bytes for buffer in lowered.scratch))
+        calls = list(lowered.calls)
+        if lowered.prepared:  # once for all pieces
+            call, made = self.prepared.setdefault(name, (calls[0], names[lowered.prepared]))
+            if piece and call == calls[0]:
+                calls.pop(0)
+                names[lowered.prepared] = made
         for buffer in lowered.scratch:
             label = names[buffer.name].buffer
             self.draft.buffers[label] = replace(buffer, name=label)
-        for call in lowered.calls:
+        for call in calls:
             self._call(replace(call, op=name), names)
 
     def _call(self, call: KernelCall, places: Mapping[str, Ref]) -> None:

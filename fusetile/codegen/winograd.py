@@ -256,7 +256,7 @@ def _over_tiles(one: Convolution, *, lean: bool) -> Lowered:
                 (one.epilogue.alpha,),
             ),
         ]
-    return Lowered(tuple(calls), (u, v, m))
+    return Lowered(tuple(calls), (u, v, m), prepared=u.name if band == one.k_tiles else "")
 
 
 def _over_channels(one: Convolution) -> Lowered:

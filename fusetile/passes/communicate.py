@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -24,6 +25,8 @@ from fusetile.passes.keep import is_left_out, originals
 from fusetile.plan import Layout, Move, Plan, redistribute
 from fusetile.program import Buffer
 
+PART_elements, MOST_parts = 1 << 14, 8
+"""Weights and their gradients travel in moves of so many elements, or so many moves."""
 LOGGED = "(the log)"
 """Stands among the readers of the loss, which every device may log at the end of the step, and of `Graph.logged`."""
 
@@ -95,7 +98,9 @@ def communicate(graph: Graph, plan: Plan, *, block: int, held: Held | None = Non
             for op_name in served:
                 reads[op_name, read_as.get(op_name, name)] = len(deliveries)
             room = held.room(name) if held else None
-            deliveries.append(_delivery(name, layouts.get(name), need, served, room))
+            divided = name in graph.parameters or name in graph.gradients.values()
+            source = layouts.get(name)
+            deliveries.append(_delivery(name, source, need, served, block, room=room, divided=divided))
     return Communication(layouts, tuple(deliveries), reads)
 
 
@@ -171,12 +176,18 @@ def _delivery(
     source: Layout | None,
     need: tuple[Box, ...],
     readers: tuple[str, ...],
-    room: tuple[Box, ...] | None = None,
+    block: int,
+    *,
+    room: tuple[Box, ...] | None,
+    divided: bool,
 ) -> Delivery:
-    """`room`: the boxes of the producer's buffer, if they are given and not to be chosen."""
+    """`room`: the boxes of the producer's buffer, if they are given and not to be chosen. `divided`: large moves are
+    to be several."""
     if source is None:  # fed by the runtime, or a constant: everybody has what he needs
         return Delivery(name, need, (False,) * len(need), (), readers)
     moves = redistribute(source, need)
+    if divided:
+        moves = [part for move in moves for part in _parts(move, block)]
     if room is not None:
         in_place = tuple(contains(box, wanted) for box, wanted in zip(room, need, strict=True))
     else:
@@ -186,6 +197,22 @@ def _delivery(
         )
     moves = [move for move in moves if move.source != move.target or not in_place[move.target]]
     return Delivery(name, need, in_place, tuple(moves), readers)
+
+
+def _parts(move: Move, block: int) -> list[Move]:
+    """A move of weights or their gradients as several: in short messages they give way to what is more urgent."""
+    if len(move.box) < 2 or move.source == move.target:
+        return [move]
+    count = min(MOST_parts, -(-volume(move.box) // PART_elements))
+    axis = max(range(2), key=lambda i: move.box[i][1] - move.box[i][0])
+    start, stop = move.box[axis]
+    blocks = -(-(stop - start) // block)
+    ends = [min(stop, start + blocks * i // count * block) for i in range(count + 1)]
+    return [
+        Move(move.source, move.target, (*move.box[:axis], part, *move.box[axis + 1 :]))
+        for part in pairwise(ends)
+        if part[0] < part[1]
+    ]
 
 
 def wire_dtype(graph: Graph, name: str, link: Link) -> str:

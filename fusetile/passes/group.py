@@ -17,7 +17,7 @@ import numpy as np
 
 from fusetile.box import Box, contains, extents, hull, intersect, subtract, volume
 from fusetile.cluster import Cluster
-from fusetile.cost import kind_of
+from fusetile.cost import cost_of, is_convolution, kind_of, seconds_on
 from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import Domain, domain_of, row
 from fusetile.ops.base import Along
@@ -25,6 +25,8 @@ from fusetile.passes.communicate import wire_dtype
 from fusetile.passes.keep import keep
 from fusetile.plan import Placement, Plan
 
+BEHIND_share = 0.6
+"""Of a convolution's time, what is left when its borders are done: about."""
 Halo = Literal["auto", "exchange", "recompute"]
 
 
@@ -36,9 +38,11 @@ def group(
     halo: Halo = "auto",
     seed: int | None = None,
     keep_maps: bool = True,
+    behind: bool = False,
 ) -> Plan:
     """Grow compute boxes along rows and columns, and leave out what is kept (keep.py) if `keep_maps`. `halo` forces one
-    choice everywhere; `seed` lets a lot decide."""
+    choice everywhere; `seed` lets a lot decide. With `behind`, what is sent of a convolution's output costs nothing if
+    it may travel while the rest is computed (pieces.py): best where links are not busy anyway."""
     if plan.settled:
         return plan
     rng = np.random.default_rng(seed) if seed is not None else None
@@ -59,7 +63,7 @@ def group(
             larger = _cover(domain, box, needs)
             lot = halo == "recompute" if rng is None else bool(rng.integers(2))
             wanted = lot or (
-                rng is None and halo == "auto" and _cheaper(graph, op, domain, box, larger, cluster, device)
+                rng is None and halo == "auto" and _cheaper(graph, op, domain, box, larger, cluster, device, behind)
             )
             grown.append(larger if wanted else box)
         placements[op.name] = Placement(tuple(grown), placement.own)
@@ -94,7 +98,9 @@ def _touches(need: Box, output: Box) -> bool:
     return 0 < volume(need) <= 2 * volume(intersect(need, output))
 
 
-def _cheaper(graph: Graph, op: Op, domain: Domain, box: Box, larger: Box, cluster: Cluster, device: int) -> bool:
+def _cheaper(
+    graph: Graph, op: Op, domain: Domain, box: Box, larger: Box, cluster: Cluster, device: int, behind: bool
+) -> bool:
     """Whether computing the difference takes less time than receiving it."""
     if contains(box, larger):
         return False
@@ -108,4 +114,6 @@ def _cheaper(graph: Graph, op: Op, domain: Domain, box: Box, larger: Box, cluste
     elements = sum(prod(extents(piece)) for piece in missing)
     size = np.dtype(wire_dtype(graph, op.outputs[0], cluster.link)).itemsize
     exchange = cluster.link.latency_seconds + size * elements / cluster.link.bytes_per_second
+    if behind and is_convolution(kind_of(graph, op)):
+        exchange -= BEHIND_share * seconds_on(cost_of(graph, op, box), cluster.nodes[device])
     return recompute < exchange

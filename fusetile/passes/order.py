@@ -11,12 +11,14 @@ expected to have come.
 
 What only updates wait for, and the weights that a step begins with, would be in the way of what is urgent: a device
 receives from all others at a time, and they do not know of each other. Such deliveries begin when a long op does, no
-more of them than will have come by its end, those first that are read first.
+more of them than will have come by its end, those first that are read first. What must be waited for and leaves while
+its op is computed (pieces.py) is on the link before them.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -33,15 +35,21 @@ from fusetile.plan import Move
 @dataclass(frozen=True, slots=True)
 class Order:
     """`ops`: the names of all. `begins[delivery, turn]`: with the op at which position the moves of a delivery that can
-    wait begin, turn by turn (see `turn`); the others begin when they are written."""
+    wait begin, turn by turn (see `turns_of`); the others begin when they are written."""
 
     ops: tuple[str, ...]
     begins: Mapping[tuple[int, int], int]
 
 
-def turn(move: Move, nodes: int) -> int:
-    """When a move takes place among those of a delivery: in each turn every device sends to another one."""
-    return (move.target - move.source) % nodes
+def turns_of(delivery: Delivery) -> dict[Move, int]:
+    """When each move takes place among those of a delivery: in each turn every device sends to another one."""
+    nodes, turns = len(delivery.need), dict[Move, int]()
+    taken: Counter[tuple[int, int]] = Counter()
+    for move in delivery.transfers():
+        ends = (move.source, move.target)
+        turns[move] = taken[ends] * nodes + (move.target - move.source) % nodes
+        taken[ends] += 1
+    return turns
 
 
 def order_ops(
@@ -50,10 +58,11 @@ def order_ops(
     link: Link,
     seconds: Mapping[str, Sequence[float]],
     waiting: Sequence[Collection[str]],
+    cut: Collection[str] = (),
 ) -> Order:
     """`seconds[op]`: what each device takes for its part; `waiting[delivery]`: the readers that have to wait for it, on
-    whatever device. `graph` must be in topological order."""
-    return _Queue(graph, communication, link, seconds, waiting).run()
+    whatever device; `cut`: ops whose outputs travel while they are computed. `graph` must be in topological order."""
+    return _Queue(graph, communication, link, seconds, waiting, cut).run()
 
 
 class _Queue:
@@ -66,7 +75,9 @@ class _Queue:
         link: Link,
         seconds: Mapping[str, Sequence[float]],
         waiting: Sequence[Collection[str]],
+        cut: Collection[str],
     ) -> None:
+        self.cut = cut
         self.graph, self.communication, self.link = graph, communication, link
         self.seconds = {name: max(parts) for name, parts in seconds.items()}
         self.late, self.readers, self.waiting = late_ops(graph), graph.consumers(), waiting
@@ -78,7 +89,7 @@ class _Queue:
                 self.crossing.setdefault(delivery.tensor, []).append(index)
                 for name in waiting[index]:
                     self.awaited.setdefault(name, []).append(index)
-                if self._can_wait(index):
+                if can_wait(graph, communication, index, waiting[index]):
                     self.turns[index] = self._turns(delivery)
         self.work_left = sum(self.seconds.values())
         self.link_left = sum(sum(turns.values()) for turns in self.turns.values())
@@ -96,7 +107,7 @@ class _Queue:
         names = [op.name for op in self.graph.ops.values() if op.phase != UPDATE]
         self.rank = {name: position for position, name in enumerate(names)}
         self._hold_updates()
-        self._send([name for name in self.graph.parameters if name in self.crossing])
+        self._let_wait(self.graph.parameters)
         waits = self._waits(names)
         for name, wait_ahead in zip(names, waits, strict=True):
             self._update(self.now)
@@ -155,12 +166,16 @@ class _Queue:
         self._begin_for(name)
         start = max(self.now, self._ready(name))
         seconds = self.seconds[name]
+        if name in self.cut:
+            self._send(self.graph.ops[name].outputs, start)
         if self.graph.ops[name].phase != UPDATE:  # which is short, and may be one kernel with what is before it
             self._begin(start + seconds if self.link_left <= self.work_left else inf)
         self.now = start + seconds
         self.work_left -= seconds
         self.done.append(name)
-        self._send(self.graph.ops[name].outputs)
+        if name not in self.cut:
+            self._send(self.graph.ops[name].outputs, self.now)
+        self._let_wait(self.graph.ops[name].outputs)
         for update in self.lets.get(name, []):
             self.unread[update].discard(name)
             if not self.unread[update]:
@@ -177,31 +192,31 @@ class _Queue:
             self.updates.remove(first)
             self._run(first)
 
-    def _send(self, tensors: Iterable[str]) -> None:
-        """What must be waited for overtakes the rest."""
-        for tensor in tensors:
-            for index in self.crossing.get(tensor, []):
-                if index in self.turns:
-                    first = min((self.rank.get(name, len(self.rank)) for name in self.waiting[index]), default=0)
-                    for number in self.turns[index]:
-                        heapq.heappush(self.pending, (first, index, number))
-                else:
-                    size_bytes, messages = busiest(self.graph, self.communication.deliveries[index], self.link)
-                    seconds = size_bytes / self.link.bytes_per_second + messages * MESSAGE_seconds
-                    self._carry(index, seconds, urgent=any(name not in self.late for name in self.waiting[index]))
+    def _send(self, tensors: Iterable[str], begin: float) -> None:
+        """What is written and must be waited for: it overtakes the rest."""
+        for index in self._deliveries(tensors):
+            if index not in self.turns:
+                size_bytes, messages = busiest(self.graph, self.communication.deliveries[index], self.link)
+                seconds = size_bytes / self.link.bytes_per_second + messages * MESSAGE_seconds
+                urgent = any(name not in self.late for name in self.waiting[index])
+                self._carry(index, seconds, begin if urgent else max(begin, self.link_free))
 
-    def _can_wait(self, index: int) -> bool:
-        """Whether a delivery is one of parameters, or only updates wait for it."""
-        if self.communication.deliveries[index].tensor in self.graph.parameters:
-            return True
-        return all(self.graph.ops[name].phase == UPDATE for name in self.waiting[index])
+    def _let_wait(self, tensors: Iterable[str]) -> None:
+        """What is written and can wait."""
+        for index in self._deliveries(tensors):
+            if index in self.turns:
+                first = min((self.rank.get(name, len(self.rank)) for name in self.waiting[index]), default=0)
+                for number in self.turns[index]:
+                    heapq.heappush(self.pending, (first, index, number))
+
+    def _deliveries(self, tensors: Iterable[str]) -> list[int]:
+        return [index for tensor in tensors for index in self.crossing.get(tensor, [])]
 
     def _turns(self, delivery: Delivery) -> dict[int, float]:
         turns: dict[int, float] = {}
         size = np.dtype(wire_dtype(self.graph, delivery.tensor, self.link)).itemsize
-        for move in delivery.transfers():
+        for move, number in turns_of(delivery).items():
             seconds = size * volume(move.box) / self.link.bytes_per_second + MESSAGE_seconds
-            number = turn(move, len(delivery.need))
             turns[number] = max(seconds, turns.get(number, 0.0))
         return dict(sorted(turns.items()))
 
@@ -220,14 +235,20 @@ class _Queue:
         self.begins[index, number] = len(self.done)
         seconds = self.turns[index].pop(number)
         self.link_left -= seconds
-        self._carry(index, seconds, urgent=False)
+        self._carry(index, seconds, max(self.now, self.link_free))
         if self.turns[index]:
             self.arrival[index] = inf
 
-    def _carry(self, index: int, seconds: float, *, urgent: bool) -> None:
-        begin = self.now if urgent else max(self.now, self.link_free)
-        self.link_free = max(self.link_free, self.now) + seconds
+    def _carry(self, index: int, seconds: float, begin: float) -> None:
+        self.link_free = max(self.link_free, begin) + seconds
         self.arrival[index] = begin + seconds + self.link.latency_seconds
+
+
+def can_wait(graph: Graph, communication: Communication, index: int, waiting: Collection[str]) -> bool:
+    """Whether a delivery is one of parameters, or only updates are among its readers that wait for it."""
+    if communication.deliveries[index].tensor in graph.parameters:
+        return True
+    return all(graph.ops[name].phase == UPDATE for name in waiting)
 
 
 def late_ops(graph: Graph) -> set[str]:

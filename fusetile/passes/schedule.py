@@ -4,42 +4,45 @@
 
 All devices follow the one global order, each leaving out what is not its part. A transfer is shipped, and its receive
 posted, where its tensor is written, or, if it can wait, with the op that order.py says; it is awaited, on both sides,
-where its first reader stands. So of all
-devices the one that is furthest behind can always go on: there is no deadlock, and `check` proves it for each schedule.
-The order itself is made in order.py.
+where its first reader stands. So of all devices the one that is furthest behind can always go on: there is no deadlock,
+and `check` proves it for each schedule. The order itself is made in order.py.
 
-Tiles are not cut into an interior, computed while the halo is under way, and a rest: by the simulation that gains
-nothing (0.998 to 1.000 times the step of YOLOv2-16, VGG-16 and U-Net at batch 1 on six Pi 3). Halos are small; what is
-waited for are whole maps where the split changes, sums of BatchNorm, and weights.
+What takes long to come is not always waited for by all of an op, nor made by all of it: convolutions are computed in
+pieces where that hides a transfer (pieces.py). What is sent leaves behind the piece that completes it; what comes is
+awaited behind the piece that does not need it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from fusetile.box import Box, contains, hull, volume
+from fusetile.box import Box, contains, hull, intersect, volume
 from fusetile.cluster import Cluster, Link
 from fusetile.cost import op_seconds
 from fusetile.errors import PlanError
-from fusetile.graph import UPDATE, Graph
-from fusetile.ops import domain_of
+from fusetile.graph import UPDATE, Graph, Op
+from fusetile.ops import Domain, domain_of
 from fusetile.passes.communicate import Communication, wire_dtype
-from fusetile.passes.order import Order, order_ops, turn
+from fusetile.passes.order import Order, can_wait, order_ops, turns_of
+from fusetile.passes.pieces import Cut, Cuts, Piece, cuts
 from fusetile.plan import Move, Plan
 
+T = TypeVar("T")
 SMALL_bytes = 16_384
 """Up to here the cost of a message is that of its existence, not of its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A move of a delivery."""
+    """A move of a delivery, and its turn among those of it."""
 
     delivery: int
     move: Move
+    turn: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +62,11 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Run this device's iterations of an op."""
+    """Run iterations of an op, which are predicted to take so long: all that this device does, or a piece."""
 
     op: str
+    box: Box
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +122,14 @@ def schedule(graph: Graph, plan: Plan, communication: Communication, *, cluster:
     """Raises PlanError if the result could block."""
     seconds = op_seconds(graph, plan, cluster)
     waiting = _waiting(graph, plan, communication)
-    order = order_ops(graph, communication, cluster.link, seconds, waiting)
+    urgent = {i: readers for i, readers in enumerate(waiting) if not can_wait(graph, communication, i, readers)}
+    cut = cuts(graph, plan, communication, cluster, seconds, urgent)
+    early = {name for (name, _), each in cut.items() if each.awaited is None}
+    order = order_ops(graph, communication, cluster.link, seconds, waiting, early)
     position = {name: i for i, name in enumerate(order.ops)}
     readers = _first_readers(communication, plan.nodes, position, waiting)
     transfers = _transfers(graph, communication, order, readers, cluster.link)
-    actions = _actions(graph, plan, communication, order, transfers, readers)
+    actions = _actions(graph, plan, communication, order, transfers, readers, seconds, cut)
     result = Schedule(order.ops, seconds, transfers, actions)
     check(result, plan.nodes)
     return result
@@ -140,7 +148,7 @@ def _transfers(
     for number, part in enumerate(_moves(communication)):
         if _size_bytes(graph, communication, part, link) > SMALL_bytes:
             moment = ("alone", number)
-        elif (begin := _begin(part, communication, order)) is not None:
+        elif (begin := _begin(part, order)) is not None:
             moment = ("with", begin)
         else:
             moment = ("behind", written[communication.deliveries[part.delivery].tensor])
@@ -159,10 +167,9 @@ def _transfers(
     )
 
 
-def _begin(part: Part, communication: Communication, order: Order) -> int | None:
+def _begin(part: Part, order: Order) -> int | None:
     """With the op at which position a move begins; None if it begins when it is written."""
-    nodes = len(communication.deliveries[part.delivery].need)
-    return order.begins.get((part.delivery, turn(part.move, nodes)))
+    return order.begins.get((part.delivery, part.turn))
 
 
 def _size_bytes(graph: Graph, communication: Communication, part: Part, link: Link) -> int:
@@ -173,9 +180,8 @@ def _size_bytes(graph: Graph, communication: Communication, part: Part, link: Li
 def _moves(communication: Communication) -> Iterator[Part]:
     """All moves over the network; each source serves its targets in its own turn, so that links do not collide."""
     for index, delivery in enumerate(communication.deliveries):
-        nodes = len(delivery.need)
-        rotated = sorted(delivery.transfers(), key=lambda move: (turn(move, nodes), move.source))
-        yield from (Part(index, move) for move in rotated)
+        rotated = sorted(turns_of(delivery).items(), key=lambda item: (item[1], item[0].source))
+        yield from (Part(index, move, number) for move, number in rotated)
 
 
 def _waiting(graph: Graph, plan: Plan, communication: Communication) -> list[dict[str, tuple[int, ...]]]:
@@ -231,42 +237,97 @@ def _actions(
     order: Order,
     transfers: tuple[Transfer, ...],
     readers: dict[tuple[int, int], int],
+    seconds: Mapping[str, Sequence[float]],
+    cut: Cuts,
 ) -> tuple[tuple[Action, ...], ...]:
-    behind: dict[str, list[Transfer]] = {}  # tensor -> what begins when it is written
-    begins: dict[int, list[Transfer]] = {}  # position -> what begins with that op
-    awaited: dict[tuple[int, int], list[int]] = {}  # (device, position) -> tags
-    for transfer in transfers:
-        first = transfer.parts[0]
-        begin = _begin(first, communication, order)
-        if begin is not None:
-            begins.setdefault(begin, []).append(transfer)
-        else:
-            behind.setdefault(communication.deliveries[first.delivery].tensor, []).append(transfer)
-        for device in (transfer.source, transfer.target):
-            awaited.setdefault((device, transfer.priority), []).append(transfer.tag)
-    placed: dict[tuple[int, int], list[int]] = {}
-    for index, delivery in enumerate(communication.deliveries):
-        for device in {move.target for move in delivery.moves}:
-            placed.setdefault((device, readers[index, device]), []).append(index)
+    moments = _moments(communication, order, transfers, readers)
     actions = []
     for device in range(plan.nodes):
         steps: list[Action] = []
-        for at in range(len(order.ops) + 1):
-            update = at < len(order.ops) and graph.ops[order.ops[at]].phase == UPDATE  # it may wait
-            soon = [t for t in begins.get(at, []) if update or t.priority == at]
+        for at, name in enumerate(order.ops):
+            op, box = graph.ops[name], plan.placements[name].compute[device]
+            whole = Cut((Piece(box, seconds[name][device]),) if volume(box) else ())
+            how = cut.get((name, device), whole)
+            beginning, (tags, indices) = moments.begins.get((device, at), []), moments.received(device, at)
+            soon, later = _parted(beginning, [op.phase == UPDATE or t.priority == at for t in beginning])
+            first, rest = _parted(tags, [any(p.delivery != how.awaited for p in transfers[tag].parts) for tag in tags])
+            written = [t for tensor in op.outputs for t in moments.behind.get((device, tensor), [])]
+            early, last = _parted(written, [(name, t.source) in cut for t in written])
             steps += _started(device, soon)
-            if (device, at) in awaited:
-                steps.append(Await(tuple(awaited[device, at])))
-            steps += [Place(index) for index in placed.get((device, at), [])]
-            if at == len(order.ops):
-                break
-            steps += _started(device, [t for t in begins.get(at, []) if t not in soon])
-            if volume(plan.placements[order.ops[at]].compute[device]):
-                steps.append(Compute(order.ops[at]))
-            written = graph.ops[order.ops[at]].outputs
-            steps += _started(device, [t for name in written for t in behind.get(name, [])])
+            steps += _received(first, [i for i in indices if i != how.awaited])
+            steps += _started(device, later)
+            steps += [Post(t.tag) for t in early if t.target == device]  # before their source has done all of the op
+            between = _received(rest, [i for i in indices if i == how.awaited])
+            leaving = [t for t in early if t.source == device]
+            steps += _computed(op, domain_of(graph, op), leaving, how.pieces, between)
+            steps += _started(device, last)
+        steps += _received(*moments.received(device, len(order.ops)))
         actions.append(tuple(steps))
     return tuple(actions)
+
+
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """By device and: position of an op, what begins with it, tags that it awaits, deliveries that are put together for
+    it; tensor, what begins when it is written."""
+
+    begins: dict[tuple[int, int], list[Transfer]]
+    awaited: dict[tuple[int, int], list[int]]
+    placed: dict[tuple[int, int], list[int]]
+    behind: dict[tuple[int, str], list[Transfer]]
+
+    def received(self, device: int, at: int) -> tuple[list[int], list[int]]:
+        return self.awaited.get((device, at), []), self.placed.get((device, at), [])
+
+
+def _moments(
+    communication: Communication,
+    order: Order,
+    transfers: Sequence[Transfer],
+    readers: Mapping[tuple[int, int], int],
+) -> _Moments:
+    moments = _Moments({}, {}, {}, {})
+    for transfer in transfers:
+        first = transfer.parts[0]
+        begin, tensor = _begin(first, order), communication.deliveries[first.delivery].tensor
+        for device in (transfer.source, transfer.target):
+            if begin is not None:
+                moments.begins.setdefault((device, begin), []).append(transfer)
+            else:
+                moments.behind.setdefault((device, tensor), []).append(transfer)
+            moments.awaited.setdefault((device, transfer.priority), []).append(transfer.tag)
+    for index, delivery in enumerate(communication.deliveries):
+        for device in {move.target for move in delivery.moves}:
+            moments.placed.setdefault((device, readers[index, device]), []).append(index)
+    return moments
+
+
+def _received(tags: Sequence[int], deliveries: Sequence[int]) -> list[Action]:
+    """Wait for transfers, then put deliveries together."""
+    return [*([Await(tuple(tags))] if tags else []), *map(Place, deliveries)]
+
+
+def _computed(
+    op: Op, domain: Domain, leaving: Sequence[Transfer], pieces: Sequence[Piece], between: Sequence[Action]
+) -> Iterator[Action]:
+    """The pieces of an op, and behind each of them what can leave then; behind the first what the others wait for."""
+    for i, piece in enumerate(pieces):
+        yield Compute(op.name, piece.box, piece.seconds)
+        missing = [domain.output(other.box) for other in pieces[i + 1 :]]
+        waits = [any(volume(intersect(p.move.box, box)) for p in t.parts for box in missing) for t in leaving]
+        leaving, ready = _parted(leaving, waits)
+        yield from (Pack(t.tag) for t in ready)
+        yield from (Ship(t.tag) for t in ready)
+        if i == 0:
+            yield from between
+
+
+def _parted(items: Sequence[T], belongs: Sequence[bool]) -> tuple[list[T], list[T]]:
+    """Those that belong, and those that do not."""
+    parts: tuple[list[T], list[T]] = ([], [])
+    for item, does in zip(items, belongs, strict=True):
+        parts[not does].append(item)
+    return parts
 
 
 def _started(device: int, transfers: list[Transfer]) -> Iterator[Action]:
@@ -288,7 +349,7 @@ def check(result: Schedule, nodes: int) -> None:
         for device, actions in enumerate(result.actions):
             while at[device] < len(actions):
                 action = actions[at[device]]
-                if isinstance(action, Await) and not set(action.tags) <= shipped & posted:
+                if isinstance(action, Await) and not all(tag in shipped and tag in posted for tag in action.tags):
                     break
                 if isinstance(action, Ship | Post):
                     done, end = (shipped, "source") if isinstance(action, Ship) else (posted, "target")

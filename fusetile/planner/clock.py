@@ -19,6 +19,8 @@ from fusetile.device import Messaging
 
 CHUNK_bytes = 1 << 14  # the runtime's
 BUFFERED_bytes = 4096
+TICK_seconds = 1e-7
+"""Events that are nearer to each other are of one time, whatever the rounding errors."""
 CHUNKS_per_message = 128
 """Messages of more chunks are played in longer ones: that takes less time and changes little."""
 
@@ -84,7 +86,7 @@ class _Clock:
         self.sends_again = [0.0] * nodes  # when a source's direction is free
         self.received = [0.0] * nodes  # when a target has what is on its way to it
         self.asked = [-1.0] * nodes  # when a source is to try again
-        self.events: list[tuple[float, int, str, int]] = []
+        self.events: list[tuple[int, int, float, str, int]] = []  # tick, turn, time, what, subject
         self.count = 0
         self.busy: list[list[tuple[float, float, int]]] = [[] for _ in range(nodes)]
         self.carried = [(0.0, 0.0)] * len(messages)
@@ -94,20 +96,21 @@ class _Clock:
         for device in range(len(self.works)):
             self._go_on(device, now)
         while self.events:
-            now, _, what, subject = heapq.heappop(self.events)
+            _, turn, now, what, subject = heapq.heappop(self.events)
             if what == "free":
                 self._free(subject, now)
             elif what == "send":
-                self._send(subject, now)
+                self._send(subject, now, turn)
             else:
                 self._arrived(subject, now)
         if any(at < len(works) for at, works in zip(self.at, self.works, strict=True)):
             raise RuntimeError("the schedule that is simulated waits for itself")
         return Timeline(now, tuple(map(tuple, self.busy)), tuple(self.carried))
 
-    def _at(self, time: float, what: str, subject: int) -> None:
-        self.count += 1  # ties: first come, first served
-        heapq.heappush(self.events, (time, self.count, what, subject))
+    def _at(self, time: float, what: str, subject: int, turn: int = 0) -> None:
+        """Events of one time happen in the order of their turns, by default first come, first served."""
+        self.count += 1
+        heapq.heappush(self.events, (round(time / TICK_seconds), turn or self.count, time, what, subject))
 
     def _free(self, device: int, now: float) -> None:
         """A work ends, or goes on for as long as messages have interrupted it."""
@@ -146,14 +149,15 @@ class _Clock:
         heapq.heappush(self.queues[message.source].setdefault(message.target, []), (message.priority, tag))
         self._ask(message.source, max(now, self.sends_again[message.source]))
 
-    def _ask(self, source: int, time: float) -> None:
+    def _ask(self, source: int, time: float, turn: int = 0) -> None:
         """Let a source try to send at a time, unless it will try before."""
         if self.asked[source] < 0 or time < self.asked[source]:
             self.asked[source] = time
-            self._at(time, "send", source)
+            self._at(time, "send", source, turn)
 
-    def _send(self, source: int, now: float) -> None:
-        """Put the next chunk on the way, or try again when a target has received enough."""
+    def _send(self, source: int, now: float, turn: int) -> None:
+        """Put the next chunk on the way, or try again when a target has received enough. Who has waited for a target
+        since before another sent to it comes first then: connections to one device share its link."""
         if self.asked[source] != now:
             return  # it was asked to try at another time
         self.asked[source] = -1.0
@@ -165,10 +169,10 @@ class _Clock:
         ready = [
             ((priority, tag), target)
             for (priority, tag), target in waiting
-            if self.received[target] <= now + slack or self.messages[tag].size_bytes <= BUFFERED_bytes
+            if self.received[target] <= now + slack + TICK_seconds or self.messages[tag].size_bytes <= BUFFERED_bytes
         ]
         if not ready:
-            self._ask(source, min(self.received[target] for _, target in waiting) - slack)
+            self._ask(source, min(self.received[target] for _, target in waiting) - slack, turn)
             return
         (_, tag), target = min(ready)
         size = self.messages[tag].size_bytes

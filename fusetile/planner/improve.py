@@ -36,7 +36,7 @@ def improve(player: Player, space: Space, best: Played) -> Played:
         objective: Sums = objectives[trial % len(objectives)]
         change = untried[int(objective.of_each(np.array(untried)).argmin())]
         tried.add(change)
-        result = player.play("auto", space.splits(change))
+        result = player.play("auto", space.splits(change), behind=best.behind)
         if result.seconds < best.seconds and player.seconds_within(result) < player.seconds_within(best):
             best, choice = result, change
     return best

@@ -28,12 +28,14 @@ Splits = Mapping[str, Split]
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """A plan whose step takes `seconds`, by the simulation; `name`: the rule that it comes from."""
+    """A plan whose step takes `seconds`, by the simulation; `name`: the rule that it comes from; `behind` as in
+    `group`."""
 
     name: str
     splits: Splits
     plan: Plan
     seconds: float
+    behind: bool
 
 
 class Player:
@@ -46,17 +48,17 @@ class Player:
         self._lacking: dict[int, tuple[int, ...]] = {}
         self._saved: dict[int, tuple[float, tuple[int, ...]]] = {}
 
-    def play(self, name: str, splits: Splits, *, keep: bool = True) -> Played:
-        """Without `keep`, maps are computed and sent again rather than kept."""
-        key = (tuple(sorted(splits.items())), keep)
+    def play(self, name: str, splits: Splits, *, keep: bool = True, behind: bool = False) -> Played:
+        """Without `keep`, maps are computed and sent again rather than kept; `behind` as in `group`."""
+        key = (tuple(sorted(splits.items())), keep, behind)
         if key not in self._known:
             graph, cluster = self.graph, self.cluster
             plan = place(graph, splits, speeds=cluster.speeds, block=self.block)
-            plan = group(graph, plan, cluster=cluster, halo=self.halo, keep_maps=keep)
+            plan = group(graph, plan, cluster=cluster, halo=self.halo, keep_maps=keep, behind=behind)
             communication = communicate(graph, plan, block=self.block)
             order = schedule(graph, plan, communication, cluster=cluster)
             seconds = simulate(communication, order, cluster).seconds
-            self._known[key] = Played(name, splits, plan, seconds)
+            self._known[key] = Played(name, splits, plan, seconds, behind)
             self.played.append(self._known[key])
         return self._known[key]
 

@@ -31,8 +31,8 @@ def works_of(
         mine: list[Work] = []
         for action in order.actions[device]:
             match action:
-                case Compute(name):
-                    mine.append(Work(order.seconds[name][device]))
+                case Compute(_, _, seconds):
+                    mine.append(Work(seconds))
                 case Pack(tag):
                     narrow = all(dtype == "float16" for dtype in order.transfers[tag].dtypes)
                     mine.append(Work(messages[tag].size_bytes * copied * (NARROWING if narrow else 1)))

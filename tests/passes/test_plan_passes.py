@@ -18,12 +18,12 @@ from fusetile.errors import PlanError, UserError
 from fusetile.graph import FORWARD, UPDATE, Graph
 from fusetile.ops import Axis, Domain, domain_of
 from fusetile.passes.assign import assign
-from fusetile.passes.communicate import LOGGED, Communication, aligned, communicate, moved_bytes
+from fusetile.passes.communicate import LOGGED, Communication, MOST_parts, aligned, communicate, moved_bytes
 from fusetile.passes.group import Halo, group
 from fusetile.passes.keep import is_left_out, originals
 from fusetile.passes.tile import CHANNEL_AXES, SMALLEST_SHARD_elements, Split, cut, shard, tile
 from fusetile.plan import Placement, Plan, uncovered
-from tests.graphs import NETWORKS
+from tests.graphs import NETWORKS, Net
 from tests.passes.golden import assert_golden, communication_text, plan_text, small
 from tests.random_graphs import random_graph
 from tests.training import PLAIN, mixed_cluster, planned, training_graph
@@ -300,6 +300,19 @@ def test_every_needed_element_is_delivered_exactly_once(name: str, nodes: int, p
 def test_deliveries_of_random_networks(seed: int) -> None:
     graph = training_graph(random_graph(seed + 50))
     assert_delivered(graph, *planned(graph, f"random:{seed}", 4, seed=seed, block=16), block=16)
+
+
+def test_large_weights_travel_in_several_moves() -> None:
+    """Cut at whole blocks; maps are not."""
+    net = Net((2, 160, 9, 9))
+    graph = training_graph(net.done(net.conv(net.x, 200)))
+    _, communication = planned(graph, "batch", 2)
+    into = [[m for m in d.transfers() if m.target == 1] for d in communication.deliveries if d.transfers()]
+    several = [moves for moves in into if len(moves) > 1]
+    assert len(several) == 2  # the weights, and their gradient
+    for moves in several:
+        assert len(moves) == MOST_parts
+        assert all(edge % 8 == 0 for move in moves for interval in move.box[:2] for edge in interval)
 
 
 def test_the_loss_reaches_everybody_and_next_values_lie_where_the_parameters_do() -> None:

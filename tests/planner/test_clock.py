@@ -65,6 +65,20 @@ def test_an_urgent_message_overtakes_a_long_one_after_a_chunk() -> None:
     )
 
 
+def test_who_waits_for_a_busy_device_gets_a_share_of_its_link() -> None:
+    """A short message from a third device takes turns with two long ones: 2 chunks of its own, 4 of the others."""
+    messages = [Message(1, 0, 50 * CHUNK_bytes), Message(2, 0, 50 * CHUNK_bytes), Message(3, 0, 2 * CHUNK_bytes)]
+    late = 10.5 * CHUNK_seconds
+    works = [
+        [Work(posts=(0, 1, 2)), Work(awaits=(0, 1, 2))],
+        [Work(ships=(0,)), Work(awaits=(0,))],
+        [Work(ships=(1,)), Work(awaits=(1,))],
+        [Work(late), Work(ships=(2,)), Work(awaits=(2,))],
+    ]
+    start, stop = play(works, messages, LINK).messages[2]
+    assert start >= late and stop - late < 9 * CHUNK_seconds + LINK.latency_seconds
+
+
 def test_messages_take_processor_time_from_what_is_computed_meanwhile() -> None:
     """Half a second of bytes costs 0.05 s at either end: one device computes all the time, the other waits."""
     works = [[Work(ships=(0,)), Work(0.7), Work(awaits=(0,))], [Work(posts=(0,)), Work(awaits=(0,)), Work(0.1)]]
