@@ -21,6 +21,7 @@ from threading import Lock
 from fusetile.codegen.calls import BODY, Kernel
 from fusetile.codegen.elf import needed_libraries, undefined_symbols
 from fusetile.codegen.targets import Target
+from fusetile.codegen.zig import zig_cc
 from fusetile.errors import FusetileError, PlanError
 
 Progress = Callable[[int, int], None]
@@ -182,8 +183,7 @@ def _link(kernels: Sequence[Kernel], objects: Sequence[Path], target: Target) ->
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         c, made = Path(scratch) / "segment.c", Path(scratch) / "kernels.so"
         c.write_text(source)
-        command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *target.zig, "-o", str(made), str(c)]
-        result = subprocess.run([*command, *map(str, objects), "-lm", "-lpthread"], capture_output=True, text=True)
+        result = zig_cc(*FLAGS, *target.zig, "-o", str(made), str(c), *map(str, objects), "-lm", "-lpthread")
         if result.returncode:
             raise FusetileError(f"the kernel library for {target.name} does not link:\n{result.stderr[-2000:]}")
         check_portable(made.read_bytes(), target)

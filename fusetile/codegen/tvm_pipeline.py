@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -22,6 +20,8 @@ from tvm.script import from_source
 from tvm.script import tirx as T
 from tvm.tirx import compilation_pipeline
 from tvm.tirx.buffer import is_buffer_var
+
+from fusetile.codegen.zig import zig_cc
 
 PIPELINE = "fusetile"
 
@@ -116,8 +116,7 @@ def compile_ir(ir: str, zig: Sequence[str], path: Path) -> None:
     """Compile LLVM IR, as TVM writes it, with zig: to an object or, with -S among the flags, to assembly."""
     text = path.with_suffix(".ll")
     text.write_text(ir)
-    command = [sys.executable, "-m", "ziglang", "cc", "-c", "-O2", "-fPIC", *zig, "-o", str(path), str(text)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = zig_cc("-c", "-O2", "-fPIC", *zig, "-o", str(path), str(text))
     if result.returncode:
         raise RuntimeError(result.stderr)
 
