@@ -55,8 +55,8 @@ def hull(boxes: Iterable[Box]) -> Box:
     """The smallest box that holds all of them; the rank is taken from the first."""
     boxes = list(boxes)
     full = [box for box in boxes if volume(box)]
-    if not full:
-        return boxes[0]
+    if len(full) < 2:
+        return (full or boxes)[0]
     return tuple((min(start for start, _ in dim), max(stop for _, stop in dim)) for dim in zip(*full, strict=True))
 
 
