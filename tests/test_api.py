@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -48,7 +49,10 @@ def test_a_callback_sees_every_step_and_ends_the_training(model: Path, data: Pat
     assert [step.step for step in seen] == [1, 2, 3] and stopped.steps == 3
     assert [bool(step.validation) for step in seen] == [False, True, False] and seen[1].best
     assert stopped.best == tmp_path / "a" / "best.onnx" and stopped.best.exists()
-    assert [step.json() for step in seen] == (tmp_path / "log.jsonl").read_text().splitlines()
+    *before, end = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [step.json() for step in seen[:2]] == before
+    last = StepRecord.from_json(json.loads(end))
+    assert (last.step, last.loss) == (3, seen[2].loss) and last.validation, "validated as at any end"
     assert len(np.load(tmp_path / "g.npz").files) == 10
     short = fusetile.train(model, data, out=tmp_path / "b", nodes=2, training=TRAINING, run=RunOptions(steps=3))
     assert short.best is None

@@ -72,15 +72,14 @@ class Loop:
             snapshot.clear()
             record = self._step(step, snapshot)
             if self._validates(step):
-                assert self._validation is not None
-                history = self._validation.run(step, history)
-                record = replace(record, validation=history.values, best=history.best_step == step)
+                history, record = self._validated(record, history)
+            stopped = self._options.followed and not self._goes_on(record)
+            if stopped and self._validation is not None and not self._validates(step):  # as at any end
+                history, record = self._validated(record, history)
             self._progress.step(record)
             if record.best:
                 self._write(self._options.best, step, history)
-            reason = self._reason(history)
-            if self._options.followed and not self._goes_on(record):
-                reason = "the program that follows wanted no more"
+            reason = "the program that follows wanted no more" if stopped else self._reason(history)
             every = self._options.checkpoint_every
             if every and (step % every == 0 or step == self._total or reason):
                 self._write(self._options.checkpoints, step, history)
@@ -95,6 +94,12 @@ class Loop:
             self._progress.step(record)
             raise failure
         return record
+
+    def _validated(self, record: StepRecord, history: History) -> tuple[History, StepRecord]:
+        """After a step, with what the validation shows."""
+        assert self._validation is not None
+        history = self._validation.run(record.step, history)
+        return history, replace(record, validation=history.values, best=history.best_step == record.step)
 
     def _validates(self, step: int) -> bool:
         return self._validation is not None and (step % self._every == 0 or step == self._total)
