@@ -96,7 +96,8 @@ def train(
 
     `on_step` is called after each step: with its number, its loss, the values of the validation if there was one; if
     it returns False the training ends there, as if it had been meant to, with a validation of which the log and the
-    report tell. What it raises ends the training, and is raised. Without `quiet` progress is printed; `watch` gives what is told of the compilation.
+    report tell. What it raises ends the training, and is raised. Without `quiet` progress is printed; `watch` gives
+    what is told of the compilation.
 
     Raises UserError for mistakes in files and options, other FusetileErrors for faults.
     """

@@ -157,8 +157,9 @@ class Training:
         int,
         _training(
             "--accumulate",
-            "Batches per step: the optimizer takes the mean of their gradients. BatchNormalization takes the "
-            "statistics of each by itself.",
+            "Batches per step: the optimizer takes the mean of their gradients; devices exchange them once per step if "
+            "memory allows it. BatchNormalization takes the statistics of each batch by itself, which are not those of "
+            "one large batch; its running ones move on K times per step.",
             min=1,
             metavar="K",
         ),

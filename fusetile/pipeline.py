@@ -146,14 +146,18 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
     if training.accumulate > 1:
         with trace.stage("accumulate") as seen:
             whole = seen(accumulate(whole, training.accumulate))
-            graph, plan = rematerialize(whole, cheap(whole)), place_sums(whole, plan)
+            graph = rematerialize(whole, cheap(whole))
         if any(op.kind == "BatchStatistics" for op in graph.ops.values()):
             trace.on_note(
                 f"--accumulate {training.accumulate}: BatchNormalization takes the statistics of each of the "
                 f"{training.accumulate} batches of a step by itself"
             )
-    laid = lay_out(graph, plan, cluster=cluster, training=training, trace=trace)
-    laid, saving = _economize(whole, plan, laid, cluster=cluster, training=training, trace=trace)
+    for apart in (True, False) if training.accumulate > 1 else (False,):
+        placed = place_sums(whole, plan, apart=apart)
+        laid = lay_out(graph, placed, cluster=cluster, training=training, trace=trace)
+        laid, saving = _economize(whole, placed, laid, cluster=cluster, training=training, trace=trace)
+        if (laid.arena_bytes <= room_bytes(cluster)).all():
+            break
     others: dict[str, LaidOut] = {}
     if training.accumulate > 1:
         with trace.stage("micro") as seen:

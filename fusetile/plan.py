@@ -42,10 +42,13 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class Placement:
     """An op's iteration domain over the devices: `own` boxes partition it; `compute ⊇ own` may overlap between
-    devices along parallel axes only (recomputation). Boxes have one interval per axis of the op's domain."""
+    devices along parallel axes only (recomputation). Boxes have one interval per axis of the op's domain. With
+    `partial` the op is linear and every device does it to its own contributions to inputs whose layout is a sum; so the
+    boxes overlap, and its outputs are sums too."""
 
     compute: tuple[Box, ...]
     own: tuple[Box, ...]
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,7 +199,7 @@ def test_batches_of_a_step_are_one_large_batch(tmp_path: Path) -> None:
     whole = job.run("--nodes", 1)
     expected = np.load(whole / "gradients.npz")
     assert len(losses(whole / "log.jsonl")) == 4
-    for nodes, plan in ((1, "single"), (4, "grid:2x2")):
+    for nodes, plan in ((1, "single"), (2, "batch"), (3, "grid:3x1"), (4, "grid:2x2")):
         cut = job.run("--nodes", nodes, "--plan", plan, "--batch", 3, "--accumulate", 4)
         assert losses(cut / "log.jsonl") == pytest.approx(losses(whole / "log.jsonl"), rel=1e-5)
         for name, value in weights(cut).items():

@@ -2,8 +2,10 @@
 
 SGD(w, grad.w, ...)          Accumulate(sum, grad.w, kept) -> sum.new;  SGD(w, sum.new, ...)
 
-`kept` is 0 in the first batch of a step, else 1. The sums lie where the updates are, so that each device adds up its
-own shards. All batches of a step but the last run a routine of their own, without the optimizer: `micro`.
+`kept` is 0 in the first batch of a step, else 1. All batches of a step but the last run a routine of their own, without
+the optimizer: `micro`. Where devices have contributions to a gradient, each adds up its own: only the sums travel, once
+per step. Where memory does not allow for that the sums lie where the updates are, in shards, and every batch's
+contributions travel there.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from fusetile.box import volume
 from fusetile.graph import UPDATE, Graph, Parameter
-from fusetile.plan import Plan
+from fusetile.ops import domain_of
+from fusetile.plan import Placement, Plan
 
 SUM, RUNNING = "Accumulate", "RunningStatistics"
 
@@ -40,13 +44,20 @@ def accumulate(graph: Graph, batches: int) -> Graph:
     return graph.sorted()
 
 
-def place_sums(graph: Graph, plan: Plan) -> Plan:
-    """The plan of a graph without sums, for one that has them."""
-    more = {}
+def place_sums(graph: Graph, plan: Plan, *, apart: bool) -> Plan:
+    """The plan of a graph without sums, for one that has them. `apart`: every device adds up its own contributions."""
+    more, producers = {}, graph.producers()
     for name, gradient in graph.gradients.items():
-        op = graph.producers()[gradient]
+        op = producers[gradient]
         if op.kind == SUM:
-            more[op.name] = plan.placements[graph.producers()[graph.next_value[name]].name]
+            maker = producers[op.inputs[1]]
+            own, domain = plan.placements[maker.name].own, domain_of(graph, maker)
+            if apart and any(volume(box) and domain.is_partial(box) for box in own):
+                axes, output = len(domain_of(graph, op).axes), maker.outputs.index(op.inputs[1])
+                boxes = tuple(domain.output(box, output)[:axes] for box in own)
+                more[op.name] = Placement(boxes, boxes, partial=True)
+            else:
+                more[op.name] = plan.placements[producers[graph.next_value[name]].name]
     return replace(plan, placements={**plan.placements, **more})
 
 

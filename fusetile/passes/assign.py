@@ -56,7 +56,7 @@ def assign(
 def _read_plan(graph: Graph, path: Path, nodes: int) -> Plan:
     try:
         ops = json.loads(path.read_text())["ops"]
-        placements = {op["name"]: Placement(*(_boxes(op[key], nodes) for key in ("compute", "own"))) for op in ops}
+        placements = {op["name"]: Placement(_boxes(op["compute"], nodes), _boxes(op["own"], nodes)) for op in ops}
     except OSError as error:
         raise UserError(f"--plan {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:

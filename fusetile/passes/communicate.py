@@ -93,6 +93,13 @@ def communicate(graph: Graph, plan: Plan, *, block: int, held: Held | None = Non
         elif name in graph.logged:
             everything = whole(graph.tensors[name].shape)
             needs[LOGGED] = (everything, *[empty(len(everything))] * (plan.nodes - 1))
+        if (summed := layouts.get(name)) is not None and summed.combine == "sum":
+            apart = tuple(op for op in needs if op in plan.placements and plan.placements[op].partial)
+            if apart:  # every device reads what it has made itself
+                reads.update({(op, read_as[op]): len(deliveries) for op in apart})
+                there = tuple(volume(have) > 0 for have in summed.have)
+                deliveries.append(Delivery(name, summed.have, there, (), apart))
+                needs = {op: need for op, need in needs.items() if op not in apart}
         constant = name in graph.parameters and name not in layouts
         for need, served in _merge(needs, force=constant):
             for op_name in served:
@@ -124,7 +131,7 @@ def _layouts(graph: Graph, plan: Plan) -> dict[str, Layout]:
         if op.name in repeated and is_left_out(plan.placements[op.name]):
             continue
         domain, placement = domain_of(graph, op), plan.placements[op.name]
-        partial = any(volume(box) and domain.is_partial(box) for box in placement.own)
+        partial = placement.partial or any(volume(box) and domain.is_partial(box) for box in placement.own)
         for i, name in enumerate(op.outputs):
             own = tuple(domain.output(box, i) for box in placement.own)
             have = own if partial else tuple(domain.output(box, i) for box in placement.compute)
@@ -221,7 +228,7 @@ def wire_dtype(graph: Graph, name: str, link: Link) -> str:
     tensor = graph.tensors[name]
     if link.wire == "fp32" or tensor.dtype != "float32":
         return tensor.dtype
-    if name in graph.parameters or name in graph.next_value.values():
+    if name in graph.parameters or name in {*graph.next_value.values()} - {*graph.gradients.values()}:
         narrow = False
     elif tensor.kind == "filter":
         narrow = name not in graph.ops or graph.ops[name].kind != "FilterOf"
