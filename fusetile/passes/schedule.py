@@ -144,37 +144,29 @@ def _transfers(
 ) -> tuple[Transfer, ...]:
     """Moves as messages. Small ones with the same ends that begin at the same moment share one."""
     written = {tensor: at for at, name in enumerate(order.ops) for tensor in graph.ops[name].outputs}
-    messages: dict[tuple[int, int, tuple[str, int]], list[Part]] = {}
+    messages: dict[tuple[int, int, tuple[str, int]], list[tuple[Part, str, int]]] = {}
     for number, part in enumerate(_moves(communication)):
-        if _size_bytes(graph, communication, part, link) > SMALL_bytes:
+        tensor = communication.deliveries[part.delivery].tensor
+        dtype = wire_dtype(graph, tensor, link)
+        size_bytes = volume(part.move.box) * np.dtype(dtype).itemsize
+        if size_bytes > SMALL_bytes:
             moment = ("alone", number)
         elif (begin := _begin(part, order)) is not None:
             moment = ("with", begin)
         else:
-            moment = ("behind", written[communication.deliveries[part.delivery].tensor])
-        messages.setdefault((part.move.source, part.move.target, moment), []).append(part)
-    return tuple(
-        Transfer(
-            tag,
-            source,
-            target,
-            tuple(parts),
-            tuple(wire_dtype(graph, communication.deliveries[part.delivery].tensor, link) for part in parts),
-            sum(_size_bytes(graph, communication, part, link) for part in parts),
-            min(readers[part.delivery, target] for part in parts),
-        )
-        for tag, ((source, target, _), parts) in enumerate(messages.items())
-    )
+            moment = ("behind", written[tensor])
+        messages.setdefault((part.move.source, part.move.target, moment), []).append((part, dtype, size_bytes))
+    transfers = []
+    for tag, ((source, target, _), found) in enumerate(messages.items()):
+        parts, dtypes, sizes_bytes = zip(*found, strict=True)
+        priority = min(readers[part.delivery, target] for part in parts)
+        transfers.append(Transfer(tag, source, target, parts, dtypes, sum(sizes_bytes), priority))
+    return tuple(transfers)
 
 
 def _begin(part: Part, order: Order) -> int | None:
     """With the op at which position a move begins; None if it begins when it is written."""
     return order.begins.get((part.delivery, part.turn))
-
-
-def _size_bytes(graph: Graph, communication: Communication, part: Part, link: Link) -> int:
-    dtype = wire_dtype(graph, communication.deliveries[part.delivery].tensor, link)
-    return volume(part.move.box) * np.dtype(dtype).itemsize
 
 
 def _moves(communication: Communication) -> Iterator[Part]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from fusetile.cluster import Link, MESSAGE_seconds
 from fusetile.device import Messaging
@@ -163,18 +164,19 @@ class _Clock:
         self.asked[source] = -1.0
         rate = self.link.bytes_per_second
         slack = CHUNK_bytes / rate
-        waiting = [(queue[0], target) for target, queue in self.queues[source].items() if queue]
-        if not waiting:
+        best, soonest = None, inf
+        for target, queue in self.queues[source].items():
+            if queue:
+                received = self.received[target]
+                if received <= now + slack + TICK_seconds or self.messages[queue[0][1]].size_bytes <= BUFFERED_bytes:
+                    best = min(best or (queue[0], target), (queue[0], target))
+                elif received < soonest:
+                    soonest = received
+        if best is None:
+            if soonest < inf:
+                self._ask(source, soonest - slack, turn)
             return
-        ready = [
-            ((priority, tag), target)
-            for (priority, tag), target in waiting
-            if self.received[target] <= now + slack + TICK_seconds or self.messages[tag].size_bytes <= BUFFERED_bytes
-        ]
-        if not ready:
-            self._ask(source, min(self.received[target] for _, target in waiting) - slack, turn)
-            return
-        (_, tag), target = min(ready)
+        (_, tag), target = best
         size = self.messages[tag].size_bytes
         first = self.left[tag] == size
         chunk = min(self.left[tag], max(CHUNK_bytes, size / CHUNKS_per_message))
