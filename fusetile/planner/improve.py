@@ -19,7 +19,7 @@ EMPHASES = ((1.0, 0.3), (1.5, 0.3), (1.0, 1.0), (2.5, 0.0))
 RUNS = (2, 3, 4, 8)
 TRIALS_per_second = 20
 """How many changes a second of the step is worth."""
-MOST_trials = 32
+MOST_trials = 26
 
 
 def improve(player: Player, space: Space, best: Played) -> Played:
