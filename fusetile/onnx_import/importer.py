@@ -261,6 +261,8 @@ class Importer:
             parameter.trainable,
             kind,
         ):
+            if not onnx_name:  # a constant may have copies
+                return self.graph.add_parameter(self.fresh(name), parameter, kind=kind)
             raise self.refuse(node, f"its operand {name!r} is shared with a node that uses it in another way")
         return name
 

@@ -202,6 +202,13 @@ def test_weights_in_constant_nodes_are_not_trained(tmp_path: Path) -> None:
     assert not graph.parameters["w"].trainable and graph.parameters["w"].onnx_name == ""
 
 
+def test_constants_may_be_used_in_several_ways(tmp_path: Path) -> None:
+    """As an LSTM's first state is."""
+    start = node("Constant", "", "c", value=onnx.numpy_helper.from_array(normal(2, 5)))
+    nodes = [start, node("MatMul", "c w", "m"), node("Mul", "x c", "p"), node("Add", "p m", "y")]
+    check(model(nodes, {"x": (2, 5)}, weights={"w": normal(5, 5)}), tmp_path)
+
+
 def test_buffers_of_common_layers_are_not_trained() -> None:
     """Spectral norm's vectors only beside the weight that they belong to; masks whatever they are called."""
     buffers = {
