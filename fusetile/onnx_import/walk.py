@@ -82,8 +82,10 @@ def refuse_unsupported(importer: Importer) -> None:
             label = node.op_type if standard else f"{node.domain}::{node.op_type}"
             refused.setdefault(label, []).append(repr(node.name or node.output[0]))
     if refused:
+        noise = "; make that noise an input of the model"
         lines = [
-            f"{label} ({'node' if len(names) == 1 else 'nodes'} {', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+            f"{label} ({'node' if len(names) == 1 else 'nodes'} {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+            f"{noise * label.startswith('RandomNormal')})"
             for label, names in sorted(refused.items())
         ]
         raise UnsupportedOp(

@@ -141,7 +141,8 @@ def test_all_unsupported_ops_are_named_at_once(tmp_path: Path) -> None:
         node("Shape", "a", "shape"),  # folded, though what it reads is not known
         node("Reshape", "a shape", "b"),
         *(node("Det", "b" if i == 0 else f"c{i - 1}", f"c{i}", f"soft{i}") for i in range(4)),
-        node("Fancy", "c3", "y", domain="com.acme"),
+        node("RandomNormalLike", "c3", "e", "noise"),
+        node("Fancy", "c3 e", "y", domain="com.acme"),
     ]
     with pytest.raises(UnsupportedOp) as caught:
         import_onnx(save(model(nodes, X), tmp_path))
@@ -149,6 +150,7 @@ def test_all_unsupported_ops_are_named_at_once(tmp_path: Path) -> None:
     for refused in (
         "Asinh (node 'first')",
         "Det (nodes 'soft0', 'soft1', 'soft2', ...)",
+        "RandomNormalLike (node 'noise'; make that noise an input of the model)",
         "com.acme::Fancy (node 'y')",
     ):
         assert refused in message
