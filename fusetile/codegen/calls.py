@@ -21,7 +21,7 @@ from fusetile.errors import PlanError
 from fusetile.program import Buffer
 
 # the limits of ft_call in segment.c
-MAX_POINTERS, MAX_INTS, MAX_FLOATS = 10, 32, 6
+MAX_POINTERS, MAX_INTS, MAX_FLOATS = 10, 40, 6
 BODY = "{}_body"
 
 

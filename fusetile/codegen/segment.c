@@ -23,7 +23,7 @@ typedef struct ft_call {
   void (*kernel)(int32_t lo, int32_t hi, const struct ft_call *call);
   int32_t split, reserved;
   void *pointers[10];
-  int32_t ints[32];
+  int32_t ints[40];
   float floats[6];
 } ft_call;
 

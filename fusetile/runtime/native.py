@@ -14,7 +14,7 @@ from fusetile.errors import FusetileError, PlanError, UserError
 from fusetile.program import Call
 from fusetile.runtime.abi import check_runs
 
-_POINTERS, _INTS, _FLOATS = 10, 32, 6
+_POINTERS, _INTS, _FLOATS = 10, 40, 6
 
 
 class _Call(ctypes.Structure):

@@ -141,3 +141,12 @@ def test_normalization_of_instances_groups_and_layers(shape: tuple[int, ...], pe
         case.check(rtol=2e-6, atol=1e-4)
         channels = 8 if case.domain.axes[1].size > 1 else 0
         case.check(middle(case.domain.box, case.domain, channels=channels), rtol=2e-6, atol=1e-4, **LAYOUT)
+
+
+def test_layers_of_one_pixel() -> None:
+    """Nothing is broadcast along rows and columns: the kernel has the most strides."""
+    dy, x = maps((2, 18, 1, 1), 2)
+    mean, inverse = dy[:, :1] + 0, np.abs(x[:, :1]) + 0.1
+    Case("StandardizeMoments", [dy, x, mean, inverse, vector(18, 1)], {"shape": (2, 1, 1, 1)}).check(
+        rtol=2e-6, atol=1e-4
+    )

@@ -52,7 +52,7 @@ def test_calls_that_do_not_fit(path: Path) -> None:
         for call, error, message in [
             (Call("nothing", 1, ()), UserError, "has no kernel nothing"),
             (Call("add", 1, (0,) * 11), PlanError, "more arguments"),
-            (Call("add", 1, (0,), (0,) * 33), PlanError, "more arguments"),
+            (Call("add", 1, (0,), (0,) * 41), PlanError, "more arguments"),
             (Call("add", 1, (64,)), PlanError, "outside the arena of 64 bytes"),
             (Call("add", 1, (0,), (1 << 31,)), PlanError, "beyond 32 bits"),
         ]:
