@@ -253,7 +253,9 @@ def _actions(
             leaving = [t for t in early if t.source == device]
             steps += _computed(op, domain_of(graph, op), leaving, how.pieces, between)
             steps += _started(device, last)
-        steps += _received(*moments.received(device, len(order.ops)))
+        end = len(order.ops)
+        steps += _started(device, moments.begins.get((device, end), []))
+        steps += _received(*moments.received(device, end))
         actions.append(tuple(steps))
     return tuple(actions)
 
