@@ -80,6 +80,17 @@ def _layer(kind: Callable[..., nn.Module], *arguments: object, **options: object
     return functools.partial(kind, *arguments, **options)
 
 
+def _shuffled(x: torch.Tensor) -> torch.Tensor:
+    """The channels of two groups by turns."""
+    images, channels, *sides = x.shape
+    return x.reshape(images, 2, channels // 2, *sides).transpose(1, 2).reshape(x.shape)
+
+
+def _pooled(move: nn.Module) -> Callable[[], nn.Module]:
+    """A move of elements in front of pooling: alone it would become part of what follows the layer."""
+    return _layer(nn.Sequential, move, nn.MaxPool2d(2))
+
+
 def _resize(mode: str) -> Callable[[], nn.Module]:
     return _layer(nn.Upsample, scale_factor=2.0, mode=mode)
 
@@ -99,6 +110,9 @@ LAYERS = (
     Layer("BatchNorm 64 @56", _layer(nn.BatchNorm2d, 64), ((2, 64, 56, 56),)),
     Layer("Gelu 96 @56", _layer(nn.GELU), ((2, 96, 56, 56),)),
     Layer("SiLU 96 @56", _layer(nn.SiLU), ((2, 96, 56, 56),)),
+    Layer("channel shuffle 232 @28, pool", _pooled(Function(_shuffled)), ((2, 232, 28, 28),)),
+    Layer("pixel shuffle 256 @28, pool", _pooled(nn.PixelShuffle(2)), ((2, 256, 28, 28),)),
+    Layer("space to depth 64 @56, pool", _pooled(nn.PixelUnshuffle(2)), ((2, 64, 56, 56),)),
     Layer("nearest x2 64 @28", _resize("nearest"), ((2, 64, 28, 28),)),
     Layer("bilinear x2 64 @28", _resize("bilinear"), ((2, 64, 28, 28),)),
     Layer("ConvTranspose k4 s2 128->64 @28", _layer(nn.ConvTranspose2d, 128, 64, 4, 2, 1), ((2, 128, 28, 28),)),
