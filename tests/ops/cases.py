@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
-from fusetile.graph import Graph, Op
-from fusetile.ops import ROWS, Domain, domain_of
+from fusetile.ops import ROWS
 from fusetile.ops.functions import FUNCTIONS
 from fusetile.ops.loss import PAIRS
 from fusetile.ops.rearrange import inverse
 from fusetile.ops.resample import Taps
+from tests.ops.case import COUNT, RELU, Case, F, V
+from tests.ops.window_cases import convolutions, pools
 from tests.yolo import ANCHORS, random_boxes
 
-F, V = "filter", "map"
 POSITIVE = ("Log", "Power", "Sqrt")  # functions of positive numbers
 # attributes of the functions that have some
 FUNCTION_ATTRS: dict[str, dict[str, float]] = {
@@ -28,141 +25,8 @@ FUNCTION_ATTRS: dict[str, dict[str, float]] = {
     "Power": {"exponent": 0.75},
     "Selu": {"alpha": 1.6, "gamma": 1.1},
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """`inputs`: (shape, kind or dtype) of each operand; `filter` is a float32 weight, anything else but `map` a dtype.
-    `fixed`: operands whose values matter, by position."""
-
-    name: str
-    kind: str
-    inputs: tuple[tuple[tuple[int, ...], str], ...]
-    attrs: Mapping[str, Any] = field(default_factory=dict)
-    fixed: Mapping[int, np.ndarray] = field(default_factory=dict)
-
-    def build(self) -> tuple[Graph, Op, Domain]:
-        graph = Graph(self.name)
-        names = []
-        for i, (shape, what) in enumerate(self.inputs):
-            dtype = "float32" if what in (F, V) else what
-            names.append(graph.add_tensor(f"x{i}", shape, dtype, F if what == F else V))
-        op = graph.ops[graph.add(self.kind, names, attrs=self.attrs, outputs=None, stem="y")[0]]
-        return graph, op, domain_of(graph, op)
-
-    def values(self, seed: int = 0) -> list[np.ndarray]:
-        rng = np.random.default_rng(seed)
-        found = []
-        for i, (shape, what) in enumerate(self.inputs):
-            if i in self.fixed:
-                found.append(np.asarray(self.fixed[i]))
-            elif what == "int32":
-                found.append(rng.integers(0, 3, shape, dtype=np.int32))
-            elif what == "uint8":
-                found.append(rng.integers(0, int(np.prod(self.attrs["kernel"])), shape, dtype=np.uint8))
-            else:
-                found.append(rng.standard_normal(shape).astype("float64" if what == "float64" else "float32"))
-        return found
-
-
-def window(
-    stride: int | tuple[int, int] = 1, pads: tuple[int, ...] = (0, 0, 0, 0), dilation: int | tuple[int, int] = 1
-) -> dict[str, Any]:
-    strides = stride if isinstance(stride, tuple) else (stride, stride)
-    dilations = dilation if isinstance(dilation, tuple) else (dilation, dilation)
-    return {"strides": strides, "dilations": dilations, "pads": pads}
-
-
-# name -> (x, w, attributes)
-CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
-    "1x1": ((2, 3, 5, 4), (4, 3, 1, 1), window()),
-    "3x3": ((2, 3, 7, 6), (4, 3, 3, 3), window(pads=(1, 1, 1, 1))),
-    "strided, asymmetric": ((1, 2, 9, 8), (3, 2, 3, 2), window((2, 3), (0, 1, 2, 1))),
-    "stride beyond the window": ((2, 2, 10, 7), (3, 2, 2, 1), window(3, (1, 0, 0, 0))),
-    "dilated": ((1, 2, 10, 11), (3, 2, 3, 2), window(1, (2, 1, 2, 3), (2, 3))),
-    "dilated and strided": ((1, 2, 11, 9), (2, 2, 2, 3), window((2, 1), (1, 2, 1, 2), (3, 2))),
-    "wide pads": ((1, 1, 3, 3), (2, 1, 3, 3), window(1, (2, 2, 2, 2))),
-    "one pixel": ((2, 3, 1, 1), (4, 3, 1, 1), window()),
-    "depthwise": ((2, 5, 6, 7), (5, 1, 3, 3), window(1, (1, 1, 1, 1)) | {"groups": 5}),
-    "depthwise, strided": ((1, 3, 8, 7), (3, 1, 3, 2), window((2, 3), (0, 1, 2, 1), (2, 1)) | {"groups": 3}),
-    "depthwise, two outputs per channel": ((2, 3, 5, 4), (6, 1, 3, 3), window(2, (1, 1, 1, 1)) | {"groups": 3}),
-    "in groups": ((2, 6, 5, 4), (9, 2, 3, 3), window(1, (1, 0, 1, 2)) | {"groups": 3}),
-}
-POOLS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
-    "2x2": ((2, 3, 6, 8), {"kernel": (2, 2), **window(2)}),
-    "odd size": ((1, 2, 7, 5), {"kernel": (2, 2), **window(2)}),
-    "overlapping": ((1, 2, 9, 7), {"kernel": (3, 3), **window(2, (1, 1, 1, 1))}),
-    "asymmetric": ((2, 1, 8, 9), {"kernel": (3, 2), **window((2, 3), (1, 0, 2, 1))}),
-    "stride 1": ((1, 2, 5, 6), {"kernel": (2, 3), **window(1, (0, 1, 1, 1))}),
-    "stride beyond the window": ((1, 1, 10, 11), {"kernel": (2, 2), **window(3)}),
-}
-CEIL = ((1, 2, 8, 9), {"kernel": (3, 2), **window((2, 2), (0, 1, 0, 0)), "ceil_mode": True})
-CEIL_DROPPED = ((1, 1, 5, 6), {"kernel": (2, 2), **window((3, 2), (0, 0, 1, 1)), "ceil_mode": True})
-DILATED = ((1, 2, 9, 8), {"kernel": (2, 3), **window(2, (1, 2, 1, 1), (3, 2))})
-MAXIMA = {**POOLS, "ceil": CEIL, "ceil, last window dropped": CEIL_DROPPED, "dilated": DILATED}
 FIT = ((2, 3, 5, 4), (2, 3, 1, 1), (1, 3, 1, 1), (1,), (2, 1, 5, 4))
 """Shapes of operands that fit a map by broadcasting."""
-
-
-def _convolutions() -> list[Case]:
-    cases = []
-    for name, (x, w, attrs) in CONVOLUTIONS.items():
-        sizes = [
-            (size + attrs["pads"][i] + attrs["pads"][i + 2] - attrs["dilations"][i] * (taps - 1) - 1)
-            // attrs["strides"][i]
-            + 1
-            for i, (size, taps) in enumerate(zip(x[2:], w[2:], strict=True))
-        ]
-        y = (x[0], w[0], *sizes)
-        cases += [
-            Case(f"Conv {name}", "Conv", ((x, V), (w, F), ((w[0],), V)), attrs),
-            Case(f"Conv {name} relu", "Conv", ((x, V), (w, F)), {**attrs, "activation": "relu", "alpha": 0.0}),
-            Case(f"ConvInputGrad {name}", "ConvInputGrad", ((y, V), (w, F)), {**attrs, "input_shape": x}),
-            Case(f"ConvWeightGrad {name}", "ConvWeightGrad", ((x, V), (y, V)), {**attrs, "kernel_shape": w[2:]}),
-        ]
-    return cases
-
-
-COUNT = {"count": 24}
-RELU = {"activation": "relu", "alpha": 0.0}
-
-
-def _pools() -> list[Case]:
-    maxima = {**POOLS, "ceil": CEIL, "ceil, last window dropped": CEIL_DROPPED}
-    averages = {name: case for name, case in maxima.items() if name != "dilated"}
-    maxima["dilated"] = ((1, 2, 9, 8), {"kernel": (2, 3), **window(2, (1, 2, 1, 1), (3, 2))})
-    cases = []
-    for name, (x, attrs) in maxima.items():
-        attrs = {"ceil_mode": False, **attrs}
-        case = Case(f"MaxPool {name}", "MaxPool", ((x, V),), attrs)
-        graph, op, _ = case.build()
-        y, grad = graph.tensors[op.outputs[0]].shape, {**attrs, "input_shape": x}
-        cases += [
-            case,
-            Case(f"MaxPoolGrad {name}", "MaxPoolGrad", ((y, V), (y, "uint8")), grad),
-            Case(f"MaxPoolPick {name}", "MaxPoolPick", ((x, V), (y, "uint8")), attrs),
-        ]
-        maps, pair, vector = ((y, V), (y, "uint8"), (x, V)), ((2, x[1]), V), ((x[1],), V)
-        sums, grad = ((2, x[1]), "float64"), {**grad, **COUNT, **RELU}
-        cases += [
-            Case(f"PooledNormalizeMoments {name}", "PooledNormalizeMoments", (*maps, pair, vector, vector), grad),
-            Case(
-                f"PooledNormalizeInputGrad {name}",
-                "PooledNormalizeInputGrad",
-                (*maps, pair, vector, sums, vector),
-                grad,
-            ),
-        ]
-    for name, (x, attrs) in averages.items():
-        for include in (False, True):
-            attrs = {"ceil_mode": False, **attrs, "count_include_pad": include}
-            label = f"{name}{', pads counted' if include else ''}"
-            case = Case(f"AveragePool {label}", "AveragePool", ((x, V),), attrs)
-            graph, op, _ = case.build()
-            y = graph.tensors[op.outputs[0]].shape
-            cases += [case, Case(f"AveragePoolGrad {label}", "AveragePoolGrad", ((y, V),), {**attrs, "input_shape": x})]
-    return cases
-
 
 # views, by the shape of what is viewed: channel shuffle, space to depth, a transpose, attention heads, channels last
 VIEWS: dict[str, tuple[tuple[int, ...], tuple[tuple[tuple[int, int, int], ...], ...]]] = {
@@ -407,4 +271,4 @@ def _others() -> list[Case]:
     return cases
 
 
-CASES = [*_convolutions(), *_pools(), *_moves(), *_others()]
+CASES = [*convolutions(), *pools(), *_moves(), *_others()]

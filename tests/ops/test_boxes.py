@@ -12,7 +12,8 @@ from fusetile.graph import Graph, Op
 from fusetile.ops import ROWS, Domain
 from fusetile.ops.base import Spread, Window
 from fusetile.reference import run_op
-from tests.ops.cases import CASES, Case
+from tests.ops.case import Case
+from tests.ops.cases import CASES
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 

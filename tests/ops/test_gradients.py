@@ -16,19 +16,8 @@ from fusetile.ops.loss import LOSSES, PAIR_LOSSES
 from fusetile.ops.resample import resample
 from fusetile.passes.differentiate import differentiate
 from fusetile.reference import evaluate
-from tests.ops.cases import (
-    CEIL,
-    CEIL_DROPPED,
-    CONVOLUTIONS,
-    FIT,
-    FUNCTION_ATTRS,
-    MAXIMA,
-    POOLS,
-    POSITIVE,
-    VIEWS,
-    tapped,
-    window,
-)
+from tests.ops.cases import FIT, FUNCTION_ATTRS, POSITIVE, VIEWS, tapped
+from tests.ops.window_cases import CEIL, CEIL_DROPPED, CONVOLUTIONS, MAXIMA, POOLS, window
 
 DIFFERENTIABLE: list[tuple[str, list[tuple[tuple[int, ...], str]], dict[str, Any]]] = [
     *(("Conv", [(x, "map"), (w, "filter"), ((w[0],), "map")], attrs) for x, w, attrs in CONVOLUTIONS.values()),

@@ -15,7 +15,8 @@ from fusetile.graph import Graph
 from fusetile.ops.functions import FUNCTIONS
 from fusetile.reference import evaluate
 from tests.onnx_tools import model, node, normal, run_ort
-from tests.ops.cases import CONVOLUTIONS, FIT, FUNCTION_ATTRS, MAXIMA, POOLS, window
+from tests.ops.cases import FIT, FUNCTION_ATTRS
+from tests.ops.window_cases import CONVOLUTIONS, MAXIMA, POOLS, window
 
 
 def ours(kind: str, values: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> list[np.ndarray]:
