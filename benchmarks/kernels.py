@@ -26,6 +26,7 @@ import torch
 from fusetile.box import volume, whole
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import Lowered
+from fusetile.codegen.job import Job
 from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph
@@ -186,7 +187,7 @@ def task(layer: Layer, phase: str, target: Target, block: int, *, compiled: bool
             wide = [max(0, -a, b - size) for (a, b), size in zip(reach, tensor.shape, strict=True)]
             border = (wide[2], wide[3])
         buffers.append(Buffer(name, whole(tensor.shape), block=lanes, border=border))
-    lowered = lower(op, domain, domain.box, buffers[:-1], buffers[-1:], target=target)
+    lowered = lower(Job(op, domain, domain.box, buffers[:-1], buffers[-1:], target))
     positions = layer.n * (layer.size**2 if layer.transposed else dy[0, 0].numel())
     values = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
     runs = torch_runs(layer, phase, compiled=compiled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.emulated.work import Work, work
+from benchmarks.emulated.work import Lower, Work, work
 from fusetile.codegen import conv, conv_choice, winograd
+from fusetile.codegen.job import Numerics
 from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import Target
 from fusetile.ops import row
@@ -67,7 +68,7 @@ class Layer:
         """Direct, and the sides of Winograd's tiles."""
         return (DIRECT, 2, 4) if (self.window, self.stride, self.groups) == (3, 1, 1) and self.c > 3 else (DIRECT,)
 
-    def chosen(self, phase: str, target: Target, numerics: conv_choice.Numerics = "fast") -> int:
+    def chosen(self, phase: str, target: Target, numerics: Numerics = "fast") -> int:
         """What the compiler chooses."""
         if len(self.algorithms()) == 1:
             return DIRECT
@@ -100,7 +101,7 @@ def _work(
     raw: Sequence[int] = (),
 ) -> Work:
     family = row(kind).kernel
-    with_lower: Callable[..., Any] = getattr(conv, f"lower_{family}")
+    with_lower: Lower = getattr(conv, f"lower_{family}")
     if algorithm:
         with_lower = partial(getattr(winograd, f"lower_{family}"), m=algorithm)
     if "groups" in attrs:

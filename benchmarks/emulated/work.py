@@ -13,6 +13,7 @@ import numpy as np
 from fusetile.box import Box, whole
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import Kernel, Lowered
+from fusetile.codegen.job import Job
 from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import Target, host
 from fusetile.graph import Graph, Op
@@ -21,7 +22,7 @@ from fusetile.program import ALIGNMENT_bytes, Buffer, Call
 from fusetile.runtime.native import Library
 from fusetile.runtime.storage import make_arena, pack, unpack
 
-Lower = Callable[..., Lowered]
+Lower = Callable[[Job], Lowered]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def work(
     outputs = [
         inputs[shared[o]] if o in shared else _buffer(graph, name, target.block) for o, name in enumerate(results)
     ]
-    lowered = with_lower(op, domain, domain.box, inputs, outputs, target=target)
+    lowered = with_lower(Job(op, domain, domain.box, inputs, outputs, target))
     placed: dict[str, Buffer] = {}
     offset = 0
     for buffer in {buffer.name: buffer for buffer in (*inputs, *outputs, *lowered.scratch)}.values():

@@ -42,53 +42,50 @@ from fusetile.codegen.conv_views import (
 )
 from fusetile.codegen.filter_source import TRANSPOSE_INTS, transpose_filter
 from fusetile.codegen.gemm import gathered, input_gradient_calls
-from fusetile.codegen.targets import Target
+from fusetile.codegen.job import Job
 from fusetile.codegen.update import Updating
 from fusetile.graph import Op
-from fusetile.ops.base import Domain
 from fusetile.program import Buffer
 
 
-def lower_conv(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_conv(job: Job) -> Lowered:
     """Conv and Gemm: y = activation(bias + x * w)."""
-    if volume(box) == 0:
+    if volume(job.box) == 0:
         return Lowered()
-    x, w, *bias = inputs
-    m, weights = machine(target, w.block[0]), filter_view(w, domain.need(box, 1))
-    written, channels = domain.output(box), domain.reach(box, 0)[1]
+    x, w, *bias = job.inputs
+    m, weights = machine(job.target, w.block[0]), filter_view(w, job.need(1))
+    written, channels = job.written(), job.reach(0)[1]
     images, _, rows, columns = extents(view4(written))
     sizes = Sizes(images, rows, columns, blocks(written[1], w.block[0]), blocks(channels, w.block[1]))
     source, taps = _nothing(x), NO_TAPS
-    if volume(domain.need(box, 0)):  # else there is nothing but padding
-        source, taps = padded_view(domain, box, 0, x), taps_of(op.attrs, weights.window)
-    epilogue = Epilogue(None, op.attrs.get("activation", ""), float(op.attrs.get("alpha", 0.0)))
+    if volume(job.need(0)):  # else there is nothing but padding
+        source, taps = padded_view(job), taps_of(job.op.attrs, weights.window)
+    epilogue = Epilogue(None, job.op.attrs.get("activation", ""), float(job.op.attrs.get("alpha", 0.0)))
     if bias and channels[0] == 0:
-        epilogue = replace(epilogue, bias=ref(bias[0], domain.need(box, 2)))
-    y = view(outputs[0], written)
-    return _convolve_maps(op, m, source, weights, y, taps, sizes, epilogue)
+        epilogue = replace(epilogue, bias=ref(bias[0], job.need(2)))
+    y = view(job.output, written)
+    return _convolve_maps(job.op, m, source, weights, y, taps, sizes, epilogue)
 
 
-def lower_conv_input_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_conv_input_grad(job: Job) -> Lowered:
     """ConvInputGrad and GemmInputGrad: dx from dy and the weights."""
-    if volume(box) == 0:
+    if volume(job.box) == 0:
         return Lowered()
-    dy, w = inputs
-    m, written = machine(target, w.block[0]), domain.output(box)
-    need, filter_box = domain.need(box, 0), domain.need(box, 1)
+    dy, w = job.inputs
+    m, written = machine(job.target, w.block[0]), job.written()
+    need, filter_box = job.need(0), job.need(1)
     k_blocks, c_blocks = blocks(filter_box[0], w.block[0]), blocks(filter_box[1], w.block[1])
     weights, size = filter_view(w, filter_box), k_blocks * c_blocks * m.vectors.block**2
     if len(written) == 2 and weights.lines == m.vectors.block:
-        return _gemm_input_grad(op, m, view(dy, need), weights, view(outputs[0], written), written, k_blocks, c_blocks)
-    scratch = scratch_buffer(f"{op.name}.transposed", size * weights.taps)
+        return _gemm_input_grad(
+            job.op, m, view(dy, need), weights, view(job.output, written), written, k_blocks, c_blocks
+        )
+    scratch = scratch_buffer(f"{job.op.name}.transposed", size * weights.taps)
     lowered, done = Lowered((), (scratch,)), 0
-    dx, (images, _, rows, columns) = view(outputs[0], written), view4(written)
-    across = list(phases(op.attrs, 1, columns, weights.window[1]))
+    dx, (images, _, rows, columns) = view(job.output, written), view4(written)
+    across = list(phases(job.op.attrs, 1, columns, weights.window[1]))
     parts = []
-    for h in phases(op.attrs, 0, rows, weights.window[0]):
+    for h in phases(job.op.attrs, 0, rows, weights.window[0]):
         for v in across:
             source, taps, turned = _nothing(dy), NO_TAPS, moved(ref(scratch), size * done)
             if h.taps and v.taps and volume(need):
@@ -104,7 +101,7 @@ def lower_conv_input_grad(
     together = _together(parts, len(across), dx)
     for i, part in enumerate(parts[:1] if together.count > 1 else parts):
         convolved = _convolve_maps(
-            op, m, part.x, part.w, part.y, part.taps, part.sizes, Epilogue(), label=f".{i}", phases=together
+            job.op, m, part.x, part.w, part.y, part.taps, part.sizes, Epilogue(), label=f".{i}", phases=together
         )
         lowered = _join(lowered, convolved)
     return replace(lowered, prepared=scratch.name) if [part.taps == NO_TAPS for part in parts] == [False] else lowered
@@ -133,36 +130,27 @@ def _together(parts: Sequence[_Phase], across: int, dx: View) -> Phases:
     return Phases(len(parts), across, step // FLOAT_bytes, dx.row, dx.pixel)
 
 
-def lower_conv_weight_grad(
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    outputs: Sequence[Buffer],
-    *,
-    target: Target,
-    updating: Updating | None = None,
-) -> Lowered:
+def lower_conv_weight_grad(job: Job, *, updating: Updating | None = None) -> Lowered:
     """ConvWeightGrad and GemmWeightGrad: dw from x and dy. With `updating`, of a GemmWeightGrad, the output is not dw
     but the weights."""
-    if volume(box) == 0:
+    if volume(job.box) == 0:
         return Lowered()
-    x, dy = inputs
-    written, touched = domain.output(box), domain.need(box, 1)
-    m, dw = machine(target, outputs[0].block[0]), filter_view(outputs[0], written)
+    x, dy = job.inputs
+    written, touched = job.written(), job.need(1)
+    m, dw = machine(job.target, job.output.block[0]), filter_view(job.output, written)
     images, _, rows, columns = extents(view4(touched))
-    right, taps = view(dy, touched), taps_of(op.attrs, dw.window)
-    if volume(domain.need(box, 0)):
-        left = padded_view(domain, box, 0, x)
+    right, taps = view(dy, touched), taps_of(job.op.attrs, dw.window)
+    if volume(job.need(0)):
+        left = padded_view(job)
     else:  # nothing but padding: no pixels, so zeros
         left, columns = _nothing(x), 0
     step = (taps.step[0] * left.row, taps.step[1] * left.pixel)
-    k_blocks, c_blocks = blocks(written[0], outputs[0].block[0]), blocks(written[1], outputs[0].block[1])
+    k_blocks, c_blocks = blocks(written[0], job.output.block[0]), blocks(written[1], job.output.block[1])
     if (rows, columns, *taps.count) == (1, 1, 1, 1):  # the images are the pixels
-        before, left = gathered(f"{op.name}.x", left, images=images, blocks=c_blocks)
-        more, right = gathered(f"{op.name}.dy", right, images=images, blocks=k_blocks)
+        before, left = gathered(f"{job.op.name}.x", left, images=images, blocks=c_blocks)
+        more, right = gathered(f"{job.op.name}.dy", right, images=images, blocks=k_blocks)
         sizes = Sizes(1, 1, images, k_blocks, c_blocks)
-        return _join(_join(before, more), gradient_calls(op, m, left, right, dw, step, sizes, updating))
+        return _join(_join(before, more), gradient_calls(job.op.name, m, left, right, dw, step, sizes, updating))
     left = replace(left, row=taps.stride[0] * left.row, pixel=taps.stride[1] * left.pixel)
     if (rows, columns) == (1, 1):
         left, right, images, columns = replace(left, pixel=left.image), replace(right, pixel=right.image), 1, images
@@ -170,7 +158,8 @@ def lower_conv_weight_grad(
         merged = max(n for n in row_counts(rows) if n == 1 or n * columns <= LONGEST_ROW)
         left, right = replace(left, row=merged * left.row), replace(right, row=merged * right.row)
         rows, columns = rows // merged, columns * merged
-    return gradient_calls(op, m, left, right, dw, step, Sizes(images, rows, columns, k_blocks, c_blocks), updating)
+    sizes = Sizes(images, rows, columns, k_blocks, c_blocks)
+    return gradient_calls(job.op.name, m, left, right, dw, step, sizes, updating)
 
 
 # -- what the phases share ------------------------------------------------------------------------------------------

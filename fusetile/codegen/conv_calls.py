@@ -24,7 +24,6 @@ from fusetile.codegen.conv_views import (
 )
 from fusetile.codegen.filter_source import SUM_INTS, sum_parts
 from fusetile.codegen.update import Updating
-from fusetile.graph import Op
 from fusetile.program import Buffer
 
 
@@ -122,7 +121,7 @@ def tap_calls(
 
 
 def gradient_calls(
-    op: Op,
+    name: str,
     m: Machine,
     x: View,
     dy: View,
@@ -131,7 +130,7 @@ def gradient_calls(
     sizes: Sizes,
     updating: Updating | None,
 ) -> Lowered:
-    """The calls of a weight gradient: per width of tile one, and one more that adds partial sums."""
+    """The calls of the op `name`, a weight gradient: per width of tile one, and one more that adds partial sums."""
     lines, (taps_h, taps_w) = dw.lines, dw.window
     if step[1] == lines:
         lines, taps_w = lines * taps_w, 1  # the taps of a row are contiguous
@@ -154,7 +153,7 @@ def gradient_calls(
         if count > 1:
             d_k = sizes.c_blocks * filter_block
             d_part = k_blocks * d_k
-            partial.append(scratch_buffer(f"{op.name}.parts{cover.first}", count * d_part))
+            partial.append(scratch_buffer(f"{name}.parts{cover.first}", count * d_part))
             start = ref(partial[-1])
         ints = {
             "k_tiles": cover.tiles,

@@ -12,20 +12,16 @@ Errors against float64, relative to the direct kernels' (whose L2 error is some 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from fusetile.box import Box, extents, view4, volume
+from fusetile.box import extents, view4, volume
 from fusetile.codegen import conv, winograd
 from fusetile.codegen.calls import Lowered
+from fusetile.codegen.job import Job, Numerics
 from fusetile.codegen.targets import Target
-from fusetile.graph import Op
 from fusetile.ops import row
-from fusetile.ops.base import Domain
 from fusetile.program import Buffer
-
-Numerics = Literal["fast", "strict"]
 
 DIRECT = 0
 TILES: dict[Numerics, tuple[int, ...]] = {"fast": (2, 4), "strict": (2,)}  # sides of output tiles
@@ -113,25 +109,15 @@ _COSTS: dict[str, dict[str, Cost]] = {
 }
 
 
-def lower_convolution(
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    outputs: Sequence[Buffer],
-    *,
-    target: Target,
-    numerics: Numerics,
-    lean: bool,
-) -> Lowered:
+def lower_convolution(job: Job) -> Lowered:
     """Conv and Gemm and their gradients."""
-    family = row(op.kind).kernel
+    family = row(job.op.kind).kernel
     m = DIRECT
-    if _is_winograd(op, domain, box, inputs, outputs[0] if family == "conv_weight_grad" else inputs[1]):
-        m = tile(family, *_sizes(family, domain, box), target=target, numerics=numerics)
+    if _is_winograd(job, job.output if family == "conv_weight_grad" else job.inputs[1]):
+        m = tile(family, *_sizes(family, job), target=job.target, numerics=job.numerics)
     if m == DIRECT:
-        return _DIRECT[family](op, domain, box, inputs, outputs, target=target)
-    return _WINOGRAD[family](op, domain, box, inputs, outputs, target=target, m=m, lean=lean)
+        return _DIRECT[family](job)
+    return _WINOGRAD[family](job, m=m)
 
 
 def tile(
@@ -162,10 +148,10 @@ def _transformed(family: str, tiles: int, c: int, k: int) -> int:
     return c * (tiles if 2 * tiles <= k else k)
 
 
-def _sizes(family: str, domain: Domain, box: Box) -> tuple[int, int, int, int, int]:
+def _sizes(family: str, job: Job) -> tuple[int, int, int, int, int]:
     """Images, rows, columns, input and output channels of the convolution that is computed."""
     gradient = family == "conv_weight_grad"
-    filter_box, maps = domain.need(box, 1), domain.output(box)
+    filter_box, maps = job.need(1), job.written()
     if gradient:
         filter_box, maps = maps, filter_box
     k, c = extents(filter_box)[:2]
@@ -173,14 +159,14 @@ def _sizes(family: str, domain: Domain, box: Box) -> tuple[int, int, int, int, i
     return (images, rows, columns, k, c) if family == "conv_input_grad" else (images, rows, columns, c, k)
 
 
-def _is_winograd(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], weights: Buffer) -> bool:
+def _is_winograd(job: Job, weights: Buffer) -> bool:
     """Whether Winograd kernels can do these iterations: 3x3, stride and dilation 1, one group, whole blocks."""
     return (
-        op.attrs.get("strides") == (1, 1)
-        and op.attrs["dilations"] == (1, 1)
-        and op.attrs.get("groups", 1) == 1
+        job.op.attrs.get("strides") == (1, 1)
+        and job.op.attrs["dilations"] == (1, 1)
+        and job.op.attrs.get("groups", 1) == 1
         and extents(weights.box)[2:] == (3, 3)
         and weights.block[0] == weights.block[1]
-        and volume(box) > 0
-        and all(volume(domain.need(box, i)) > 0 for i in range(len(inputs)))
+        and volume(job.box) > 0
+        and all(volume(job.need(i)) > 0 for i in range(len(job.inputs)))
     )

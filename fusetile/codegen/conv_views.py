@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from fusetile.box import Box, Interval, contains, text, view4
 from fusetile.codegen.calls import Ref
+from fusetile.codegen.job import Job
 from fusetile.errors import PlanError
-from fusetile.ops.base import Attrs, Domain
+from fusetile.ops.base import Attrs
 from fusetile.program import Buffer
 
 FLOAT_bytes = 4
@@ -124,11 +125,12 @@ def view(buffer: Buffer, touched: Box) -> View:
     return View(Ref(buffer.name, FLOAT_bytes * elements), image, block, row, pixel)
 
 
-def padded_view(domain: Domain, box: Box, i: int, buffer: Buffer) -> View:
-    """A view of what a box of iterations reads of its padded input `i`; PlanError if the buffer lacks any of it."""
-    if not contains(buffer.box, domain.need(box, i)):
-        raise PlanError(f"{buffer.name} holds {text(buffer.box)}, not {text(domain.need(box, i))}")
-    return view(buffer, domain.reach(box, i))
+def padded_view(job: Job) -> View:
+    """A view of what is read of the first input, padding included; PlanError if the buffer lacks any of it."""
+    buffer, need = job.operand(0)
+    if not contains(buffer.box, need):
+        raise PlanError(f"{buffer.name} holds {text(buffer.box)}, not {text(need)}")
+    return view(buffer, job.reach(0))
 
 
 def filter_view(buffer: Buffer, box: Box) -> Filter:

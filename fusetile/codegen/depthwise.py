@@ -7,16 +7,14 @@ convolutions, forward and input gradient are one kernel, and a gradient of strid
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fusetile.box import Box, extents, view4, volume
 from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, make_kernel, ref, vectors
 from fusetile.codegen.conv_views import NO_TAPS, Taps, View, filter_view, moved, padded_view, phases, taps_of, view
+from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over
 from fusetile.codegen.targets import Target
-from fusetile.graph import Op
-from fusetile.ops.base import Domain
 from fusetile.program import Buffer
 
 TILE = 4  # pixels at once, for which the weights are loaded once
@@ -56,31 +54,37 @@ class Steps:
         return f"{steps}_b{self.block}v{self.width}"
 
 
-def forward(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer, *, target: Target) -> Lowered:
+def forward(job: Job) -> Lowered:
     """y = activation(bias + x * w)."""
-    x, w, *bias = inputs
-    weights, written = filter_view(w, domain.need(box, 1)), domain.output(box)
+    x, w, *bias = job.inputs
+    weights, written = filter_view(w, job.need(1)), job.written()
     source, taps = View(ref(x), 0, 0, 0, 0), NO_TAPS
-    if volume(domain.need(box, 0)):  # else there is nothing but padding
-        source, taps = padded_view(domain, box, 0, x), taps_of(op.attrs, weights.window)
+    if volume(job.need(0)):  # else there is nothing but padding
+        source, taps = padded_view(job), taps_of(job.op.attrs, weights.window)
     strides = (weights.k, weights.tap_h, weights.tap_w)
-    add = ref(bias[0], domain.need(box, 2)) if bias else None
-    activation = (op.attrs.get("activation", ""), float(op.attrs.get("alpha", 0.0)))
+    add = ref(bias[0], job.need(2)) if bias else None
+    activation = (job.op.attrs.get("activation", ""), float(job.op.attrs.get("alpha", 0.0)))
     call = _convolve(
-        source, (weights.start, strides), view(output, written), taps, written, output, add, activation, target
+        source,
+        (weights.start, strides),
+        view(*job.result()),
+        taps,
+        written,
+        job.output,
+        add,
+        activation,
+        job.target,
     )
     return Lowered((call,))
 
 
-def input_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer, *, target: Target
-) -> Lowered:
+def input_grad(job: Job) -> Lowered:
     """dx from dy and the weights, whose taps are gone through backwards."""
-    dy, w = inputs
-    need, written = domain.need(box, 0), domain.output(box)
-    weights, dx, calls = filter_view(w, domain.need(box, 1)), view(output, written), []
-    for h in phases(op.attrs, 0, written[2], weights.window[0]):
-        for v in phases(op.attrs, 1, written[3], weights.window[1]):
+    dy, w = job.inputs
+    need, written = job.need(0), job.written()
+    weights, dx, calls = filter_view(w, job.need(1)), view(*job.result()), []
+    for h in phases(job.op.attrs, 0, written[2], weights.window[0]):
+        for v in phases(job.op.attrs, 1, written[3], weights.window[1]):
             source, taps, start = View(ref(dy), 0, 0, 0, 0), NO_TAPS, weights.start
             if h.taps and v.taps and volume(need):
                 source = view(dy, (*need[:2], h.touched, v.touched))
@@ -91,29 +95,29 @@ def input_grad(
             result = dx.moved(h.first * dx.row + v.first * dx.pixel)
             result = replace(result, row=h.stride * dx.row, pixel=v.stride * dx.pixel)
             part = (*written[:2], (0, h.count), (0, v.count))
-            calls.append(_convolve(source, (start, strides), result, taps, part, output, None, ("", 0.0), target))
+            calls.append(
+                _convolve(source, (start, strides), result, taps, part, job.output, None, ("", 0.0), job.target)
+            )
     return Lowered(tuple(calls))
 
 
-def weight_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], output: Buffer, *, target: Target
-) -> Lowered:
+def weight_grad(job: Job) -> Lowered:
     """dw from x and dy: a partial sum per band of rows, then their sums in order."""
-    x, dy = inputs
-    touched, block = domain.need(box, 1), dy.block[1]
-    dw, right, loops = filter_view(output, domain.output(box)), view(dy, touched), loops_over(touched, block)
-    taps, columns = taps_of(op.attrs, dw.window), loops.columns
-    if volume(domain.need(box, 0)):
-        left = padded_view(domain, box, 0, x)
+    x, dy = job.inputs
+    touched, block = job.need(1), dy.block[1]
+    dw, right, loops = filter_view(*job.result()), view(dy, touched), loops_over(touched, block)
+    taps, columns = taps_of(job.op.attrs, dw.window), loops.columns
+    if volume(job.need(0)):
+        left = padded_view(job)
     else:  # nothing but padding: no pixels, so zeros
         left, columns = View(ref(x), 0, 0, 0, 0), 0
-    partial = Buffer(f"{op.name}.partial", ((0, loops.units * dw.taps * block),))
+    partial = Buffer(f"{job.op.name}.partial", ((0, loops.units * dw.taps * block),))
     ints = (loops.blocks, loops.rows, columns, loops.band, *_reads(left, taps))
     ints += (right.image, right.block, right.row)
-    steps = _steps(target, block, left, taps, right)
+    steps = _steps(job.target, block, left, taps, right)
     shared = steps.x_pixel == steps.x_tap  # loads, by pixels of a row, which then take registers besides the sums
-    fits = not shared and dw.taps * (block // target.width + 1) < target.registers
-    kernel = _gradient(dw.window, replace(steps, width=block if fits else min(block, target.width)))
+    fits = not shared and dw.taps * (block // job.target.width + 1) < job.target.registers
+    kernel = _gradient(dw.window, replace(steps, width=block if fits else min(block, job.target.width)))
     summed = KernelCall(kernel, loops.units, (left.start, right.start, ref(partial)), ints)
     numbers = (loops.images, loops.blocks, loops.bands, dw.taps, dw.k)
     finish = KernelCall(_finish(block), loops.blocks, (ref(partial), dw.start), numbers)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from fusetile.box import Box, view4
+from fusetile.box import view4
 from fusetile.codegen.calls import Lowered, ref, vectors
+from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
-from fusetile.codegen.targets import Target
-from fusetile.graph import Op
-from fusetile.ops import Domain
-from fusetile.program import Buffer
 
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -20,12 +15,10 @@ _LOW = "T.bitwise_and({}, T.uint64(0xFFFFFFFF))"
 _INTS = ("channel", "row", "column", "image", "C", "H", "W", "site", "key0", "key1")
 
 
-def lower_dropout(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_dropout(job: Job) -> Lowered:
     """y = x / (1 - ratio) where the element's uniform number is at least `ratio`, else 0."""
-    block, written = outputs[0].block[1], domain.output(box)
-    before, [moved] = conform(op, [(inputs[0], domain.need(box, 0))], outputs[0].block)
+    block, written = job.output.block[1], job.written()
+    before, [moved] = conform(job.op, [job.operand(0)], job.output.block)
     kernel = mapped_kernel(
         "dropout",
         block=block,
@@ -38,15 +31,15 @@ def lower_dropout(
         pixel=vectors(_statements(block), block),
     )
     images, channels, rows, columns = view4(written)
-    _, *sizes = (*(dim.size for dim in domain.writes[0]), 1, 1, 1)[:4]
-    seed, ratio = op.attrs["seed"], op.attrs["ratio"]
+    _, *sizes = (*(dim.size for dim in job.domain.writes[0]), 1, 1, 1)[:4]
+    seed, ratio = job.op.attrs["seed"], job.op.attrs["ratio"]
     keys = (_signed(seed & 0xFFFFFFFF), _signed(seed >> 32 & 0xFFFFFFFF))
     call = mapped_call(
         kernel,
         loops_over(written, block),
-        [moved, (outputs[0], written)],
-        pointers=[ref(inputs[1], domain.need(box, 1))],
-        ints=(channels[0], rows[0], columns[0], images[0], *sizes, _signed(op.attrs["site"]), *keys),
+        [moved, job.result()],
+        pointers=[ref(*job.operand(1))],
+        ints=(channels[0], rows[0], columns[0], images[0], *sizes, _signed(job.op.attrs["site"]), *keys),
         floats=(ratio, 1 / (1 - ratio)),
     )
     return Lowered((*before.calls, call), before.scratch)

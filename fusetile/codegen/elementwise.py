@@ -12,14 +12,14 @@ import numpy as np
 from fusetile.box import Box, extents, view4
 from fusetile.codegen.calls import KernelCall, Lowered, ref, vectors
 from fusetile.codegen.functions import STATEMENTS
+from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.move import zero_pads
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.strided import strided_call, strided_kernel
-from fusetile.codegen.targets import Target
 from fusetile.errors import PlanError
 from fusetile.graph import Op
-from fusetile.ops import Domain, row
+from fusetile.ops import row
 from fusetile.ops.functions import compute
 from fusetile.program import Buffer
 
@@ -109,28 +109,26 @@ def translate(expression: str, attrs: Mapping[str, Any]) -> tuple[list[str], str
     return translator.statements, text, {f"a{i}": value for i, value in enumerate(translator.floats)}
 
 
-def lower_elementwise(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_elementwise(job: Job) -> Lowered:
     """One pass over the box, and one over its pad lanes if the expression does not keep them zero."""
-    expression = row(op.kind).expression
-    statements, text, floats = translate(expression, op.attrs)
+    expression = row(job.op.kind).expression
+    statements, text, floats = translate(expression, job.op.attrs)
     names = {part.id for part in ast.walk(ast.parse(expression)) if isinstance(part, ast.Name)}
-    used = [i for i in range(len(inputs)) if f"x{i}" in names]
-    written, needs = domain.output(box), [domain.need(box, i) for i in used]
-    before, operands = with_lanes(op, [(inputs[i], need) for i, need in zip(used, needs, strict=True)], outputs[0])
+    used = [i for i in range(len(job.inputs)) if f"x{i}" in names]
+    written = job.written()
+    before, operands = with_lanes(job.op, [job.operand(i) for i in used], job.output)
     kernel = _Kernel(
-        f"elementwise_{op.kind.lower()}",
+        f"elementwise_{job.op.kind.lower()}",
         (*statements, f"{{y}} = {text}"),
         {f"t{i}": "float32" for i in range(len(statements))},
         floats,
     )
     whole = {f"x{i}": operand for i, operand in zip(used, operands, strict=True) if _is_whole(operand, written)}
     spread = {f"x{i}": operand for i, operand in zip(used, operands, strict=True) if f"x{i}" not in whole}
-    whole["y"] = (outputs[0], written)
+    whole["y"] = job.result()
     call = _broadcast(kernel, whole, spread) if spread else _strided(kernel, whole)
-    shared = [f"x{i}" in spread and not has_lanes(spread[f"x{i}"], written) for i in range(len(inputs))]
-    clears = zero_pads(outputs[0], written) if _fills_pads(op, shared) else ()
+    shared = [f"x{i}" in spread and not has_lanes(spread[f"x{i}"], written) for i in range(len(job.inputs))]
+    clears = zero_pads(job.output, written) if _fills_pads(job.op, shared) else ()
     return Lowered((*before.calls, call, *clears), before.scratch)
 
 

@@ -11,13 +11,13 @@ from math import prod
 
 from fusetile.box import Box, volume
 from fusetile.codegen.calls import KernelCall, Lowered, Ref, ref
-from fusetile.codegen.conv_choice import Numerics
+from fusetile.codegen.job import Job, Numerics
 from fusetile.codegen.lower import lower
 from fusetile.codegen.move import accumulate, copy, zero, zero_border
 from fusetile.codegen.narrow import SCALE_bytes, decode, encode, partials_bytes
 from fusetile.codegen.targets import Target
 from fusetile.codegen.updating import lower_updating, updating
-from fusetile.graph import Graph
+from fusetile.graph import Graph, Op
 from fusetile.ops import domain_of, row
 from fusetile.passes.buffers import DeviceBuffers, channel_block
 from fusetile.passes.communicate import LOGGED, Communication
@@ -179,27 +179,28 @@ class _Emitter:
 
     def _compute(self, name: str, box: Box) -> None:
         """Iterations of an op."""
-        op = self.graph.ops[name]
-        inputs = [self._input(name, tensor) for tensor in op.inputs]
-        outputs = [self._use(self.storage.home[tensor]) for tensor in op.outputs]
-        domain, gradient = domain_of(self.graph, op), self.taken.get(name)
+        op, gradient = self.graph.ops[name], self.taken.get(name)
+        job = self._job(op, box, op.outputs)
         if gradient in self.graph.gradients.values():
-            place = inputs[op.inputs.index(gradient)]
-            self.draft.pieces[name] = Piece(domain.output(box), len(self.draft.steps), place)
-        lowered = lower(op, domain, box, inputs, outputs, target=self.target, numerics=self.numerics, lean=self.lean)
-        self._lowered(name, lowered)
+            place = job.inputs[op.inputs.index(gradient)]
+            self.draft.pieces[name] = Piece(job.written(), len(self.draft.steps), place)
+        self._lowered(name, lower(job))
 
     def _compute_updating(self, name: str, update: str) -> None:
         """An op that makes a gradient, and the update that takes it."""
         op, taking, gradient = self.graph.ops[name], self.graph.ops[update], self.taken[update]
-        box, domain = self.plan.placements[name].compute[self.device], domain_of(self.graph, op)
-        inputs = [self._input(name, tensor) for tensor in op.inputs]
+        job = self._job(op, self.plan.placements[name].compute[self.device], taking.outputs)
         others = [self._input(update, tensor) for tensor in taking.inputs if tensor != gradient]
-        outputs = [self._use(self.storage.home[tensor]) for tensor in taking.outputs]
         if gradient in self.graph.gradients.values():
-            x, dy = inputs
-            self.draft.pieces[update] = Piece(domain.output(box), len(self.draft.steps), dy, x)
-        self._lowered(name, lower_updating(op, taking, domain, box, inputs, others, outputs, target=self.target))
+            x, dy = job.inputs
+            self.draft.pieces[update] = Piece(job.written(), len(self.draft.steps), dy, x)
+        self._lowered(name, lower_updating(job, taking, others))
+
+    def _job(self, op: Op, box: Box, outputs: Sequence[str]) -> Job:
+        """Iterations of an op, to these tensors."""
+        inputs = [self._input(op.name, tensor) for tensor in op.inputs]
+        results = [self._use(self.storage.home[tensor]) for tensor in outputs]
+        return Job(op, domain_of(self.graph, op), box, inputs, results, self.target, self.numerics, self.lean)
 
     def _lowered(self, name: str, lowered: Lowered) -> None:
         """Append the calls of an op, and make their scratch known."""

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from fusetile.box import Box, extents, view4
+from fusetile.box import extents, view4
 from fusetile.codegen.calls import KernelCall, Lowered, make_kernel, ref
-from fusetile.codegen.targets import Target
-from fusetile.graph import Op
-from fusetile.ops import Domain
-from fusetile.program import Buffer
+from fusetile.codegen.job import Job
 
 
-def lower_restored(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_restored(job: Job) -> Lowered:
     """One work unit per pair of channels, those that pad the last blocks of the output included."""
-    (x, part), (y, written) = (inputs[0], domain.need(box, 0)), (outputs[0], domain.output(box))
+    (x, part), (y, written) = job.operand(0), job.result()
     k, c, height, width = extents(view4(written))
     rows, columns = (-(-size // block) * block for size, block in zip((k, c), y.block, strict=True))
     body = """

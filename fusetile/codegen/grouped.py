@@ -16,7 +16,7 @@ from fusetile.box import Box, Interval, volume
 from fusetile.codegen import conv, depthwise
 from fusetile.codegen.calls import Kernel, KernelCall, Lowered, make_kernel, ref
 from fusetile.codegen.conv_views import Filter, blocks, filter_view
-from fusetile.codegen.targets import Target
+from fusetile.codegen.job import Job
 from fusetile.errors import PlanError
 from fusetile.graph import Op, Tensor
 from fusetile.ops.base import Access, Domain, row
@@ -66,82 +66,73 @@ def _is_depthwise(bundle: _Bundle, maps: Sequence[Buffer], block: int) -> bool:
     return bundle.per_k == bundle.per_c == 1 and all(buffer.block == (1, block) for buffer in maps)
 
 
-def lower_grouped_conv(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_grouped_conv(job: Job) -> Lowered:
     """y = activation(bias + x * w)."""
-    x, w, *bias = inputs
-    bundle = _bundle(op, domain.writes[0][1].size, domain.reads[0][1].size, w.block[0])
-    if _is_depthwise(bundle, [x, outputs[0]], w.block[0]):
-        return depthwise.forward(op, domain, box, inputs, outputs[0], target=target)
-    before, dense = _dense(op, bundle, w, domain.need(box, 1))
-    channels = domain.output(box)[1]
+    x, w, *bias = job.inputs
+    bundle = _bundle(job.op, job.domain.writes[0][1].size, job.domain.reads[0][1].size, w.block[0])
+    if _is_depthwise(bundle, [x, job.output], w.block[0]):
+        return depthwise.forward(job)
+    before, dense = _dense(job.op, bundle, w, job.need(1))
+    channels = job.written()[1]
 
     def part(dense_op: Op, k: Interval, c: Interval) -> Lowered:
         operands = [_rebased(x, 1, c[0]), _rebased(dense, 0, k[0]), *(_rebased(b, 0, k[0]) for b in bias)]
-        result = _rebased(outputs[0], 1, k[0])
-        sizes = [_sized(domain, 0, c), _weights(domain, k, c), *((k[1] - k[0],) for _ in bias)]
-        inner = _domain(dense_op, sizes, [_written(domain, k)])
-        part_box = _renamed(domain, box, inner, {"k": (0, k[1] - k[0]), "c": (0, c[1] - c[0])})
-        return conv.lower_conv(dense_op, inner, part_box, operands, [result], target=target)
+        shapes = [_sized(job.domain, 0, c), _weights(job.domain, k, c), *((k[1] - k[0],) for _ in bias)]
+        written = _written(job.domain, k)
+        dense_job = replace(job, op=dense_op, inputs=operands, outputs=[_rebased(job.output, 1, k[0])])
+        return conv.lower_conv(_over_channels(dense_job, shapes, written, k, c))
 
-    parts = bundle.parts(channels, bundle.per_k, bundle.k, op.name)
-    return _joined(op, before, parts, part)
+    parts = bundle.parts(channels, bundle.per_k, bundle.k, job.op.name)
+    return _joined(job.op, before, parts, part)
 
 
-def lower_grouped_conv_input_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_grouped_conv_input_grad(job: Job) -> Lowered:
     """dx from dy and the weights."""
-    dy, w = inputs
-    bundle = _bundle(op, domain.reads[0][1].size, domain.writes[0][1].size, w.block[0])
-    if _is_depthwise(bundle, [dy, outputs[0]], w.block[0]):
-        return depthwise.input_grad(op, domain, box, inputs, outputs[0], target=target)
-    filter_box = domain.need(box, 1)
+    dy, w = job.inputs
+    bundle = _bundle(job.op, job.domain.reads[0][1].size, job.domain.writes[0][1].size, w.block[0])
+    if _is_depthwise(bundle, [dy, job.output], w.block[0]):
+        return depthwise.input_grad(job)
+    filter_box = job.need(1)
     if volume(filter_box) == 0:
-        raise PlanError(f"{op.name}: no weights are read for {box}")
-    before, dense = _dense(op, bundle, w, filter_box)
+        raise PlanError(f"{job.op.name}: no weights are read for {job.box}")
+    before, dense = _dense(job.op, bundle, w, filter_box)
 
     def part(dense_op: Op, k: Interval, c: Interval) -> Lowered:
         operands = [_rebased(dy, 1, k[0]), _rebased(dense, 0, k[0])]
-        shape = _written(domain, c)
-        dense_op = replace(dense_op, attrs={**dense_op.attrs, "input_shape": shape})
-        inner = _domain(dense_op, [_sized(domain, 0, k), _weights(domain, k, c)], [shape])
-        part_box = _renamed(domain, box, inner, {"k": (0, k[1] - k[0]), "c": (0, c[1] - c[0])})
-        result = _rebased(outputs[0], 1, c[0])
-        return conv.lower_conv_input_grad(dense_op, inner, part_box, operands, [result], target=target)
+        written, shapes = _written(job.domain, c), [_sized(job.domain, 0, k), _weights(job.domain, k, c)]
+        dense_op = replace(dense_op, attrs={**dense_op.attrs, "input_shape": written})
+        dense_job = replace(job, op=dense_op, inputs=operands, outputs=[_rebased(job.output, 1, c[0])])
+        return conv.lower_conv_input_grad(_over_channels(dense_job, shapes, written, k, c))
 
-    parts = bundle.parts(domain.output(box)[1], bundle.per_c, bundle.c, op.name)
-    return _joined(op, before, parts, part)
+    parts = bundle.parts(job.written()[1], bundle.per_c, bundle.c, job.op.name)
+    return _joined(job.op, before, parts, part)
 
 
-def lower_grouped_conv_weight_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_grouped_conv_weight_grad(job: Job) -> Lowered:
     """dw from x and dy: the dense gradient, of which the parts within groups are kept."""
-    x, dy = inputs
-    block = outputs[0].block[0]
-    bundle = _bundle(op, domain.writes[0][0].size, domain.reads[0][1].size, block)
-    if _is_depthwise(bundle, inputs, block):
-        return depthwise.weight_grad(op, domain, box, inputs, outputs[0], target=target)
-    written = domain.output(box)
+    x, dy = job.inputs
+    block = job.output.block[0]
+    bundle = _bundle(job.op, job.domain.writes[0][0].size, job.domain.reads[0][1].size, block)
+    if _is_depthwise(bundle, job.inputs, block):
+        return depthwise.weight_grad(job)
+    written = job.written()
     whole = bundle.groups == 1
-    dense = outputs[0] if whole else _dense_buffer(op, bundle, written, block)
-    shape = _shape(domain.writes[0])
+    dense = job.output if whole else _dense_buffer(job.op, bundle, written, block)
+    shape = _shape(job.domain.writes[0])
 
     def part(dense_op: Op, k: Interval, c: Interval) -> Lowered:
         operands = [_rebased(x, 1, c[0]), _rebased(dy, 1, k[0])]
-        weights = (k[1] - k[0], c[1] - c[0], *shape[2:])
-        inner = _domain(dense_op, [_sized(domain, 0, c), _sized(domain, 1, k)], [weights])
-        part_box = _renamed(domain, box, inner, {"k": (0, k[1] - k[0]), "c": (0, c[1] - c[0])})
-        result = _rebased(dense, 0, k[0])
-        return conv.lower_conv_weight_grad(dense_op, inner, part_box, operands, [result], target=target)
+        shapes = [_sized(job.domain, 0, c), _sized(job.domain, 1, k)]
+        dense_job = replace(job, op=dense_op, inputs=operands, outputs=[_rebased(dense, 0, k[0])])
+        return conv.lower_conv_weight_grad(
+            _over_channels(dense_job, shapes, (k[1] - k[0], c[1] - c[0], *shape[2:]), k, c)
+        )
 
-    parts = bundle.parts(written[0], bundle.per_k, bundle.k, op.name)
+    parts = bundle.parts(written[0], bundle.per_k, bundle.k, job.op.name)
     if whole:
-        return _joined(op, Lowered(), parts, part)
-    found = _joined(op, Lowered((), (dense,)), parts, part)
-    weights = filter_view(outputs[0], written)
+        return _joined(job.op, Lowered(), parts, part)
+    found = _joined(job.op, Lowered((), (dense,)), parts, part)
+    weights = filter_view(job.output, written)
     kernel = _extract(block)
     ints = _ints(bundle, weights, dense, written[0][1] - written[0][0])
     call = KernelCall(kernel, blocks(written[0], block), (ref(dense), weights.start), ints)
@@ -190,14 +181,15 @@ def _weights(domain: Domain, k: Interval, c: Interval) -> tuple[int, ...]:
     return (k[1] - k[0], c[1] - c[0], *_shape(domain.reads[1])[2:])
 
 
-def _domain(op: Op, inputs: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]]) -> Domain:
-    tensors = [[Tensor("", tuple(shape)) for shape in shapes] for shapes in (inputs, outputs)]
-    return row(op.kind).domain(op.attrs, *tensors)
-
-
-def _renamed(domain: Domain, box: Box, inner: Domain, channels: dict[str, Interval]) -> Box:
-    """The box of the dense op: the grouped op's, and a bundle's channels."""
-    return tuple(channels.get(axis.name) or domain.interval(box, axis.name) for axis in inner.axes)
+def _over_channels(
+    job: Job, inputs: Sequence[tuple[int, ...]], output: tuple[int, ...], k: Interval, c: Interval
+) -> Job:
+    """A job whose op is dense by now, of these shapes, with the dense op's domain and box: the grouped op's, and all
+    channels of a bundle, k and c."""
+    domain = row(job.op.kind).domain(job.op.attrs, [Tensor("", shape) for shape in inputs], [Tensor("", output)])
+    channels = {"k": (0, k[1] - k[0]), "c": (0, c[1] - c[0])}
+    box = tuple(channels.get(axis.name) or job.domain.interval(job.box, axis.name) for axis in domain.axes)
+    return replace(job, domain=domain, box=box)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

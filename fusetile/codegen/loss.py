@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from fusetile.box import Box, extents, view4
 from fusetile.codegen.calls import KernelCall, Lowered, Ref, indented, make_kernel, ref, vectors
 from fusetile.codegen.elementwise import translate
+from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
-from fusetile.codegen.targets import Target
-from fusetile.graph import Op
-from fusetile.ops import Domain, row
+from fusetile.ops import row
 from fusetile.ops.loss import NO_LABEL
 from fusetile.program import Buffer
 
@@ -68,15 +67,15 @@ class _Classes:
 _INTS = ("channels", "rows", "columns", *_STRIDES, "ignore", "count")
 
 
-def _classes(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer]) -> _Classes:
-    weighted, smoothing = len(inputs) > 2, op.attrs.get("smoothing", 0.0)
-    _, channels, rows, columns = extents(view4(domain.need(box, 0)))
-    refs = tuple(ref(buffer, domain.need(box, i)) for i, buffer in enumerate(inputs))
+def _classes(job: Job) -> _Classes:
+    weighted, smoothing = len(job.inputs) > 2, job.op.attrs.get("smoothing", 0.0)
+    _, channels, rows, columns = extents(view4(job.need(0)))
+    refs = tuple(ref(*operand) for operand in job.operands)
     return _Classes(
-        f"{'_weighted' * weighted}{'_smooth' * bool(smoothing)}_{inputs[0].block[1]}",
+        f"{'_weighted' * weighted}{'_smooth' * bool(smoothing)}_{job.inputs[0].block[1]}",
         {"X": "float32", "TARGET": "int32"} | ({"W": "float32", "TOTAL": "float32"} if weighted else {}),
         refs,
-        (channels, rows, columns, *_strides(inputs), op.attrs.get("ignore", NO_LABEL), op.attrs["count"]),
+        (channels, rows, columns, *_strides(job.inputs), job.op.attrs.get("ignore", NO_LABEL), job.op.attrs["count"]),
         "counts * W[label]" if weighted else "counts",
         "W[c]" if weighted else "T.float32(1)",
         "T.Select(TOTAL[0] == T.float32(0), T.float32(1), TOTAL[0])" if weighted else 'T.Cast("float32", count)',
@@ -85,19 +84,9 @@ def _classes(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer]) -> _Cla
     )
 
 
-def _loss_of_classes(
-    symbol: str,
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    output: Buffer,
-    statements: Callable[[_Classes], str],
-    *,
-    softmax: bool,
-) -> Lowered:
+def _loss_of_classes(symbol: str, job: Job, statements: Callable[[_Classes], str], *, softmax: bool) -> Lowered:
     """Statements find loss[0] of a pixel; rows are summed, then divided by the total."""
-    classes = _classes(op, domain, box, inputs)
+    classes = _classes(job)
     text = statements(classes) + "\nPARTIAL[u] = T.if_then_else(w == 0, loss[0], PARTIAL[u] + loss[0])\n"
     kernel = make_kernel(
         f"{symbol}{classes.suffix}",
@@ -105,22 +94,20 @@ def _loss_of_classes(
         ints=_INTS,
         floats=list(classes.floats),
         scratch={"top": ((1,), "float32"), "total": ((1,), "float64"), "loss": ((1,), "float64")},
-        body=_over_pixels(inputs[0].block[1], text, softmax=softmax),
+        body=_over_pixels(job.inputs[0].block[1], text, softmax=softmax),
     )
-    images, _, rows, _ = extents(view4(domain.need(box, 0)))
+    images, _, rows, _ = extents(view4(job.need(0)))
     units = images * rows
-    partial = Buffer(f"{op.name}.partial", ((0, units),), "float64")
+    partial = Buffer(f"{job.op.name}.partial", ((0, units),), "float64")
     call = KernelCall(kernel, units, (*classes.refs, ref(partial)), classes.ints, tuple(classes.floats.values()))
-    total = classes.refs[3] if len(inputs) > 2 else None
-    mean = mean_of_partials(ref(partial), units, op.attrs["count"], output, domain.output(box), total=total)
+    total = classes.refs[3] if len(job.inputs) > 2 else None
+    mean = mean_of_partials(ref(partial), units, job.op.attrs["count"], *job.result(), total=total)
     return Lowered((call, mean), (partial,))
 
 
-def lower_cross_entropy(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_cross_entropy(job: Job) -> Lowered:
     """The sum of log(sum of exp(x - max)) - (x[label] - max) over the box's pixels, over the total."""
-    block = inputs[0].block[1]
+    block = job.inputs[0].block[1]
 
     def log_of(channel: str) -> str:
         return f'(T.log(total[0]) - T.Cast("float64", {_logit(block, channel)} - top[0]))'
@@ -139,28 +126,24 @@ for c in T.serial(channels):
 """
         return text
 
-    return _loss_of_classes("cross_entropy", op, domain, box, inputs, outputs[0], statements, softmax=True)
+    return _loss_of_classes("cross_entropy", job, statements, softmax=True)
 
 
-def lower_likelihood(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_likelihood(job: Job) -> Lowered:
     """The sum of -x[label] over the box's pixels, over the total."""
 
     def statements(classes: _Classes) -> str:
-        x = _logit(inputs[0].block[1], "label")
+        x = _logit(job.inputs[0].block[1], "label")
         return f'loss[0] = T.float64(0) - T.Cast("float64", {classes.weight}) * T.Cast("float64", {x})'
 
-    return _loss_of_classes("likelihood", op, domain, box, inputs, outputs[0], statements, softmax=False)
+    return _loss_of_classes("likelihood", job, statements, softmax=False)
 
 
-def lower_cross_entropy_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_cross_entropy_grad(job: Job) -> Lowered:
     """dx = weight * (softmax(x) - [class is the label]) / total; the exponentials wait in dx for their sum.
 
     Smoothing adds spread * (softmax(x) * (sum of all weights) - weight of the class) / total."""
-    block = inputs[0].block[1]
+    block = job.inputs[0].block[1]
 
     def statements(classes: _Classes, y: str) -> str:
         smooth = ""
@@ -182,12 +165,10 @@ for c in T.serial(padded):
         {y} = T.float32(0)
 """
 
-    return _gradient_of_classes("cross_entropy_grad", op, domain, box, inputs, outputs[0], statements, softmax=True)
+    return _gradient_of_classes("cross_entropy_grad", job, statements, softmax=True)
 
 
-def lower_likelihood_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_likelihood_grad(job: Job) -> Lowered:
     """dx = -weight / total at the label, else 0."""
 
     def statements(classes: _Classes, y: str) -> str:
@@ -197,22 +178,14 @@ for c in T.serial(padded):
     {y} = T.Select(c == label, gain[0], T.float32(0))
 """
 
-    return _gradient_of_classes("likelihood_grad", op, domain, box, inputs, outputs[0], statements, softmax=False)
+    return _gradient_of_classes("likelihood_grad", job, statements, softmax=False)
 
 
 def _gradient_of_classes(
-    symbol: str,
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    output: Buffer,
-    statements: Callable[[_Classes, str], str],
-    *,
-    softmax: bool,
+    symbol: str, job: Job, statements: Callable[[_Classes, str], str], *, softmax: bool
 ) -> Lowered:
     """Statements write the gradient of a pixel's channels, pad lanes included."""
-    lanes, classes = output.block[1], _classes(op, domain, box, inputs)
+    lanes, classes = job.output.block[1], _classes(job)
     text = "to: T.int32 = n * y_image + h * y_row + w * y_pixel\n"
     text += statements(classes, f"DX[to + c // {lanes} * y_block + c % {lanes}]")
     kernel = make_kernel(
@@ -224,22 +197,18 @@ def _gradient_of_classes(
             **dict.fromkeys(("top", "gain", "all"), ((1,), "float32")),
             "total": ((1,), "float64"),
         },
-        body=_over_pixels(inputs[0].block[1], text, softmax=softmax),
+        body=_over_pixels(job.inputs[0].block[1], text, softmax=softmax),
     )
-    written = domain.output(box)
+    written = job.written()
     images, channels, rows, _ = extents(view4(written))
-    ints = (*classes.ints, *output.strides, -(-channels // lanes) * lanes)
-    pointers = (*classes.refs, ref(output, written))
+    ints = (*classes.ints, *job.output.strides, -(-channels // lanes) * lanes)
+    pointers = (*classes.refs, ref(*job.result()))
     return Lowered((KernelCall(kernel, images * rows, pointers, ints, tuple(classes.floats.values())),))
 
 
-def lower_label_weight(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_label_weight(job: Job) -> Lowered:
     """The sum of the weights of the box's labels."""
-    labels, weights = inputs
-    need = domain.need(box, 0)
-    images, rows, columns = [*extents(need), 1, 1][:3]
+    images, rows, columns = [*extents(job.need(0)), 1, 1][:3]
     kernel = make_kernel(
         "label_weight",
         pointers={"TARGET": "int32", "W": "float32", "PARTIAL": "float64"},
@@ -256,23 +225,21 @@ for u in T.serial(lo, hi):
 """,
     )
     units = images * rows
-    partial = Buffer(f"{op.name}.partial", ((0, units),), "float64")
-    ints = (rows, columns, *_label_strides(labels), op.attrs.get("ignore", NO_LABEL))
-    pointers = (ref(labels, need), ref(weights, domain.need(box, 1)), ref(partial))
+    partial = Buffer(f"{job.op.name}.partial", ((0, units),), "float64")
+    ints = (rows, columns, *_label_strides(job.inputs[0]), job.op.attrs.get("ignore", NO_LABEL))
+    pointers = (*(ref(*operand) for operand in job.operands), ref(partial))
     call = KernelCall(kernel, units, pointers, ints)
-    return Lowered((call, mean_of_partials(ref(partial), units, 1, outputs[0], domain.output(box))), (partial,))
+    return Lowered((call, mean_of_partials(ref(partial), units, 1, *job.result())), (partial,))
 
 
-def lower_mean_of_pairs(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_mean_of_pairs(job: Job) -> Lowered:
     """The sum of the row's expression in the elements x0 of the output and x1 of the target, over `count`."""
-    block = max(buffer.block[1] for buffer in inputs[:2])
-    before, maps = conform(op, [(inputs[i], domain.need(box, i)) for i in range(2)], (1, block))
-    statements, value, floats = translate(row(op.kind).expression, op.attrs)
+    block = max(buffer.block[1] for buffer in job.inputs[:2])
+    before, maps = conform(job.op, job.operands[:2], (1, block))
+    statements, value, floats = translate(row(job.op.kind).expression, job.op.attrs)
     statements = [*statements, f'total[v] = total[v] + T.Cast("float64", {value})']
     kernel = mapped_kernel(
-        f"mean_of_{op.kind.lower()}",
+        f"mean_of_{job.op.kind.lower()}",
         block=block,
         maps={"x0": "float32", "x1": "float32"},
         pointers={"PARTIAL": "float64"},
@@ -287,12 +254,12 @@ def lower_mean_of_pairs(
             block,
         ),
     )
-    loops = loops_over(domain.need(box, 0), block)
+    loops = loops_over(job.need(0), block)
     size = loops.units * block
-    partial = Buffer(f"{op.name}.partial", ((0, size),), "float64")
-    channels = extents(view4(domain.need(box, 0)))[1]
+    partial = Buffer(f"{job.op.name}.partial", ((0, size),), "float64")
+    channels = extents(view4(job.need(0)))[1]
     call = mapped_call(kernel, loops, maps, pointers=[ref(partial)], ints=(channels,), floats=tuple(floats.values()))
-    mean = mean_of_partials(ref(partial), size, op.attrs["count"], outputs[0], domain.output(box))
+    mean = mean_of_partials(ref(partial), size, job.op.attrs["count"], *job.result())
     return Lowered((*before.calls, call, mean), (*before.scratch, partial))
 
 

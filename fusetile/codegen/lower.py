@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 
-from fusetile.box import Box, volume
+from fusetile.box import volume
 from fusetile.codegen.calls import Lowered
-from fusetile.codegen.conv_choice import Numerics, lower_convolution
-from fusetile.codegen.targets import Target
+from fusetile.codegen.conv_choice import lower_convolution
+from fusetile.codegen.job import Job
 from fusetile.errors import PlanError
-from fusetile.graph import Op
-from fusetile.ops import Domain, row
-from fusetile.program import Buffer
+from fusetile.ops import row
 
 _CONVOLUTIONS = ("conv", "conv_input_grad", "conv_weight_grad")
 # Row.kernel -> the module in this package whose function lower_FAMILY lowers it
@@ -68,36 +65,20 @@ _MODULES = {
 }
 
 
-def lower(
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    outputs: Sequence[Buffer],
-    *,
-    target: Target,
-    numerics: Numerics = "fast",
-    lean: bool = False,
-) -> Lowered:
-    """The calls that do the iterations `box` of an op, and the scratch that they use.
-
-    `inputs[i]` holds at least `domain.need(box, i)`, `outputs[o]` gets `domain.output(box, o)`, its pad lanes included;
-    nothing else of the outputs changes. Boxes start at multiples of the blocks. `numerics` chooses among algorithms
-    that round differently; with `lean` less scratch is used, where it takes more time.
-    """
-    if volume(box) == 0:
+def lower(job: Job) -> Lowered:
+    """The calls that do the iterations of an op, and the scratch that they use."""
+    if volume(job.box) == 0:
         return Lowered()
-    family = row(op.kind).kernel
+    op, family = job.op, row(job.op.kind).kernel
     if op.attrs.get("groups", 1) > 1:
         family = f"grouped_{family}"
     for output, i in row(op.kind).in_place:
-        if output < len(outputs) and outputs[output] != inputs[i]:
-            raise PlanError(f"{op.name}: output {outputs[output].name} must lie in input {inputs[i].name}")
+        if output < len(job.outputs) and job.outputs[output] != job.inputs[i]:
+            raise PlanError(f"{op.name}: output {job.outputs[output].name} must lie in input {job.inputs[i].name}")
     if family in _CONVOLUTIONS:
-        operands = list(inputs), list(outputs)
-        return lower_convolution(op, domain, box, *operands, target=target, numerics=numerics, lean=lean)
+        return lower_convolution(job)
     if family not in _MODULES:
         raise PlanError(f"{op.kind}: no kernel family {family!r}")
     module = import_module(f"fusetile.codegen.{_MODULES[family]}")
-    lowered: Lowered = getattr(module, f"lower_{family}")(op, domain, box, list(inputs), list(outputs), target=target)
+    lowered: Lowered = getattr(module, f"lower_{family}")(job)
     return lowered

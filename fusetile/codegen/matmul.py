@@ -7,16 +7,12 @@ their addresses are then one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
-from fusetile.box import Box, extents, view4
+from fusetile.box import extents, view4
 from fusetile.codegen.calls import Kernel, KernelCall, Lowered, indented, make_kernel, ref, vectors
 from fusetile.codegen.elementwise import has_lanes, with_lanes
-from fusetile.codegen.targets import Target
-from fusetile.graph import Op
-from fusetile.ops import Domain
-from fusetile.program import Buffer
+from fusetile.codegen.job import Job
 
 LARGE, SMALL = (3, 4), (2, 2)  # rows and columns
 CHUNK = 128  # of the inner dimension, between which sums rest in the result
@@ -29,31 +25,28 @@ _INTS = (
 )
 
 
-def lower_mat_mul(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_mat_mul(job: Job) -> Lowered:
     """Every output is one sum over c, in order."""
-    block, written = outputs[0].block[1], domain.output(box)
-    needs = [domain.need(box, i) for i in (0, 1)]
-    before, operands = with_lanes(op, list(zip(inputs, needs, strict=True)), outputs[0])
+    block, written = job.output.block[1], job.written()
+    before, operands = with_lanes(job.op, job.operands, job.output)
     images, channels, rows, columns = extents(view4(written))
     strides: list[int] = []
     for i, (buffer, need) in enumerate(operands):
         counts = extents(view4(need))[:2]
         image, depth, row, pixel = buffer.strides
         # a is [h, c] and b is [c, w], as long as they are not turned
-        outer, inner = (pixel, row) if op.attrs["turned"][i] == (i == 0) else (row, pixel)
+        outer, inner = (pixel, row) if job.op.attrs["turned"][i] == (i == 0) else (row, pixel)
         strides += [image if counts[0] == images else 0, depth if counts[1] == channels else 0, outer, inner]
-    width, (start, stop) = min(block, target.width), domain.interval(box, "c")
-    tile = _tile(block // width, target.registers)
+    width, (start, stop) = min(block, job.target.width), job.domain.interval(job.box, "c")
+    tile = _tile(block // width, job.target.registers)
     fitting = BAND_elements // (min(stop - start, CHUNK) * block) // tile[0] * tile[0]
     band, blocks = min(rows, max(tile[0], fitting)), -(-channels // block)
     lanes = [has_lanes(operand, written) for operand in operands]
     call = KernelCall(
         _product(block, width, tile, (lanes[0], lanes[1])),
         images * blocks * -(-rows // band),
-        (*(ref(buffer, need) for buffer, need in operands), ref(outputs[0], written)),
-        (blocks, rows, columns, stop - start, band, channels, *outputs[0].strides, *strides),
+        (*(ref(buffer, need) for buffer, need in operands), ref(*job.result())),
+        (blocks, rows, columns, stop - start, band, channels, *job.output.strides, *strides),
     )
     return Lowered((*before.calls, call), before.scratch)
 

@@ -6,17 +6,13 @@ order. The bands follow from the box alone, so that the result does not depend o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fusetile.box import Box
 from fusetile.codegen.activation import activation_gradient
 from fusetile.codegen.calls import KernelCall, Lowered, Ref, make_kernel, ref, vectors
+from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import Loops, loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.pool import Gathered, gathered_maxima
 from fusetile.codegen.reblock import conform
-from fusetile.codegen.targets import Target
-from fusetile.graph import Op
-from fusetile.ops import Domain
 from fusetile.program import Buffer
 
 _A64, _B64 = 'T.Cast("float64", {A})', 'T.Cast("float64", t[v])'
@@ -41,63 +37,47 @@ _PIXEL = {
 }
 
 
-def lower_channel_sum(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_channel_sum(job: Job) -> Lowered:
     """The sum of dy over n, h and w."""
-    return _lower("channel_sum", op, domain, box, inputs, outputs[0])
+    return _lower("channel_sum", job)
 
 
-def lower_channel_moments(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_channel_moments(job: Job) -> Lowered:
     """The sums of x and of x * x."""
-    return _lower("channel_moments", op, domain, box, inputs, outputs[0])
+    return _lower("channel_moments", job)
 
 
-def lower_normalize_moments(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_normalize_moments(job: Job) -> Lowered:
     """The sums of dy and of dy * (x - mean) / std; dy is that before the activation, if there is one."""
-    family = "normalize_moments_behind" if op.attrs.get("activation") else "normalize_moments"
-    return _lower(family, op, domain, box, inputs, outputs[0])
+    family = "normalize_moments_behind" if job.op.attrs.get("activation") else "normalize_moments"
+    return _lower(family, job)
 
 
-def lower_pooled_normalize_moments(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_pooled_normalize_moments(job: Job) -> Lowered:
     """The same, from the gradient behind a max pool."""
-    family = "normalize_moments_behind" if op.attrs.get("activation") else "normalize_moments"
-    pool = gathered_maxima(op, domain, box, inputs[:2], outputs[0].block)
-    return _lower(family, op, domain, box, inputs, outputs[0], pool)
+    family = "normalize_moments_behind" if job.op.attrs.get("activation") else "normalize_moments"
+    pool = gathered_maxima(job)
+    return _lower(family, job, pool)
 
 
-def _lower(
-    family: str,
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    output: Buffer,
-    pool: Gathered | None = None,
-) -> Lowered:
+def _lower(family: str, job: Job, pool: Gathered | None = None) -> Lowered:
     """`pool` gathers the map A from the first two inputs."""
     more, pixel, sums = _PIXEL[family]
-    block = output.block[1]
+    block = job.output.block[1]
     names = more if pool else ("A", *more)
     first = 2 if pool else 0
-    small = range(first + len(names), len(inputs))
-    before, maps = conform(op, [(inputs[i], domain.need(box, i)) for i in range(first, small.start)], output.block)
+    small = range(first + len(names), len(job.inputs))
+    before, maps = conform(job.op, job.operands[first : small.start], job.output.block)
     loops = loops_over(maps[0][1], block)
     size = loops.units * sums * block
-    partial = Buffer(f"{op.name}.partial", ((0, size),), "float64")
+    partial = Buffer(f"{job.op.name}.partial", ((0, size),), "float64")
     scratch = {f"s{q}": "float64" for q in range(sums)}
     store = [f"PARTIAL[(u * {sums} + {q}) * {block} + v] = s{q}[v]" for q in range(sums)]
-    act = activation_gradient(op.attrs if more else {}, "{A}", "e[v]")
+    act = activation_gradient(job.op.attrs if more else {}, "{A}", "e[v]")
     vectors_of = dict.fromkeys(("STATS", "GAMMA", "BETA")[: len(small)], "float32")
     lines = {_BEFORE: [*act.statements, f"d[v] = {act.value}"]}
     pixel = [part.replace("BLOCK", str(block)) for line in pixel for part in lines.get(line, [line])]
-    statements, ints = vectors(pixel, block), {"pair": inputs[small.start].strides[0] if small else 0}
+    statements, ints = vectors(pixel, block), {"pair": job.inputs[small.start].strides[0] if small else 0}
     if pool:
         statements, ints = pool.pixel + statements.replace("{A}", "total[v]"), ints | pool.ints
     kernel = mapped_kernel(
@@ -117,10 +97,10 @@ def _lower(
         pixel=statements,
         after_unit=vectors(store, block),
     )
-    pointers = [ref(partial), *(ref(inputs[i], domain.need(box, i)) for i in small), *(pool.refs if pool else ())]
+    pointers = [ref(partial), *(ref(*job.operand(i)) for i in small), *(pool.refs if pool else ())]
     floats = tuple(act.floats.values())
     summed = mapped_call(kernel, loops, maps, pointers=pointers, ints=tuple(ints.values()), floats=floats)
-    finish = _finish(loops, sums, ref(partial), output, domain.output(box))
+    finish = _finish(loops, sums, ref(partial), *job.result())
     made = [before, pool.lowered] if pool else [before]
     calls = [call for lowered in made for call in lowered.calls]
     return Lowered((*calls, summed, finish), (*(one for lowered in made for one in lowered.scratch), partial))

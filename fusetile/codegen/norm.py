@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from fusetile.box import Box, extents, view4
 from fusetile.codegen.activation import activation, activation_gradient, keeps_zero
 from fusetile.codegen.calls import KernelCall, Lowered, make_kernel, ref, vectors
+from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.move import zero_pads
 from fusetile.codegen.pool import Gathered, gathered_maxima
 from fusetile.codegen.reblock import conform
-from fusetile.codegen.targets import Target
-from fusetile.graph import Op
-from fusetile.ops import Domain
 from fusetile.program import Buffer
 
 # -- per channel -----------------------------------------------------------------------------------------------------
@@ -79,43 +77,37 @@ def _per_channel(
     return Lowered((KernelCall(kernel, padded, pointers, tuple(numbers.values()), tuple((floats or {}).values())),))
 
 
-def lower_batch_statistics(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_batch_statistics(job: Job) -> Lowered:
     """Mean and 1/std from the sums over the batch."""
-    operands = {"SUMS": (inputs[0], domain.need(box, 0)), "STATS": (outputs[0], domain.output(box))}
-    count, epsilon = {"count": op.attrs["count"]}, {"epsilon": op.attrs["epsilon"]}
+    operands = {"SUMS": job.operand(0), "STATS": job.result()}
+    count, epsilon = {"count": job.op.attrs["count"]}, {"epsilon": job.op.attrs["epsilon"]}
     return _per_channel("batch_statistics", _MOMENTS + _STATISTICS, operands, ints=count, floats=epsilon)
 
 
-def lower_frozen_statistics(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_frozen_statistics(job: Job) -> Lowered:
     """Mean and 1/std from the running statistics."""
-    operands = {key: (inputs[i], domain.need(box, i)) for i, key in enumerate(("MEAN", "VARIANCE"))}
-    operands["STATS"] = (outputs[0], domain.output(box))
-    return _per_channel("frozen_statistics", _FROZEN + _STATISTICS, operands, floats={"epsilon": op.attrs["epsilon"]})
+    operands = {key: job.operand(i) for i, key in enumerate(("MEAN", "VARIANCE"))}
+    operands["STATS"] = job.result()
+    return _per_channel(
+        "frozen_statistics", _FROZEN + _STATISTICS, operands, floats={"epsilon": job.op.attrs["epsilon"]}
+    )
 
 
-def lower_running_statistics(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_running_statistics(job: Job) -> Lowered:
     """The running statistics, in place; of several batches, one call each."""
     calls: list[KernelCall] = []
-    for i in (0, *range(3, len(inputs))):
-        operands = {"SUMS": (inputs[i], domain.need(box, i))}
-        operands |= {key: (outputs[o], domain.output(box, o)) for o, key in enumerate(("MEAN", "VARIANCE"))}
-        count, keep = {"count": op.attrs["count"]}, {"keep": op.attrs["momentum"]}
+    for i in (0, *range(3, len(job.inputs))):
+        operands = {"SUMS": job.operand(i)}
+        operands |= {key: job.result(o) for o, key in enumerate(("MEAN", "VARIANCE"))}
+        count, keep = {"count": job.op.attrs["count"]}, {"keep": job.op.attrs["momentum"]}
         calls += _per_channel("running_statistics", _MOMENTS + _RUNNING, operands, ints=count, floats=keep).calls
     return Lowered(tuple(calls))
 
 
-def lower_normalize_parameter_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_normalize_parameter_grad(job: Job) -> Lowered:
     """The gradients of gamma and beta from the moments."""
-    operands = {"SUMS": (inputs[0], domain.need(box, 0))}
-    operands |= {key: (outputs[o], domain.output(box, o)) for o, key in enumerate(("DGAMMA", "DBETA"))}
+    operands = {"SUMS": job.operand(0)}
+    operands |= {key: job.result(o) for o, key in enumerate(("DGAMMA", "DBETA"))}
     return _per_channel("normalize_parameter_grad", _PARAMETERS, operands)
 
 
@@ -124,19 +116,13 @@ def lower_normalize_parameter_grad(
 _CHANNEL = "k * {block} + v"
 
 
-def lower_normalize(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_normalize(job: Job) -> Lowered:
     """y = activation((x - mean) / std * gamma + beta)."""
-    block = outputs[0].block[1]
-    c, act = _CHANNEL.format(block=block), activation(op.attrs, "t[v]")
+    block = job.output.block[1]
+    c, act = _CHANNEL.format(block=block), activation(job.op.attrs, "t[v]")
     normalized = _maps(
         f"normalize{act.suffix}",
-        op,
-        domain,
-        box,
-        inputs,
-        outputs[0],
+        job,
         maps=("X",),
         pointers={"STATS": "float32", "GAMMA": "float32", "BETA": "float32"},
         before=[],
@@ -150,44 +136,29 @@ def lower_normalize(
         scratch=("t", *act.scratch),
         floats=act.floats,
     )
-    clears = () if keeps_zero(op.attrs) else zero_pads(outputs[0], domain.output(box))
+    clears = () if keeps_zero(job.op.attrs) else zero_pads(*job.result())
     return Lowered((*normalized.calls, *clears), normalized.scratch)
 
 
-def lower_normalize_input_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_normalize_input_grad(job: Job) -> Lowered:
     """dx = gamma / std * (dy - moments[0] / count - xhat * moments[1] / count), dy before the activation if any."""
-    return _input_grad(op, domain, box, inputs, outputs)
+    return _input_grad(job)
 
 
-def lower_pooled_normalize_input_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_pooled_normalize_input_grad(job: Job) -> Lowered:
     """The same, from the gradient behind a max pool."""
-    pool = gathered_maxima(op, domain, box, inputs[:2], outputs[0].block)
-    return _input_grad(op, domain, box, inputs, outputs, pool)
+    pool = gathered_maxima(job)
+    return _input_grad(job, pool)
 
 
-def _input_grad(
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    outputs: Sequence[Buffer],
-    pool: Gathered | None = None,
-) -> Lowered:
-    c = _CHANNEL.format(block=outputs[0].block[1])
-    fused, act = bool(op.attrs.get("activation")), activation_gradient(op.attrs, "{DY}", "e[v]")
+def _input_grad(job: Job, pool: Gathered | None = None) -> Lowered:
+    c = _CHANNEL.format(block=job.output.block[1])
+    fused, act = bool(job.op.attrs.get("activation")), activation_gradient(job.op.attrs, "{DY}", "e[v]")
     again = [f"e[v] = t[v] * GAMMA[{c}] + BETA[{c}]"] if fused else []
     each = 'T.Cast("float64", count)'
     return _maps(
         f"normalize_input_grad{act.suffix}",
-        op,
-        domain,
-        box,
-        inputs,
-        outputs[0],
+        job,
         maps=("DY", "X"),
         pointers={"STATS": "float32", "GAMMA": "float32", "MOMENTS": "float64"}
         | ({"BETA": "float32"} if fused else {}),
@@ -207,23 +178,17 @@ def _input_grad(
         ],
         scratch=("m", "x", "g", "t", "d", *(("e",) if fused else ()), *act.scratch),
         floats=act.floats,
-        ints={"moments_pair": inputs[5 if pool else 4].strides[0], "count": op.attrs["count"]},
+        ints={"moments_pair": job.inputs[5 if pool else 4].strides[0], "count": job.op.attrs["count"]},
         pool=pool,
     )
 
 
-def lower_frozen_normalize_input_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_frozen_normalize_input_grad(job: Job) -> Lowered:
     """dx = gamma / std * dy."""
-    c = _CHANNEL.format(block=outputs[0].block[1])
+    c = _CHANNEL.format(block=job.output.block[1])
     return _maps(
         "frozen_normalize_input_grad",
-        op,
-        domain,
-        box,
-        inputs,
-        outputs[0],
+        job,
         maps=("DY",),
         pointers={"STATS": "float32", "GAMMA": "float32"},
         before=[f"g[v] = GAMMA[{c}] * STATS[pair + {c}]"],
@@ -234,11 +199,7 @@ def lower_frozen_normalize_input_grad(
 
 def _maps(
     name: str,
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    output: Buffer,
+    job: Job,
     *,
     maps: Sequence[str],
     pointers: Mapping[str, str],
@@ -251,13 +212,12 @@ def _maps(
 ) -> Lowered:
     """One pass over the maps `maps` (the first inputs) to Y; the other inputs are `pointers`, first STATS. `pool`
     gathers the map DY from the first two inputs."""
-    block = output.block[1]
-    written = domain.output(box)
+    block = job.output.block[1]
+    written = job.written()
     names, first = (maps[1:], 2) if pool else (maps, 0)
-    small = range(first + len(names), len(inputs))
-    operands = [(inputs[i], domain.need(box, i)) for i in range(first, small.start)]
-    conformed, operands = conform(op, operands, output.block)
-    numbers = {"pair": inputs[small.start].strides[0], **(ints or {})}
+    small = range(first + len(names), len(job.inputs))
+    conformed, operands = conform(job.op, job.operands[first : small.start], job.output.block)
+    numbers = {"pair": job.inputs[small.start].strides[0], **(ints or {})}
     statements = vectors(pixel, block)
     if pool:
         statements, numbers = pool.pixel + statements.replace("{DY}", "total[v]"), numbers | pool.ints
@@ -274,11 +234,11 @@ def _maps(
         before_unit=vectors(before, block),
         pixel=statements,
     )
-    refs = [*(ref(inputs[i], domain.need(box, i)) for i in small), *(pool.refs if pool else ())]
+    refs = [*(ref(*job.operand(i)) for i in small), *(pool.refs if pool else ())]
     call = mapped_call(
         kernel,
         loops_over(written, block),
-        [*operands, (output, written)],
+        [*operands, job.result()],
         pointers=refs,
         ints=tuple(numbers.values()),
         floats=tuple((floats or {}).values()),

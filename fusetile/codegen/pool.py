@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from fusetile.box import Box, extents, view4
 from fusetile.codegen.calls import Lowered, Ref, ref, vectors
+from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
-from fusetile.codegen.targets import Target
 from fusetile.graph import Op
-from fusetile.ops import Domain
 from fusetile.program import Buffer
 
 Axis = tuple[int, int, int]  # taps, stride, dilation
@@ -70,11 +69,7 @@ def _windows(axes: tuple[Axis, Axis], block: int, statements: Sequence[str]) -> 
 
 def _pool(
     kind: str,
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    outputs: Sequence[Buffer],
+    job: Job,
     *,
     start: Sequence[str],
     tap: Sequence[str],
@@ -84,10 +79,9 @@ def _pool(
 ) -> Lowered:
     """y from the windows of x: statements before, for each tap of, and after a window. {ARG} is the tap of the maximum,
     an output or an input."""
-    axes, block = _axes(op), outputs[0].block[1]
-    operands = [(buffer, domain.need(box, i)) for i, buffer in enumerate(inputs)]
-    before, [(x, window), *argmax] = conform(op, operands, outputs[0].block)
-    maps = [(buffer, domain.output(box, o)) for o, buffer in enumerate(outputs)] + argmax
+    axes, block = _axes(job.op), job.output.block[1]
+    before, [(x, window), *argmax] = conform(job.op, job.operands, job.output.block)
+    maps = job.results + argmax
     names = ("Y", "ARG")[: len(maps)]
     pixel = (
         _clip(axes[1], "s", "w", "W")
@@ -106,29 +100,23 @@ def _pool(
         before_row=_clip(axes[0], "r", "h", "H"),
         pixel=pixel,
     )
-    written, image = domain.output(box), [dim.size for dim in domain.reads[0][2:]]
+    written, image = job.written(), [dim.size for dim in job.domain.reads[0][2:]]
     call = mapped_call(
         kernel,
         loops_over(written, block),
         maps,
         pointers=[ref(x, window)],
-        ints=(extents(written)[1], *_ints(op, written, window, image), *x.strides[:3]),
+        ints=(extents(written)[1], *_ints(job.op, written, window, image), *x.strides[:3]),
     )
     return Lowered((*before.calls, call), before.scratch)
 
 
-def lower_max_pool(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_max_pool(job: Job) -> Lowered:
     """The maximum of every window and the tap where it is: the first one, or the first NaN."""
-    columns = op.attrs["kernel"][1]
+    columns = job.op.attrs["kernel"][1]
     return _pool(
         "max_pool",
-        op,
-        domain,
-        box,
-        inputs,
-        outputs,
+        job,
         start=['best[v] = -T.infinity("float32")', "tap[v] = 0"],
         tap=[
             f"tap[v] = T.Select({_GREATER}, r * {columns} + s, tap[v])",
@@ -136,25 +124,19 @@ def lower_max_pool(
         ],
         end=[
             "{Y} = best[v]",
-            f"tap[v] = T.Select(k * {outputs[0].block[1]} + v < channels, tap[v], 0)",
+            f"tap[v] = T.Select(k * {job.output.block[1]} + v < channels, tap[v], 0)",
             '{ARG} = T.Cast("uint8", tap[v])',
         ],
         scratch={"best": "float32", "tap": "int32"},
     )
 
 
-def lower_max_pool_pick(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_max_pool_pick(job: Job) -> Lowered:
     """The element of every window at the tap that was its maximum."""
-    columns = op.attrs["kernel"][1]
+    columns = job.op.attrs["kernel"][1]
     return _pool(
         "max_pool_pick",
-        op,
-        domain,
-        box,
-        inputs,
-        outputs,
+        job,
         start=["found[v] = T.float32(0)", 'tap[v] = T.Cast("int32", {ARG})'],
         tap=[f"found[v] = T.Select(tap[v] == r * {columns} + s, {{X}}, found[v])"],
         end=["{Y} = found[v]"],
@@ -169,23 +151,17 @@ def _divisor(axis: Axis, tap: str, at: str, size: str, *, include_pad: bool) -> 
     return f"{at}_count: T.int32 = {tap}1 - {tap}0\n"
 
 
-def lower_average_pool(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_average_pool(job: Job) -> Lowered:
     """The average of every window, over what it covers of the image (with count_include_pad: of the padded image)."""
-    include = bool(op.attrs["count_include_pad"])
-    axes = _axes(op)
+    include = bool(job.op.attrs["count_include_pad"])
+    axes = _axes(job.op)
     counts = [
         _divisor(axis, tap, at, size, include_pad=include)
         for axis, (tap, at), size in zip(axes, _AXES, "HW", strict=True)
     ]
     return _pool(
         "average_pool_padded" if include else "average_pool",
-        op,
-        domain,
-        box,
-        inputs,
-        outputs,
+        job,
         start=["total[v] = T.float32(0)"],
         tap=["total[v] = total[v] + {X}"],
         end=['{Y} = total[v] / T.Cast("float32", h_count * w_count)'],
@@ -234,20 +210,18 @@ class Gathered:
     lowered: Lowered
 
 
-def _gathered(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], block: tuple[int, int], *, names: str, inner: str
-) -> Gathered:
-    """`inner` adds to total[v]; {DY}, {ARG} are the elements of the inputs `names`."""
-    axes, window = _axes(op), domain.need(box, 0)
-    conformed, operands = conform(op, [(buffer, window) for buffer in inputs], block)
-    maps = dict(zip(names.split(), operands, strict=True))
-    lanes = block[1]
+def _gathered(job: Job, *, names: str, inner: str) -> Gathered:
+    """`inner` adds to total[v]; {DY}, {ARG} are the elements of the first inputs, `names`."""
+    axes, window, lanes = _axes(job.op), job.need(0), job.output.block[1]
+    keys = names.split()
+    conformed, operands = conform(job.op, [(buffer, window) for buffer in job.inputs[: len(keys)]], job.output.block)
+    maps = dict(zip(keys, operands, strict=True))
     at = {
         name: f"{name}[n * {name}_image + k * {name}_block + (oh - x_h) * {name}_row + (ow - x_w) * {lanes} + v]"
         for name in maps
     }
-    image = [dim.size for dim in domain.reads[0][2:]]
-    ints = dict(zip(_INTS, _ints(op, box, window, image), strict=True))
+    image = [dim.size for dim in job.domain.reads[0][2:]]
+    ints = dict(zip(_INTS, _ints(job.op, job.box, window, image), strict=True))
     for name, (buffer, _) in maps.items():
         strides = zip(("image", "block", "row"), buffer.strides[:3], strict=True)
         ints |= {f"{name}_{axis}": stride for axis, stride in strides}
@@ -265,7 +239,7 @@ def _gathered(
     )
 
 
-def _pool_grad(kind: str, box: Box, output: Buffer, found: Gathered, ints: dict[str, int] | None = None) -> Lowered:
+def _pool_grad(kind: str, output: Buffer, box: Box, found: Gathered, ints: dict[str, int] | None = None) -> Lowered:
     """dx, given how each pixel's is gathered."""
     block, numbers = output.block[1], found.ints | (ints or {})
     kernel = mapped_kernel(
@@ -283,53 +257,47 @@ def _pool_grad(kind: str, box: Box, output: Buffer, found: Gathered, ints: dict[
     return Lowered((*found.lowered.calls, call), found.lowered.scratch)
 
 
-def gathered_maxima(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], block: tuple[int, int]) -> Gathered:
-    """The sum of dy over the windows whose maximum a pixel is; `inputs` are dy and argmax."""
-    columns = op.attrs["kernel"][1]
+def gathered_maxima(job: Job) -> Gathered:
+    """The sum of dy over the windows whose maximum a pixel is; the first inputs are dy and argmax."""
+    columns = job.op.attrs["kernel"][1]
     inner = vectors(
         [f'total[v] = total[v] + T.Select(T.Cast("int32", {{ARG}}) == r * {columns} + s, {{DY}}, T.float32(0))'],
-        block[1],
+        job.output.block[1],
     )
-    return _gathered(op, domain, box, inputs, block, names="DY ARG", inner=inner)
+    return _gathered(job, names="DY ARG", inner=inner)
 
 
-def lower_max_pool_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_max_pool_grad(job: Job) -> Lowered:
     """dx: the sum of dy over the windows whose maximum a pixel is."""
-    found = gathered_maxima(op, domain, box, inputs, outputs[0].block)
-    return _pool_grad("max_pool_grad", domain.output(box), outputs[0], found)
+    found = gathered_maxima(job)
+    return _pool_grad("max_pool_grad", *job.result(), found)
 
 
-def lower_average_pool_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_average_pool_grad(job: Job) -> Lowered:
     """dx: the sum over the windows that hold a pixel of dy / (what the window covers)."""
-    include = bool(op.attrs["count_include_pad"])
+    include = bool(job.op.attrs["count_include_pad"])
     text = ""
-    for axis, (_, at) in zip(_axes(op), _AXES, strict=True):
+    for axis, (_, at) in zip(_axes(job.op), _AXES, strict=True):
         taps, stride, _ = axis
         size, first = f"image_{at}", f"o{at} * {stride} - {at}_before"
         if include:
             text += f"{at}_count: T.int32 = T.min({first} + {taps}, {size} + {at}_after) - ({first})\n"
         else:
             text += f"{at}_count: T.int32 = T.min({first} + {taps}, {size}) - T.max({first}, 0)\n"
-    text += vectors(['total[v] = total[v] + {DY} / T.Cast("float32", h_count * w_count)'], outputs[0].block[1])
+    text += vectors(['total[v] = total[v] + {DY} / T.Cast("float32", h_count * w_count)'], job.output.block[1])
     kind = "average_pool_grad_padded" if include else "average_pool_grad"
-    found = _gathered(op, domain, box, inputs, outputs[0].block, names="DY", inner=text)
-    height, width = op.attrs["input_shape"][2:]
-    return _pool_grad(kind, domain.output(box), outputs[0], found, {"image_h": height, "image_w": width})
+    found = _gathered(job, names="DY", inner=text)
+    height, width = job.op.attrs["input_shape"][2:]
+    return _pool_grad(kind, *job.result(), found, {"image_h": height, "image_w": width})
 
 
 # -- global ----------------------------------------------------------------------------------------------------------
 
 
-def lower_global_average_pool(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_global_average_pool(job: Job) -> Lowered:
     """The sum of the box's pixels over the area of the whole image, added in float64."""
-    block = outputs[0].block[1]
-    before, [(x, part)] = conform(op, [(inputs[0], domain.need(box, 0))], outputs[0].block)
+    block = job.output.block[1]
+    before, [(x, part)] = conform(job.op, [job.operand(0)], job.output.block)
     x_at = f"X[n * X_image + k * X_block + y * X_row + x * {block} + v]"
     pixels = "\n".join(
         [
@@ -348,19 +316,17 @@ def lower_global_average_pool(
         scratch={"total": "float64"},
         pixel=pixels,
     )
-    written = domain.output(box)
+    written = job.written()
     (top, bottom), (left, right) = part[2:]
-    area = domain.axes[domain.axis("h")].size * domain.axes[domain.axis("w")].size
+    area = job.domain.axes[job.domain.axis("h")].size * job.domain.axes[job.domain.axis("w")].size
     ints = (bottom - top, right - left, area, *x.strides[:3])
-    call = mapped_call(kernel, loops_over(written, block), [(outputs[0], written)], pointers=[ref(x, part)], ints=ints)
+    call = mapped_call(kernel, loops_over(written, block), [job.result()], pointers=[ref(x, part)], ints=ints)
     return Lowered((*before.calls, call), before.scratch)
 
 
-def lower_global_average_pool_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_global_average_pool_grad(job: Job) -> Lowered:
     """dy over the area of the image, for every pixel of it."""
-    block, written = outputs[0].block[1], domain.output(box)
+    block, written = job.output.block[1], job.written()
     kernel = mapped_kernel(
         "global_average_pool_grad",
         block=block,
@@ -369,8 +335,8 @@ def lower_global_average_pool_grad(
         ints=("area", "DY_image", "DY_block"),
         pixel=vectors(['{DX} = DY[n * DY_image + k * DY_block + v] / T.Cast("float32", area)'], block),
     )
-    _, _, height, width = op.attrs["input_shape"]
-    before, [(dy, part)] = conform(op, [(inputs[0], domain.need(box, 0))], outputs[0].block)
+    _, _, height, width = job.op.attrs["input_shape"]
+    before, [(dy, part)] = conform(job.op, [job.operand(0)], job.output.block)
     ints = (height * width, *dy.strides[:2])
-    call = mapped_call(kernel, loops_over(written, block), [(outputs[0], written)], pointers=[ref(dy, part)], ints=ints)
+    call = mapped_call(kernel, loops_over(written, block), [job.result()], pointers=[ref(dy, part)], ints=ints)
     return Lowered((*before.calls, call), before.scratch)

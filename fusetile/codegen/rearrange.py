@@ -7,17 +7,13 @@ divisions become multiplications, and what the innermost loop does not change is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusetile.box import Box, extents, view4
+from fusetile.box import extents, view4
 from fusetile.codegen.calls import KernelCall, Lowered, indented, make_kernel, ref
-from fusetile.codegen.targets import Target
+from fusetile.codegen.job import Job
 from fusetile.errors import PlanError
-from fusetile.graph import Op
-from fusetile.ops import Domain
 from fusetile.ops.base import Digits
-from fusetile.program import Buffer
 
 _AXES = "nchw"
 _STRIDES = ("image", "block", "row", "pixel")
@@ -60,18 +56,16 @@ class _Term:
         return self.axis == "c" and self.inner == 1 and self.size % lanes == 0
 
 
-def lower_rearrange(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_rearrange(job: Job) -> Lowered:
     """A work unit is some pixels of a block of channels, the lanes that pad the last block included."""
-    source, result, part, written = inputs[0], outputs[0], domain.need(box, 0), domain.output(box)
+    source, result, part, written = job.inputs[0], job.output, job.need(0), job.written()
     if source.dtype != "float32" or result.dtype != "float32":
         raise PlanError(f"{source.name} of {source.dtype} can't be rearranged: only float32 can")
     # where the dimensions of a tensor of fewer lie among the four of its storage
-    names = {axis.name: _AXES[_place(len(written), i)] for i, axis in enumerate(domain.axes)}
-    sizes = {axis.name: axis.size for axis in domain.axes}
+    names = {axis.name: _AXES[_place(len(written), i)] for i, axis in enumerate(job.domain.axes)}
+    sizes = {axis.name: axis.size for axis in job.domain.axes}
     index: dict[str, list[_Term]] = {axis: [] for axis in _AXES}
-    for i, dim in enumerate(domain.reads[0]):
+    for i, dim in enumerate(job.domain.reads[0]):
         assert isinstance(dim, Digits)
         terms = (_Term(names[a], inner, size * (inner * size < sizes[a]), times) for a, inner, size, times in dim.terms)
         index[_AXES[_place(len(part), i)]] = sorted(terms, key=lambda term: _AXES.index(term.axis))

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from fusetile.box import Box, extents, view4
+from fusetile.box import extents, view4
 from fusetile.codegen.calls import Lowered, indented, ref, vectors
 from fusetile.codegen.elementwise import broadcast_element, broadcast_strides, translate, varying, with_lanes
+from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
-from fusetile.codegen.targets import Target
-from fusetile.graph import Op
-from fusetile.ops import Domain
 from fusetile.ops.standardize import SUMS
-from fusetile.program import Buffer
 
 SUMMED = ("images_in", "blocks_in", "rows_in", "columns_in")
 AT = ("n + i", "k + j", "h + y", "w + x")
@@ -49,45 +46,31 @@ _MAX = _Reduction(
 )
 
 
-def lower_sum_to(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_sum_to(job: Job) -> Lowered:
     """Every output is one sum, in float64 and in the order of the elements."""
-    factors = tuple(f"x{i}" for i in range(len(inputs)))
-    return _reduce(_SUM, op, domain, box, inputs, outputs, [factors])
+    factors = tuple(f"x{i}" for i in range(len(job.inputs)))
+    return _reduce(_SUM, job, [factors])
 
 
-def lower_sums(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_sums(job: Job) -> Lowered:
     """Sums of products of expressions, whose factors are float32."""
-    return _reduce(replace(_SUM, name=op.kind.lower()), op, domain, box, inputs, outputs, SUMS[op.kind])
+    return _reduce(replace(_SUM, name=job.op.kind.lower()), job, SUMS[job.op.kind])
 
 
-def lower_max_to(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_max_to(job: Job) -> Lowered:
     """Every output is one maximum."""
-    return _reduce(_MAX, op, domain, box, inputs, outputs, [("x0",)])
+    return _reduce(_MAX, job, [("x0",)])
 
 
-def _reduce(
-    reduction: _Reduction,
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    outputs: Sequence[Buffer],
-    results: Sequence[tuple[str, ...]],
-) -> Lowered:
+def _reduce(reduction: _Reduction, job: Job, results: Sequence[tuple[str, ...]]) -> Lowered:
     """`results`: per output, the factors of what is put together, in the inputs x0, x1, ..."""
-    full, written = domain.need(box, 0), domain.output(box)
+    full, written = job.need(0), job.written()
     sizes, kept = extents(view4(full)), extents(view4(written))
     # with the channels the lanes are summed too: blocks of another map count them
     lanes = sizes[1] == kept[1]
-    like = outputs[0] if lanes else max((*inputs, *outputs), key=lambda buffer: buffer.block[1])
+    like = job.output if lanes else max((*job.inputs, *job.outputs), key=lambda buffer: buffer.block[1])
     block = like.block[1]
-    before, operands = with_lanes(op, [(buffer, domain.need(box, i)) for i, buffer in enumerate(inputs)], like)
+    before, operands = with_lanes(job.op, job.operands, like)
     counts = (sizes[0], -(-sizes[1] // block), sizes[2], sizes[3])
     summed = [count if size != other else 1 for count, size, other in zip(counts, sizes, kept, strict=True)]
     elements, name = {}, f"{reduction.name}_{'lanes' if lanes else 'one'}"
@@ -97,7 +80,9 @@ def _reduce(
         ints |= broadcast_strides(f"F{i}", operand, full)
         elements[f"x{i}"] = broadcast_element(f"F{i}", AT, axes)
         name += f"_{axes or 'one'}"
-    pixel = vectors([f"total{o}[v] = {reduction.start}" for o in range(len(outputs))], block) + LOOPS.strip("\n") + "\n"
+    pixel = (
+        vectors([f"total{o}[v] = {reduction.start}" for o in range(len(job.outputs))], block) + LOOPS.strip("\n") + "\n"
+    )
     for o, factors in enumerate(results):
         values = [translate(factor, {})[1].format_map(elements) for factor in factors]
         product = " * ".join(f'T.Cast("{reduction.dtype}", {value})' for value in values)
@@ -105,7 +90,7 @@ def _reduce(
         pixel += indented(vectors([f"total{o}[v] = {added}"], block), 4) + "\n"
     pointers = {f"F{i}": "float32" for i in range(len(operands))}
     maps: dict[str, str] = {}
-    for o, output in enumerate(outputs):
+    for o, output in enumerate(job.outputs):
         value = f'T.Cast("{output.dtype}", total{o}[{{}}])'
         if lanes:
             real = f'T.Select(k * {block} + v < channels, {value.format("v")}, T.Cast("{output.dtype}", 0))'
@@ -120,17 +105,17 @@ def _reduce(
         del ints[f"Y{o}_block"]
         pointers[f"Y{o}"] = output.dtype
     if not lanes:
-        ints["lanes"] = outputs[0].block[1]
+        ints["lanes"] = job.output.block[1]
     kernel = mapped_kernel(
         name,
         block=block,
         maps=maps,
         pointers=pointers,
         ints=[*SUMMED, "channels", *ints],
-        scratch={f"total{o}": reduction.dtype for o in range(len(outputs))},
+        scratch={f"total{o}": reduction.dtype for o in range(len(job.outputs))},
         pixel=pixel,
     )
-    result = [(output, written) for output in outputs]
+    result = [(output, written) for output in job.outputs]
     call = mapped_call(
         kernel,
         loops_over(written, block, each=prod(summed)),

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from fusetile.box import Box
 from fusetile.codegen.calls import Lowered, ref, vectors
+from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
-from fusetile.codegen.targets import Target
-from fusetile.graph import Op
-from fusetile.ops import Domain
-from fusetile.program import Buffer
 
 _TABLES = {"ROWS": "int32", "ROW_WEIGHTS": "float32", "COLUMNS": "int32", "COLUMN_WEIGHTS": "float32"}
 _INTS = ("h_origin", "w_origin", "h_size", "w_size", "h_first", "w_first", "X_image", "X_block", "X_row")
 
 
-def lower_resample(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_resample(job: Job) -> Lowered:
     """y = sum over its taps; where every output has one tap of weight 1 or none, x or zero."""
-    block, written, part = outputs[0].block[1], domain.output(box), domain.need(box, 0)
-    before, [(x, _)] = conform(op, [(inputs[0], part)], outputs[0].block)
-    tables = [op.attrs[key] for key in ("rows", "columns")]
+    block, written, part = job.output.block[1], job.written(), job.need(0)
+    before, [(x, _)] = conform(job.op, [job.operand(0)], job.output.block)
+    tables = [job.op.attrs[key] for key in ("rows", "columns")]
     plain = all(taps in ((), (1.0,)) for table in tables for taps in table.weight)
     element = f"X[n * X_image + k * X_block + (ROWS[h_size + 1 + i] - h_first) * X_row + from_w * {block} + v]"
     add = f"total[v] + ROW_WEIGHTS[i] * COLUMN_WEIGHTS[j] * {element}"
@@ -50,9 +42,9 @@ for i in T.serial(ROWS[h_origin + h], ROWS[h_origin + h + 1]):
     call = mapped_call(
         kernel,
         loops_over(written, block),
-        [(outputs[0], written)],
+        [job.result()],
         # a box without taps reads nothing: any address will do
-        pointers=[ref(x, part if part[0][1] else None), *(ref(table) for table in inputs[1:])],
+        pointers=[ref(x, part if part[0][1] else None), *(ref(table) for table in job.inputs[1:])],
         ints=(*origins, *x.strides[:3]),
     )
     return Lowered((*before.calls, call), before.scratch)

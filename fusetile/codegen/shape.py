@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fusetile.box import Box, extents, view4, volume
 from fusetile.codegen.calls import KernelCall, Lowered, make_kernel, ref
+from fusetile.codegen.job import Job
 from fusetile.codegen.move import clear
 from fusetile.codegen.reblock import move_channels
 from fusetile.codegen.strided import strided_call, strided_kernel
-from fusetile.codegen.targets import Target
 from fusetile.errors import PlanError
-from fusetile.graph import Op
-from fusetile.ops import Domain
 from fusetile.program import Buffer
 
 
@@ -35,48 +31,40 @@ def _in_blocks(source: Buffer, source_box: Box, target: Buffer, target_box: Box)
     return source.block == target.block and aligned and ((stop - start) % block == 0 or stop == high)
 
 
-def lower_concat(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_concat(job: Job) -> Lowered:
     """Inputs in order: the zeros in the pad lanes of one make room for the next."""
-    axis, written = op.attrs["axis"], domain.output(box)
+    axis, written = job.op.attrs["axis"], job.written()
     calls, offset = [], 0
-    for i, buffer in enumerate(inputs):
-        part = domain.need(box, i)
+    for i, buffer in enumerate(job.inputs):
+        part = job.need(i)
         if volume(part):
             start, stop = part[axis]
             place = (*written[:axis], (start + offset, stop + offset), *written[axis + 1 :])
-            calls.append(transfer(buffer, part, outputs[0], place))
-        offset += domain.reads[i][axis].size
+            calls.append(transfer(buffer, part, job.output, place))
+        offset += job.domain.reads[i][axis].size
     return Lowered(tuple(calls))
 
 
-def lower_slice(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_slice(job: Job) -> Lowered:
     """One copy."""
-    return Lowered((transfer(inputs[0], domain.need(box, 0), outputs[0], domain.output(box)),))
+    return Lowered((transfer(job.inputs[0], job.need(0), job.output, job.written()),))
 
 
-def lower_pad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_pad(job: Job) -> Lowered:
     """Zeros, and a copy among them."""
-    part, written, axis = domain.need(box, 0), domain.output(box), op.attrs["axis"]
+    part, written, axis = job.need(0), job.written(), job.op.attrs["axis"]
     if not volume(part):
-        return Lowered((clear(outputs[0], written),))
+        return Lowered((clear(job.output, written),))
     start, stop = part[axis]
-    before = op.attrs["before"]
+    before = job.op.attrs["before"]
     place = (*written[:axis], (start + before, stop + before), *written[axis + 1 :])
-    zeros = () if place == written else (clear(outputs[0], written),)
-    return Lowered((*zeros, transfer(inputs[0], part, outputs[0], place)))
+    zeros = () if place == written else (clear(job.output, written),)
+    return Lowered((*zeros, transfer(job.inputs[0], part, job.output, place)))
 
 
-def lower_reshape(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_reshape(job: Job) -> Lowered:
     """Maps go through a flat [N, C*H*W]; a tensor that is flat already, or stays as it is, is copied less."""
-    (source, part), (result, written) = (inputs[0], domain.need(box, 0)), (outputs[0], domain.output(box))
+    (source, part), (result, written) = job.operand(0), job.result()
     if extents(view4(part)) == extents(view4(written)):
         return Lowered((transfer(source, part, result, written),))
     if _is_flat(part):
@@ -85,7 +73,7 @@ def lower_reshape(
         return Lowered((_flatten(source, part, result, written),))
     images, *rest = extents(view4(part))
     elements = rest[0] * rest[1] * rest[2]
-    flat = Buffer(f"{op.name}.flat", ((0, images), (0, elements)), source.dtype, result.block)
+    flat = Buffer(f"{job.op.name}.flat", ((0, images), (0, elements)), source.dtype, result.block)
     return Lowered((_flatten(source, part, flat, flat.box), _spread(flat, flat.box, result, written)), (flat,))
 
 

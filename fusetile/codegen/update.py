@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusetile.box import Box, volume
+from fusetile.box import volume
 from fusetile.codegen.calls import Lowered, Ref, ref, vectors
+from fusetile.codegen.job import Job
 from fusetile.codegen.loss import mean_of_partials
 from fusetile.codegen.reblock import conform
 from fusetile.codegen.strided import LANES, nest_of, strided_call, strided_kernel
-from fusetile.codegen.targets import Target
 from fusetile.errors import PlanError
 from fusetile.graph import Op
-from fusetile.ops import Domain
 from fusetile.ops.update import OPERATORS, RULES, assignments, controls_of, number_in, operand_names, states_of
 from fusetile.program import Buffer
 
@@ -110,14 +109,12 @@ def control_refs(op: Op, inputs: Sequence[Buffer]) -> tuple[Ref, ...]:
     return tuple(ref(inputs[names.index(name)]) for name in (RULES[op.kind].rate, *controls_of(op.kind, op.attrs)))
 
 
-def lower_update(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_update(job: Job) -> Lowered:
     """One pass over the shard: the weight, its gradient and its states."""
-    written = domain.output(box)
-    weight, gradient, *others = inputs
-    before, [moved] = conform(op, [(gradient, domain.need(box, 1))], outputs[0].block)
-    does, values = arithmetic(op)
+    written = job.written()
+    weight, _, *others = job.inputs
+    before, [moved] = conform(job.op, [job.operand(1)], job.output.block)
+    does, values = arithmetic(job.op)
     kernel = strided_kernel(
         does.name,
         operands=dict.fromkeys((*does.changed, "g"), "float32"),
@@ -129,20 +126,17 @@ def lower_update(
     )
     call = strided_call(
         kernel,
-        [*((buffer, written) for buffer in outputs), moved],
-        constants=control_refs(op, [weight, *others]),
+        [*((buffer, written) for buffer in job.outputs), moved],
+        constants=control_refs(job.op, [weight, *others]),
         more_ints=(0,),
         floats=values,
     )
     return Lowered((*before.calls, call), before.scratch)
 
 
-def lower_gradient_norm(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_gradient_norm(job: Job) -> Lowered:
     """The squares of all shards, in float64: a sum per lane and unit of work of each, added up in order."""
-    needs = [domain.need(box, i) for i in range(len(inputs))]
-    shards = [(buffer, need) for buffer, need in zip(inputs, needs, strict=True) if volume(need)]
+    shards = [(buffer, need) for buffer, need in job.operands if volume(need)]
     kernel = strided_kernel(
         "squares",
         operands={"G": "float32"},
@@ -153,8 +147,8 @@ def lower_gradient_norm(
         after_unit=vectors([f"PARTIAL[u * {LANES} + v] = total[v]"], LANES),
     )
     sizes = [nest_of([shard]).units * LANES for shard in shards]
-    partial = Buffer(f"{op.name}.partial", ((0, max(1, sum(sizes))),), "float64")
+    partial = Buffer(f"{job.op.name}.partial", ((0, max(1, sum(sizes))),), "float64")
     starts = [Ref(partial.name, 8 * sum(sizes[:i])) for i in range(len(sizes))]
     calls = [strided_call(kernel, [shard], constants=[start]) for shard, start in zip(shards, starts, strict=True)]
-    total = mean_of_partials(ref(partial), sum(sizes), 1, outputs[0], domain.output(box))
+    total = mean_of_partials(ref(partial), sum(sizes), 1, job.output, job.written())
     return Lowered((*calls, total), (partial,))

@@ -9,16 +9,15 @@ is written, and read by the update that follows, would be a third. It exists now
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
-from fusetile.box import Box
 from fusetile.codegen.calls import Lowered, ref
 from fusetile.codegen.conv import lower_conv_weight_grad
-from fusetile.codegen.targets import Target
+from fusetile.codegen.job import Job
 from fusetile.codegen.update import Updating, arithmetic, control_refs
 from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import domain_of
-from fusetile.ops.base import Domain
 from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import Communication
 from fusetile.passes.schedule import Action, Compute
@@ -53,20 +52,10 @@ def updating(
     return found
 
 
-def lower_updating(
-    maker: Op,
-    update: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    others: Sequence[Buffer],
-    outputs: Sequence[Buffer],
-    *,
-    target: Target,
-) -> Lowered:
-    """Both, for a box of the maker's iterations: `inputs` are the maker's, `others` those of the update but for the
-    gradient, `outputs` what it changes."""
-    written, (does, floats) = domain.output(box), arithmetic(update)
-    states = tuple(ref(state, written) for state in outputs[1:])
+def lower_updating(job: Job, update: Op, others: Sequence[Buffer]) -> Lowered:
+    """Both: the job is the maker's, but its outputs are what the update changes; `others` are the inputs of the update
+    but for the gradient."""
+    does, floats = arithmetic(update)
+    states = tuple(ref(state, job.written()) for state in job.outputs[1:])
     beside = Updating(does, floats, states, control_refs(update, others))
-    return lower_conv_weight_grad(maker, domain, box, inputs, outputs[:1], target=target, updating=beside)
+    return lower_conv_weight_grad(replace(job, outputs=job.outputs[:1]), updating=beside)

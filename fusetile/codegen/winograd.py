@@ -16,15 +16,15 @@ rounding; conv_choice states the errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
-from fusetile.box import Box, extents, view4
+from fusetile.box import extents, view4
 from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, named_call, ref, scratch_buffer
 from fusetile.codegen.conv_calls import Epilogue, Sizes
 from fusetile.codegen.conv_tiles import machine
 from fusetile.codegen.conv_views import Filter, View, blocks, filter_view, moved, padded_view, view
+from fusetile.codegen.job import Job
 from fusetile.codegen.targets import Target
 from fusetile.codegen.winograd_source import (
     CHANNELS_INTS,
@@ -53,78 +53,46 @@ from fusetile.codegen.winograd_tiles import (
     widths,
 )
 from fusetile.graph import Op
-from fusetile.ops.base import Domain
-from fusetile.program import Buffer
 
 SMALL_floats = 1 << 18  # of scratch: less is not worth another call
 LEAN_BANDS = 8  # at most so many times are the inputs transformed where memory is scarce
 
 
-def lower_conv(
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    outputs: Sequence[Buffer],
-    *,
-    target: Target,
-    m: int,
-    lean: bool = False,
-) -> Lowered:
+def lower_conv(job: Job, *, m: int) -> Lowered:
     """Conv: y = activation(bias + x * w)."""
-    x, w, *bias = inputs
-    written, channels = domain.output(box), domain.reach(box, 0)[1]
-    epilogue = Epilogue(None, op.attrs.get("activation", ""), float(op.attrs.get("alpha", 0.0)))
+    _, w, *bias = job.inputs
+    written, channels = job.written(), job.reach(0)[1]
+    epilogue = Epilogue(None, job.op.attrs.get("activation", ""), float(job.op.attrs.get("alpha", 0.0)))
     if bias and channels[0] == 0:
-        epilogue = replace(epilogue, bias=ref(bias[0], domain.need(box, 2)))
+        epilogue = replace(epilogue, bias=ref(bias[0], job.need(2)))
     images, _, rows, columns = extents(written)
     sizes = Sizes(images, rows, columns, blocks(written[1], w.block[0]), blocks(channels, w.block[1]))
-    source, weights = padded_view(domain, box, 0, x), filter_view(w, domain.need(box, 1))
-    return _convolve(op, target, m, source, weights, view(outputs[0], written), sizes, epilogue, lean=lean)
+    source, weights = padded_view(job), filter_view(w, job.need(1))
+    return _convolve(job.op, job.target, m, source, weights, view(job.output, written), sizes, epilogue, lean=job.lean)
 
 
-def lower_conv_input_grad(
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    outputs: Sequence[Buffer],
-    *,
-    target: Target,
-    m: int,
-    lean: bool = False,
-) -> Lowered:
+def lower_conv_input_grad(job: Job, *, m: int) -> Lowered:
     """ConvInputGrad: dx from dy and the weights, transposed and flipped."""
-    dy, w = inputs
-    written, filter_box = domain.output(box), domain.need(box, 1)
+    w = job.inputs[1]
+    written, filter_box = job.written(), job.need(1)
     images, _, rows, columns = extents(written)
     k_blocks, c_blocks = blocks(filter_box[0], w.block[0]), blocks(filter_box[1], w.block[1])
     weights = filter_view(w, filter_box)
     weights = replace(weights, k=weights.block, block=weights.k)
     sizes = Sizes(images, rows, columns, c_blocks, k_blocks)
-    source, dx = padded_view(domain, box, 0, dy), view(outputs[0], written)
-    return _convolve(op, target, m, source, weights, dx, sizes, Epilogue(), lean=lean, transposed=True)
+    source, dx = padded_view(job), view(job.output, written)
+    return _convolve(job.op, job.target, m, source, weights, dx, sizes, Epilogue(), lean=job.lean, transposed=True)
 
 
-def lower_conv_weight_grad(
-    op: Op,
-    domain: Domain,
-    box: Box,
-    inputs: Sequence[Buffer],
-    outputs: Sequence[Buffer],
-    *,
-    target: Target,
-    m: int,
-    lean: bool = False,
-) -> Lowered:
+def lower_conv_weight_grad(job: Job, *, m: int) -> Lowered:
     """ConvWeightGrad: dw from x and dy."""
-    x, dy = inputs
-    written, touched = domain.output(box), domain.need(box, 1)
-    cpu, dw = machine(target, outputs[0].block[0]), filter_view(outputs[0], written)
+    dy = job.inputs[1]
+    written, touched = job.written(), job.need(1)
+    cpu, dw = machine(job.target, job.output.block[0]), filter_view(job.output, written)
     images, _, rows, columns = extents(view4(touched))
-    c_blocks, k_blocks = (blocks(written[1], outputs[0].block[1]), blocks(written[0], outputs[0].block[0]))
+    c_blocks, k_blocks = (blocks(written[1], job.output.block[1]), blocks(written[0], job.output.block[0]))
     sizes = Sizes(images, rows, columns, k_blocks, c_blocks)
-    left, right = padded_view(domain, box, 0, x), view(dy, touched)
+    left, right = padded_view(job), view(dy, touched)
     whole = tiled(m, sizes, cpu.vectors.block)
     wide = widths(cpu, k_blocks)[-1]
     row = wide * cpu.vectors.block
@@ -136,15 +104,15 @@ def lower_conv_weight_grad(
     v_block, z_k = padded(most * cpu.vectors.block), padded(most * row)
     # Z of a band of tiles of output channels at a time: no more than V; with `lean` V of a band of channels, too
     k_tiles, least = k_blocks // wide, SMALL_floats // whole.products
-    c_band = max(-(-c_blocks // LEAN_BANDS), min(c_blocks, least // v_block)) if lean else c_blocks
+    c_band = max(-(-c_blocks // LEAN_BANDS), min(c_blocks, least // v_block)) if job.lean else c_blocks
     v_xi = padded(c_band * v_block)
     k_band = max(1, min(k_tiles, max(v_xi, least) // z_k))
     z_xi = padded(k_band * z_k)
     per_block = cpu.vectors.block // lines
-    units, d_unit = min(units_of(target), k_band * c_band * per_block), whole.products * lines * row
-    v = scratch_buffer(f"{op.name}.inputs", whole.products * v_xi)
-    z = scratch_buffer(f"{op.name}.gradients", whole.products * z_xi)
-    d = scratch_buffer(f"{op.name}.products", units * d_unit)
+    units, d_unit = min(units_of(job.target), k_band * c_band * per_block), whole.products * lines * row
+    v = scratch_buffer(f"{job.op.name}.inputs", whole.products * v_xi)
+    z = scratch_buffer(f"{job.op.name}.gradients", whole.products * z_xi)
+    d = scratch_buffer(f"{job.op.name}.products", units * d_unit)
     codes = transform_input(vectors=cpu.vectors, m=m), transform_dy(vectors=cpu.vectors, m=m)
     multiply = filter_gradient(vectors=cpu.vectors, m=m, wide=wide, lines=lines)
     calls = []

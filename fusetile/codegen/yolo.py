@@ -5,14 +5,11 @@ Which boxes a cell answers for is found twice, in the loss and in the gradient: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from fusetile.box import Box, extents
+from fusetile.box import extents
 from fusetile.codegen.calls import KernelCall, Lowered, indented, make_kernel, ref
+from fusetile.codegen.job import Job
 from fusetile.codegen.loss import mean_of_partials
-from fusetile.codegen.targets import Target
 from fusetile.graph import Op
-from fusetile.ops import Domain
 from fusetile.ops.yolo import IGNORED_above, classes_of
 from fusetile.program import Buffer
 
@@ -115,21 +112,19 @@ def channel(block: int, number: str) -> str:
     return f"X[at + {number} // {block} * x_block + {number} % {block}]"
 
 
-def _arguments(op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer]) -> tuple[int, ...]:
+def _arguments(job: Job) -> tuple[int, ...]:
     """Values of _SIZES and _STRIDES."""
-    y, boxes = inputs
-    _, (row, _), (column, _) = box
-    anchors = len(op.attrs["anchors"]) // 2
-    sizes = (*extents(box)[1:], row, column, *(axis.size for axis in domain.axes[1:]), anchors)
-    classes = classes_of(domain.reads[0][1].size, anchors)
-    return (*sizes, classes, domain.reads[1][1].size, *y.strides, *boxes.strides[:3])
+    y, boxes = job.inputs
+    _, (row, _), (column, _) = job.box
+    anchors = len(job.op.attrs["anchors"]) // 2
+    sizes = (*extents(job.box)[1:], row, column, *(axis.size for axis in job.domain.axes[1:]), anchors)
+    classes = classes_of(job.domain.reads[0][1].size, anchors)
+    return (*sizes, classes, job.domain.reads[1][1].size, *y.strides, *boxes.strides[:3])
 
 
-def lower_yolo(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_yolo(job: Job) -> Lowered:
     """The sum over the box's cells, over the number of images."""
-    block, lanes = (buffer.block[1] for buffer in inputs)
+    block, lanes = (buffer.block[1] for buffer in job.inputs)
     logit = channel(block, "(first + 5 + label[0])")
     squares = " + ".join(f"(p[{i}] - t[{i}]) * (p[{i}] - t[{i}])" for i in range(4))
     kernel = make_kernel(
@@ -137,9 +132,9 @@ def lower_yolo(
         pointers={**_POINTERS, "PARTIAL": "float64"},
         ints=(*_SIZES, *_STRIDES),
         floats=_FACTORS,
-        scratch=_scratch(op),
+        scratch=_scratch(job.op),
         body=_over_anchors(
-            op,
+            job.op,
             block,
             lanes,
             f"""
@@ -154,20 +149,18 @@ elif t[5] <= T.float32({IGNORED_above}):
 """,
         ),
     )
-    images, rows, _ = extents(box)
-    partial = Buffer(f"{op.name}.partial", ((0, images * rows),), "float64")
-    pointers = (*(ref(buffer, domain.need(box, i)) for i, buffer in enumerate(inputs)), ref(partial))
-    ints, factors = _arguments(op, domain, box, inputs), tuple(op.attrs["factors"])
+    images, rows, _ = extents(job.box)
+    partial = Buffer(f"{job.op.name}.partial", ((0, images * rows),), "float64")
+    pointers = (*(ref(*operand) for operand in job.operands), ref(partial))
+    ints, factors = _arguments(job), tuple(job.op.attrs["factors"])
     call = KernelCall(kernel, images * rows, pointers, ints, factors)
-    mean = mean_of_partials(ref(partial), images * rows, op.attrs["count"], outputs[0], domain.output(box))
+    mean = mean_of_partials(ref(partial), images * rows, job.op.attrs["count"], *job.result())
     return Lowered((call, mean), (partial,))
 
 
-def lower_yolo_grad(
-    op: Op, domain: Domain, box: Box, inputs: Sequence[Buffer], outputs: Sequence[Buffer], *, target: Target
-) -> Lowered:
+def lower_yolo_grad(job: Job) -> Lowered:
     """The gradient of all channels of the box's cells, pad lanes included."""
-    (block, lanes), made = (buffer.block[1] for buffer in inputs), outputs[0].block[1]
+    (block, lanes), made = (buffer.block[1] for buffer in job.inputs), job.output.block[1]
 
     def dy(number: str) -> str:
         return f"DX[to + {number} // {made} * y_block + {number} % {made}]"
@@ -177,9 +170,9 @@ def lower_yolo_grad(
         pointers={**_POINTERS, "DX": "float32"},
         ints=(*_SIZES, *_STRIDES, "y_image", "y_block", "y_row", "y_pixel", "padded", "count"),
         floats=_FACTORS,
-        scratch=_scratch(op),
+        scratch=_scratch(job.op),
         body=_over_anchors(
-            op,
+            job.op,
             block,
             lanes,
             f"""
@@ -204,9 +197,9 @@ if a == anchors - 1:
 """,
         ),
     )
-    images, rows, _ = extents(box)
-    written = domain.output(box)
+    images, rows, _ = extents(job.box)
+    written = job.written()
     padded = -(-extents(written)[1] // made) * made
-    pointers = (*(ref(buffer, domain.need(box, i)) for i, buffer in enumerate(inputs)), ref(outputs[0], written))
-    ints = (*_arguments(op, domain, box, inputs), *outputs[0].strides, padded, op.attrs["count"])
-    return Lowered((KernelCall(kernel, images * rows, pointers, ints, tuple(op.attrs["factors"])),))
+    pointers = (*(ref(*operand) for operand in job.operands), ref(*job.result()))
+    ints = (*_arguments(job), *job.output.strides, padded, job.op.attrs["count"])
+    return Lowered((KernelCall(kernel, images * rows, pointers, ints, tuple(job.op.attrs["factors"])),))

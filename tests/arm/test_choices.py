@@ -11,7 +11,8 @@ import pytest
 from benchmarks.emulated.choices import CHOICES, CHOSEN_FOR, Counts, read_counts
 from benchmarks.emulated.emulator import Program
 from benchmarks.emulated.layers import PHASES, Layer
-from fusetile.codegen.conv_choice import DIRECT, TILES, Numerics
+from fusetile.codegen.conv_choice import DIRECT, TILES
+from fusetile.codegen.job import Numerics
 from fusetile.codegen.targets import TARGETS
 
 # Times of the fastest that what is chosen may take, of any layer and in the mean: kernels leave a cache suddenly, the

@@ -13,6 +13,7 @@ import numpy as np
 from fusetile.box import Box, extents, grow, shift, view4, volume
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import KernelCall
+from fusetile.codegen.job import Job
 from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph, Op
@@ -167,7 +168,7 @@ class Case:
             else buffer_for(name, tensors[name], self.domain.output(box, o), block=block, **layout)
             for o, name in enumerate(self.op.outputs)
         ]
-        lowered = lower(self.op, self.domain, box, inputs, outputs, target=TARGET, lean=lean)
+        lowered = lower(Job(self.op, self.domain, box, inputs, outputs, TARGET, lean=lean))
         distinct = {buffer.name: buffer for buffer in (*inputs, *outputs, *lowered.scratch)}
         placed, before = self._prepared(list(distinct.values()), inputs, box)
         at = {buffer.name: buffer for buffer in placed}
@@ -221,7 +222,7 @@ class Case:
 
     def _check_in_place(self, inputs: Sequence[Buffer], place_of: Buffer, expected: np.ndarray, box: Box) -> None:
         """The output in the place of an input: the same bits."""
-        lowered = lower(self.op, self.domain, box, inputs, [place_of], target=TARGET)
+        lowered = lower(Job(self.op, self.domain, box, inputs, [place_of], TARGET))
         distinct = {buffer.name: buffer for buffer in (*inputs, *lowered.scratch)}
         placed, arena = self._prepared(list(distinct.values()), inputs, box)
         run_calls(lowered.calls, placed, arena, threads=2)

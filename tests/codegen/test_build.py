@@ -15,6 +15,7 @@ from fusetile.codegen import move
 from fusetile.codegen.build import MATH, build_library, check_portable
 from fusetile.codegen.calls import Kernel, make_kernel
 from fusetile.codegen.elf import needed_libraries, undefined_symbols
+from fusetile.codegen.job import Job
 from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import TARGETS, detect, host, target_named
 from fusetile.errors import FusetileError, PlanError, UserError
@@ -62,7 +63,7 @@ def kernels_of(kind: str, inputs: list[np.ndarray], attrs: dict[str, Any]) -> li
     results = [buffer_for(name, tensors[name], case.domain.output(box, o)) for o, name in enumerate(case.op.outputs)]
     if kind in ("SGD", "Adam", "RunningStatistics"):
         results = {"SGD": [sources[0], *sources[3:4]], "Adam": [sources[0], *sources[3:5]]}.get(kind, sources[1:])
-    return [call.kernel for call in lower(case.op, case.domain, box, sources, results, target=host()).calls]
+    return [call.kernel for call in lower(Job(case.op, case.domain, box, sources, results, host())).calls]
 
 
 def simple(symbol: str, statement: str = "X[u] = T.float32(1)") -> Kernel:

@@ -21,12 +21,12 @@ from fusetile.codegen.calls import KernelCall, Lowered
 from fusetile.codegen.conv_gradient_source import GRADIENT_INTS, weight_gradient
 from fusetile.codegen.conv_source import TAP_INTS, tap_convolution
 from fusetile.codegen.conv_tiles import cover_pixels, machine, written_lines
+from fusetile.codegen.job import Job
 from fusetile.codegen.register_tile import Tile
 from fusetile.codegen.targets import TARGETS, Target, host
 from fusetile.codegen.tvm_pipeline import assembly
 from fusetile.errors import PlanError
-from fusetile.graph import Op
-from fusetile.ops import Domain, row
+from fusetile.ops import row
 from fusetile.program import Buffer, Call
 from fusetile.runtime.native import Library
 from fusetile.runtime.storage import make_arena, pack, unpack
@@ -36,10 +36,9 @@ Shape = tuple[int, ...]
 WIDTHS = (1, 5, 9, 15)  # of outputs: few, so that few register tiles are compiled
 
 
-def lower(op: Op, domain: Domain, box: Box, *buffers: Sequence[Buffer], target: Target) -> Lowered:
+def lower(job: Job) -> Lowered:
     """Lower with the direct kernels, whether or not others would be chosen."""
-    inputs, outputs = buffers
-    lowered: Lowered = getattr(conv, f"lower_{row(op.kind).kernel}")(op, domain, box, inputs, outputs, target=target)
+    lowered: Lowered = getattr(conv, f"lower_{row(job.op.kind).kernel}")(job)
     return lowered
 
 
@@ -79,7 +78,7 @@ def problem(case: Case, box: Box, block: int, target: Target, *, raw: bool, spar
         )
         for name in case.op.outputs
     ]
-    lowered = lower(case.op, case.domain, box, inputs, outputs, target=target)
+    lowered = lower(Job(case.op, case.domain, box, inputs, outputs, target))
     shapes = " * ".join(str(value.shape) for value in case.inputs)
     label = f"{case.op.kind} {shapes} {dict(case.op.attrs)} box {box}"
     return Problem(label, case, box, inputs, outputs, lowered.calls, lowered.scratch)
@@ -288,7 +287,7 @@ def test_rows_without_a_border_are_one():
             *inputs, output = (
                 buffer_for(t.name, t, tuple((0, n) for n in t.shape), border=(border,) * 2) for t in tensors
             )
-            calls = lower(case.op, case.domain, case.domain.box, inputs, [output], target=host()).calls
+            calls = lower(Job(case.op, case.domain, case.domain.box, inputs, [output], host())).calls
             call = next(call for call in calls if len(call.ints) == len(names))
             assert call.ints[names.index("height")] == (7 if border else 1)
         case.check(border=(0, 0))
@@ -304,7 +303,7 @@ def test_windows_that_do_not_overlap_are_one_call(window, size, alike):
     case = Case("ConvInputGrad", [dy, w], attrs, filters=(1,))
     tensors = [case.graph.tensors[name] for name in (*case.op.inputs, *case.op.outputs)]
     *inputs, output = (buffer_for(t.name, t, tuple((0, n) for n in t.shape), border=(1, 1)) for t in tensors)
-    calls = lower(case.op, case.domain, case.domain.box, inputs, [output], target=host()).calls
+    calls = lower(Job(case.op, case.domain, case.domain.box, inputs, [output], host())).calls
     taps = [call for call in calls if len(call.ints) == len(TAP_INTS)]
     assert {call.ints[TAP_INTS.index("phases")] for call in taps} == {alike}
     for box in (case.domain.box, middle(case.domain.box, case.domain)):
@@ -319,4 +318,4 @@ def test_refuses_buffers_that_lack_padding_or_halo():
     whole, weights, result = (buffer_for(t.name, t, tuple((0, n) for n in t.shape), border=(1, 1)) for t in tensors)
     for lacking in (replace(whole, border=(1, 0)), replace(whole, box=((0, 1), (0, 8), (0, 5), (0, 6)))):
         with pytest.raises(PlanError, match="holds"):
-            lower(case.op, case.domain, case.domain.box, [lacking, weights], [result], target=host())
+            lower(Job(case.op, case.domain, case.domain.box, [lacking, weights], [result], host()))

@@ -62,6 +62,7 @@ def test_norm_of_shards() -> None:
 
 @pytest.mark.parametrize("name", ["pi3", "armv7", "avx2", "avx512"])
 def test_no_target_contracts(name: str) -> None:
+    from fusetile.codegen.job import Job
     from fusetile.codegen.lower import lower
     from fusetile.codegen.tvm_pipeline import assembly
     from tests.codegen.harness import buffer_for
@@ -71,6 +72,6 @@ def test_no_target_contracts(name: str) -> None:
     case = Case("SGD", [*values, RATE, values[0]], {"momentum": 0.9, "weight_decay": 0.1}, (0, 1, 3))
     tensors = case.graph.tensors
     inputs = [buffer_for(i, tensors[i], case.domain.need(case.domain.box, k)) for k, i in enumerate(case.op.inputs)]
-    lowered = lower(case.op, case.domain, case.domain.box, inputs, [inputs[0], inputs[3]], target=TARGETS[name])
+    lowered = lower(Job(case.op, case.domain, case.domain.box, inputs, [inputs[0], inputs[3]], TARGETS[name]))
     text = assembly(lowered.calls[0].kernel.source, TARGETS[name].tvm, TARGETS[name].ir_flags)
     assert "mul" in text and not re.search("fma|fml|fnm|vmla|vmls|vnmla", text)

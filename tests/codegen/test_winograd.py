@@ -15,6 +15,7 @@ import pytest
 from fusetile.codegen import conv_choice, winograd
 from fusetile.codegen.conv_choice import DIRECT, tile
 from fusetile.codegen.conv_tiles import Machine, machine
+from fusetile.codegen.job import Job
 from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import TARGETS
 from fusetile.codegen.tvm_pipeline import assembly
@@ -216,9 +217,8 @@ def test_strict_numerics_use_no_large_tiles():
         ]
         symbols = {}
         for numerics in ("fast", "strict"):
-            lowered = lower(
-                case.op, case.domain, case.domain.box, buffers[:-1], buffers[-1:], target=TARGET, numerics=numerics
-            )
+            job = Job(case.op, case.domain, case.domain.box, buffers[:-1], buffers[-1:], TARGET, numerics)
+            lowered = lower(job)
             symbols[numerics] = [call.kernel.symbol for call in lowered.calls]
         assert all(symbol.startswith("winograd4_") for symbol in symbols["fast"])
         assert all(symbol.startswith("winograd2_") for symbol in symbols["strict"])
