@@ -6,7 +6,8 @@ Those that common layers keep are known by their names, or by what is in them:
     a.relative_coords_table                   Swin V2: the coordinates that a small network turns into biases
     a.rpe_biases                              the same, of DAT
     p.filt                                    the fixed filter of a blurring pool (timm, antialiased-cnns)
-    mean, m.std, b.norm.eps                   what inputs are normalized with
+    mean, m.std, pixel_mean, pixel_std        what inputs are normalized with
+    b.norm.eps                                what a norm adds to a variance
     b.running_mean, b.running_var             and b.weight, b.bias, if no BatchNormalization reads them: frozen ones
     a.attn_mask                               zeros, and one number so low that a softmax makes 0 of it: shifted windows
 """

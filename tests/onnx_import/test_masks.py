@@ -78,6 +78,29 @@ def test_whole_channels_or_images_are_dropped(shape: tuple[int, ...], tmp_path: 
     np.testing.assert_allclose(evaluate(whole, {"x": x})["y"], x, rtol=1e-6)
 
 
+def test_windows_are_dropped_by_image(tmp_path: Path) -> None:
+    """Where the map is stored window by window, as between the blocks of Swin."""
+    nodes = [
+        node("Reshape", "x windows", "v"),
+        node("Conv", "v w", "c"),
+        node("Reshape", "c images", "i"),
+        node("RandomUniform", "", "u", shape=(2, 1, 1)),
+        node("Less", "u p", "m"),
+        node("Cast", "m", "f", to=1),
+        node("Mul", "i f", "y"),
+    ]
+    numbers = {"p": np.float32(0.5), "w": np.ones((1, 3, 1, 1), np.float32)}
+    shapes = {"windows": np.int64([8, 3, 4, 4]), "images": np.int64([2, -1, 16])}
+    path = save(model(nodes, {"x": (2, 12, 4, 4)}, weights=numbers | shapes), tmp_path)
+    graph, x = import_onnx(path), np.abs(normal(2, 12, 4, 4)) + 1
+    kept = set()
+    for step in range(8):
+        factors = evaluate(graph, {"x": x, "step": np.array([step], np.int32)})["y"]
+        factors = factors / x.reshape(2, 4, 3, 16).sum(2)
+        kept |= {tuple(np.unique(factor.round(5)).tolist()) for factor in factors}
+    assert kept == {(0.0,), (1.0,)}
+
+
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [

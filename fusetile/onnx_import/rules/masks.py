@@ -18,7 +18,7 @@ from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer, Mask
 from fusetile.onnx_import.rules.common import Rule, finish, number_of, operands, pointwise
 from fusetile.onnx_import.rules.norm import dropped
-from fusetile.onnx_import.views import View
+from fusetile.onnx_import.views import View, merged
 
 
 def uniform(importer: Importer, node: Node) -> None:
@@ -132,10 +132,7 @@ def _drop(importer: Importer, node: Node, i: int, mask: Mask) -> None:
     """Operand i times a mask; one of fewer elements is drawn in a map of ones and broadcast."""
     view = importer.view(node, i)
     assert mask.kept is not None
-    shape = (1,) * (len(view.shape) - len(mask.shape)) + mask.shape
-    small = _stored(importer, view, shape)
-    if small is None:
-        raise importer.refuse(node, f"its mask of shape {mask.shape} does not fit the map of shape {view.shape}")
+    view, small = _fitted(importer, node, view, mask)
     scale = {"factor": mask.kept * mask.factor}
     if small == importer.shape(view.base):
         kept = dropped(importer, node, view.base, 1 - mask.kept)
@@ -152,13 +149,19 @@ def _drop(importer: Importer, node: Node, i: int, mask: Mask) -> None:
     finish(importer, node, "Mul", [view.base, kept], dims=importer.seen_through(view))
 
 
-def _stored(importer: Importer, view: View, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """A mask's shape in the axes of the tensor that the view shows, None if it is not made of whole ones."""
-    if len(shape) != len(view.shape) or any(
-        size not in (1, full) for size, full in zip(shape, view.shape, strict=True)
-    ):
-        return None
-    left_out = view.axes({i for i, (size, full) in enumerate(zip(shape, view.shape, strict=True)) if size < full})
-    if left_out is None:
-        return None
-    return tuple(1 if axis in left_out else size for axis, size in enumerate(importer.shape(view.base)))
+def _fitted(importer: Importer, node: Node, view: View, mask: Mask) -> tuple[View, tuple[int, ...]]:
+    """The map that a mask is for, and the mask's shape in the axes of the tensor that the view shows: another tensor if
+    those are not whole, as in windows that are dropped by image."""
+    shape = (1,) * (len(view.shape) - len(mask.shape)) + mask.shape
+    fits = len(shape) == len(view.shape) and all(map(lambda size, full: size in (1, full), shape, view.shape))
+    left_out = view.axes({i for i, size in enumerate(shape) if size < view.shape[i]}) if fits else None
+    if left_out is not None:
+        return view, tuple(1 if axis in left_out else size for axis, size in enumerate(importer.shape(view.base)))
+    sizes = merged([view.shape, shape]) if fits else None
+    if sizes is None:
+        raise importer.refuse(node, f"its mask of shape {mask.shape} does not fit the map of shape {view.shape}")
+    plain = view.reshaped(sizes[0])
+    assert plain is not None  # neighbours can always be put together
+    whole = importer.whole(importer.tensor(node, plain)).reshaped(view.shape)
+    assert whole is not None
+    return whole, tuple(sizes[1])
