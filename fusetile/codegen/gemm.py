@@ -12,7 +12,7 @@ from fusetile.codegen.calls import Kernel, KernelCall, Lowered, make_kernel, ref
 from fusetile.codegen.conv_tiles import MIN_UNITS, Machine, cover_pixels
 from fusetile.codegen.conv_views import Filter, View, moved
 from fusetile.codegen.filter_source import gather_rows
-from fusetile.codegen.register_tile import Tile, Vectors, indent, over_tiles
+from fusetile.codegen.register_tile import Tile, Vectors, indent, over_tiles, registers
 from fusetile.codegen.winograd_parts import multiply, prefetch_next, turn_square, turning_squares
 from fusetile.program import Buffer
 
@@ -97,16 +97,11 @@ for unit in T.serial(lo, hi):
                         {indent(turn_square(v, turned), 24)}
             {indent(over_tiles(tile, "t", images), 12)}
 """
-    arrays: dict[str, tuple[tuple[int, ...], str]] = {
-        "u": ((CHUNK * v.block * row,), "float32"),
-        "acc": ((tile.long, tile.blocks * v.per_block, v.width), "float32"),
-    }
-    if v.lanes:
-        arrays["xv"] = ((tile.long, v.lanes), "float32")
+    turned_weights = {"u": ((CHUNK * v.block * row,), "float32")}
     return make_kernel(
         f"gemm_input_gradient_t{tile.tag}_{v.tag}",
         pointers=dict.fromkeys(("v_", "w", "m_"), "float32"),
         body=body,
         ints=INPUT_GRADIENT_INTS,
-        scratch=arrays | turning_squares(v),
+        scratch=turned_weights | registers(tile, v, tile.long) | turning_squares(v),
     )

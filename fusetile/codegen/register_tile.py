@@ -80,6 +80,14 @@ for p in T.unroll({length}):
 """
 
 
+def registers(tile: Tile, v: Vectors, loaded: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Local arrays: the sums of a tile, and if lines are loaded as vectors, so many of them."""
+    shapes: dict[str, tuple[int, ...]] = {"acc": (tile.long, tile.blocks * v.per_block, v.width)}
+    if v.lanes:
+        shapes["xv"] = (loaded, v.lanes)
+    return {name: (shape, "float32") for name, shape in shapes.items()}
+
+
 def over_tiles(tile: Tile, index: str, body: Callable[[int, str], str]) -> str:
     """The long tiles, then the short ones; `body(length, start)` is the work of one."""
     loops = f"""
