@@ -31,7 +31,7 @@ from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph
 from fusetile.ops import domain_of
-from fusetile.program import Buffer, Call
+from fusetile.program import Buffer
 from fusetile.runtime.native import Library
 from fusetile.runtime.storage import make_arena, pack, unpack
 
@@ -204,17 +204,8 @@ def prepare(task: Task, library: Library) -> tuple[Callable[[], None], Callable[
     for name, value in task.values.items():
         assert volume(placed[name].box) == value.size
         pack(arena, placed[name], placed[name].box, value)
-    calls = [
-        Call(
-            call.kernel.symbol,
-            call.split,
-            tuple(placed[p.buffer].offset_bytes + p.offset_bytes for p in call.pointers),
-            call.ints,
-            call.floats,
-        )
-        for call in task.lowered.calls
-    ]
-    segment = library.segment(calls, arena)
+    offsets = {name: buffer.offset_bytes for name, buffer in placed.items()}
+    segment = library.segment([call.placed(offsets) for call in task.lowered.calls], arena)
     return segment, lambda: unpack(arena, placed["y"], placed["y"].box)
 
 

@@ -76,7 +76,7 @@ def profile(program: Program, bundle: Path, shares: int, runs: int) -> tuple[lis
                 kernel, argument = getattr(kernels, call.kernel), ctypes.byref(segment.calls[i])
                 start_seconds = time.perf_counter()
                 if low < high:
-                    kernel(low, high, argument)
+                    kernel(low, high, argument, 0)
                 best[i, share] = min(best[i, share], time.perf_counter() - start_seconds)
     return list(zip(calls, best.max(1).tolist(), strict=True)), float(best.sum())
 

@@ -29,7 +29,7 @@ from fusetile.rates import Rates
 
 ALIGNMENT_bytes = 64
 REDZONE_bytes = 256  # before and behind every buffer of a program with guards
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel call. `split` is the number of independent work units that threads share; `pointers` are byte offsets
-    into the arena; `ints` and `floats` are the kernel's scalar arguments, in order; `op` is the graph's op that it is
-    part of, if any."""
+    """One kernel call. `split` is the number of independent work units that threads share, at most `workers` of them
+    unless that is 0; `pointers` are byte offsets into the arena; `ints` and `floats` are the kernel's scalar arguments,
+    in order; `op` is the graph's op that it is part of, if any."""
 
     kernel: str
     split: int
@@ -87,6 +87,7 @@ class Call:
     ints: tuple[int, ...] = ()
     floats: tuple[float, ...] = ()
     op: str = ""
+    workers: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,13 +121,13 @@ def _program(works: Sequence[Work], kernels: Sequence[Kernel]) -> str:
     """C: the calls of all works."""
     lines = [f"#define ARENA_bytes {max(work.arena_bytes for work in works)}", '#include "driver.c"']
     for kernel in kernels:
-        types = ["int32_t", "int32_t", *["void *"] * kernel.pointers, *["int32_t"] * kernel.ints]
+        types = [*["int32_t"] * 3, *["void *"] * kernel.pointers, *["int32_t"] * kernel.ints]
         lines.append(f"void {BODY.format(kernel.symbol)}({', '.join([*types, *['float'] * kernel.floats])});")
     lines.append("static void run(int32_t work, char *arena) {")
     for i, work in enumerate(works):
         for call in work.calls:
             pointers = [f"arena + {offset}" for offset in call.pointers]
-            given = ", ".join(map(str, [0, call.split, *pointers, *call.ints, *call.floats]))
+            given = ", ".join(map(str, [0, call.split, 0, *pointers, *call.ints, *call.floats]))
             lines.append(f"  if (work == {i}) {BODY.format(call.kernel)}({given});")
     return "\n".join([*lines, "}", ""])
 

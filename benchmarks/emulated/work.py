@@ -85,16 +85,8 @@ def work(
     for buffer in {buffer.name: buffer for buffer in (*inputs, *outputs, *lowered.scratch)}.values():
         placed[buffer.name] = replace(buffer, offset_bytes=offset)
         offset += -(-buffer.size_bytes // ALIGNMENT_bytes) * ALIGNMENT_bytes
-    calls = tuple(
-        Call(
-            call.kernel.symbol,
-            call.split,
-            tuple(placed[pointer.buffer].offset_bytes + pointer.offset_bytes for pointer in call.pointers),
-            call.ints,
-            call.floats,
-        )
-        for call in lowered.calls
-    )
+    offsets = {name: buffer.offset_bytes for name, buffer in placed.items()}
+    calls = tuple(call.placed(offsets) for call in lowered.calls)
     kernels = tuple(call.kernel for call in lowered.calls)
     return Work(op, kernels, calls, placed, dict(zip(names, values, strict=True)))
 

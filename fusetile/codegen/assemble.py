@@ -274,8 +274,7 @@ def _steps(draft: Draft, memory: MemoryPlan, first_tag: int = 0) -> tuple[tuple[
     for step in draft.steps:
         if isinstance(step, KernelCall):
             where.append((len(steps), len(calls)))
-            pointers = tuple(map(address, step.pointers))
-            calls.append(Call(step.kernel.symbol, step.split, pointers, step.ints, step.floats, step.op))
+            calls.append(step.placed(memory.offsets))
             continue
         close()
         where.append((len(steps), 0))

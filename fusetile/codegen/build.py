@@ -78,10 +78,11 @@ def trampolines(kernels: Iterable[Kernel]) -> str:
             ("int32_t", "ints", kernel.ints),
             ("float", "floats", kernel.floats),
         )
-        types = ", ".join(["int32_t", "int32_t", *(sort for sort, _, count in sorts for _ in range(count))])
-        values = ", ".join(["lo", "hi", *(f"call->{name}[{i}]" for _, name, count in sorts for i in range(count))])
+        types = ", ".join(["int32_t"] * 3 + [sort for sort, _, count in sorts for _ in range(count)])
+        values = ", ".join(f"call->{name}[{i}]" for _, name, count in sorts for i in range(count))
         text.append(f"void {body}({types});")
-        text.append(f"EXPORT void {kernel.symbol}(int32_t lo, int32_t hi, const ft_call *call) {{ {body}({values}); }}")
+        head = f"EXPORT void {kernel.symbol}(int32_t lo, int32_t hi, const ft_call *call, int32_t worker)"
+        text.append(f"{head} {{ {body}(lo, hi, worker, {values}); }}")
     return "\n".join(text) + "\n"
 
 

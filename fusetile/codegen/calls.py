@@ -2,10 +2,11 @@
 
 A kernel is the text of one TVMScript function
 
-    BODY(lo, hi, pointers..., ints..., floats...)
+    BODY(lo, hi, worker, pointers..., ints..., floats...)
 
-that does the work units [lo, hi) of a call. Buffers are one-dimensional and strides are arguments, so that one kernel
-serves every shape. `SYMBOL(lo, hi, const ft_call *)`, generated in C, unpacks a call's arguments for it.
+that does the work units [lo, hi) of a call on thread `worker`. Buffers are one-dimensional and strides are arguments,
+so that one kernel serves every shape. `SYMBOL(lo, hi, const ft_call *, worker)`, generated in C, unpacks a call's
+arguments for it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from fusetile.box import Box
 from fusetile.errors import PlanError
-from fusetile.program import Buffer
+from fusetile.program import Buffer, Call
 
 # the limits of ft_call in segment.c
 MAX_POINTERS, MAX_INTS, MAX_FLOATS = 10, 40, 6
@@ -46,8 +47,8 @@ class Ref:
 
 @dataclass(frozen=True, slots=True)
 class KernelCall:
-    """One call of a kernel, before memory planning. `split` independent work units are shared by the threads; `op` is
-    the graph's op that it is part of, if any."""
+    """One call of a kernel, before memory planning. `split` independent work units are shared by the threads,
+    but by no more than `workers` of them unless that is 0; `op` is the graph's op that it is part of, if any."""
 
     kernel: Kernel
     split: int
@@ -55,6 +56,7 @@ class KernelCall:
     ints: tuple[int, ...] = ()
     floats: tuple[float, ...] = ()
     op: str = ""
+    workers: int = 0
 
     def __post_init__(self) -> None:
         given = (len(self.pointers), len(self.ints), len(self.floats))
@@ -65,6 +67,11 @@ class KernelCall:
             raise PlanError(
                 f"kernel {self.kernel.symbol}: {self.ints} do not fit 32 bits: split the tensor over devices"
             )
+
+    def placed(self, offsets_bytes: Mapping[str, int]) -> Call:
+        """The call when every buffer has its offset in the arena."""
+        pointers = tuple(offsets_bytes[pointer.buffer] + pointer.offset_bytes for pointer in self.pointers)
+        return Call(self.kernel.symbol, self.split, pointers, self.ints, self.floats, self.op, self.workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,8 @@ def make_kernel(
     scratch: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
     aliased: bool = False,
 ) -> Kernel:
-    """A kernel from the statements of its body, which loop over the units [lo, hi).
+    """A kernel from the statements of its body, which loop over the units [lo, hi); `worker` is the number of the
+    thread, that kernels need which have scratch for each.
 
     `pointers` maps one-dimensional buffers to dtypes (any alignment of their elements), `scratch` local arrays to
     (shape, dtype). Buffers that may overlap must be declared `aliased`.
@@ -98,6 +106,7 @@ def make_kernel(
     parameters = [
         "lo: T.int32",
         "hi: T.int32",
+        "worker: T.int32",
         *(f"{name}_: T.handle" for name in pointers),
         *(f"{name}: T.int32" for name in ints),
         *(f"{name}: T.float32" for name in floats),
@@ -144,9 +153,12 @@ def named_call(
     names: Sequence[str],
     ints: Mapping[str, int],
     floats: Sequence[float] = (),
+    *,
+    workers: int = 0,
 ) -> KernelCall:
     """A call whose integers are given by name; `names` is their order among the kernel's arguments."""
-    return KernelCall(kernel, split, tuple(pointers), tuple(ints[name] for name in names), tuple(floats))
+    values = tuple(ints[name] for name in names)
+    return KernelCall(kernel, split, tuple(pointers), values, tuple(floats), workers=workers)
 
 
 def scratch_buffer(name: str, elements: int) -> Buffer:

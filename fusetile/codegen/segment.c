@@ -1,8 +1,8 @@
 /* Segments: kernel calls executed in order by a fixed set of threads.
  *
- * Every call's work units are shared evenly by all threads, so that a thread finds in its cache what it made before.
- * Each takes its share piece by piece, and then pieces of those who are not done yet, because something else had their
- * core for a while. All meet at a barrier, which is also how a segment starts. A thread that waits spins; between
+ * Every call's work units are shared evenly by all threads, or by as many as it has scratch for, so that a thread finds
+ * in its cache what it made before. Each takes its share piece by piece, and then pieces of those who are not done yet,
+ * because something else had their core for a while. All meet at a barrier, which is also how a segment starts. A thread that waits spins; between
  * segments, it soon sleeps in a futex. Inside one, the others are about to be done, waking a sleeper can take longer
  * than a small kernel, and a core that is offered to a busy program comes back late: there it spins for longer, then
  * offers its core until a millisecond is over, and only then sleeps. With one thread there is nothing of this.
@@ -20,8 +20,8 @@
 #include <sys/syscall.h>
 
 typedef struct ft_call {
-  void (*kernel)(int32_t lo, int32_t hi, const struct ft_call *call);
-  int32_t split, reserved;
+  void (*kernel)(int32_t lo, int32_t hi, const struct ft_call *call, int32_t worker);
+  int32_t split, workers; /* workers: the most threads that may share it, or 0 */
   void *pointers[10];
   int32_t ints[40];
   float floats[6];
@@ -29,7 +29,7 @@ typedef struct ft_call {
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { MAX_THREADS = 64, PIECES = 8, SPINS_PER_LOOK = 32 };
+enum { MAX_THREADS = 64, PIECES = 16, SPINS_PER_LOOK = 32 };
 enum { SPIN_ns = 20000, SPIN_INSIDE_ns = 400000, YIELD_ns = 1000000 };
 
 static struct {
@@ -82,13 +82,17 @@ static void wait_for_phase(unsigned old, int inside) {
   atomic_fetch_sub(&pool.sleepers, 1);
 }
 
-static int32_t share_start(int32_t split, int32_t thread) {
-  return (int32_t)((int64_t)split * thread / pool.threads);
+static int32_t workers_of(const ft_call *call) {
+  return call->workers && call->workers < pool.threads ? call->workers : pool.threads;
+}
+
+static int32_t share_start(const ft_call *call, int32_t worker) {
+  return (int32_t)((int64_t)call->split * worker / workers_of(call));
 }
 
 static void open_call(const ft_call *call) {
-  for (int32_t i = 0; i < pool.threads; i++) {
-    atomic_store_explicit(&pool.shares[i].next, share_start(call->split, i), memory_order_relaxed);
+  for (int32_t i = 0; i < workers_of(call); i++) {
+    atomic_store_explicit(&pool.shares[i].next, share_start(call, i), memory_order_relaxed);
   }
 }
 
@@ -105,12 +109,12 @@ static void barrier(int inside, const ft_call *next) {
   if (atomic_load(&pool.sleepers)) syscall(SYS_futex, &pool.phase, FUTEX_WAKE_PRIVATE, MAX_THREADS, NULL, NULL, 0);
 }
 
-static void run_call(const ft_call *call, int32_t thread) {
-  int32_t piece = call->split / (pool.threads * PIECES) + 1;
-  for (int32_t i = 0; i < pool.threads; i++) {
-    int32_t owner = (thread + i) % pool.threads, stop = share_start(call->split, owner + 1), lo;
+static void run_call(const ft_call *call, int32_t worker) {
+  int32_t workers = workers_of(call), even = call->split / (workers * PIECES), piece = even > 1 ? even : 1;
+  for (int32_t i = 0; worker < workers && i < workers; i++) {
+    int32_t owner = (worker + i) % workers, stop = share_start(call, owner + 1), lo;
     while ((lo = atomic_fetch_add(&pool.shares[owner].next, piece)) < stop) {
-      call->kernel(lo, lo + piece < stop ? lo + piece : stop, call);
+      call->kernel(lo, lo + piece < stop ? lo + piece : stop, call, worker);
     }
   }
 }
@@ -169,7 +173,7 @@ EXPORT int ft_start(int32_t threads) {
 EXPORT void ft_run(const ft_call *calls, int32_t count) {
   if (pool.threads < 2) {
     for (const ft_call *call = calls; call < calls + count; call++) {
-      if (call->split > 0) call->kernel(0, call->split, call);
+      if (call->split > 0) call->kernel(0, call->split, call, 0);
     }
     return;
   }

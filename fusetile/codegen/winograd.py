@@ -49,8 +49,8 @@ from fusetile.codegen.winograd_tiles import (
     padded,
     power_of_two,
     tiled,
-    units_of,
     widths,
+    workers_of,
 )
 from fusetile.graph import Op
 
@@ -109,10 +109,10 @@ def lower_conv_weight_grad(job: Job, *, m: int) -> Lowered:
     k_band = max(1, min(k_tiles, max(v_xi, least) // z_k))
     z_xi = padded(k_band * z_k)
     per_block = cpu.vectors.block // lines
-    units, d_unit = min(units_of(job.target), k_band * c_band * per_block), whole.products * lines * row
+    workers, d_worker = workers_of(job.target), whole.products * lines * row
     v = scratch_buffer(f"{job.op.name}.inputs", whole.products * v_xi)
     z = scratch_buffer(f"{job.op.name}.gradients", whole.products * z_xi)
-    d = scratch_buffer(f"{job.op.name}.products", units * d_unit)
+    d = scratch_buffer(f"{job.op.name}.products", workers * d_worker)
     codes = transform_input(vectors=cpu.vectors, m=m), transform_dy(vectors=cpu.vectors, m=m)
     multiply = filter_gradient(vectors=cpu.vectors, m=m, wide=wide, lines=lines)
     calls = []
@@ -125,23 +125,21 @@ def lower_conv_weight_grad(job: Job, *, m: int) -> Lowered:
             tiles = min(k_band, k_tiles - k)
             strides = {"wide": wide, "v_tile": row, "v_xi": z_xi, "v_block": z_k}
             calls.append(_transform(codes[1], tiling, first, right, k * wide, tiles * wide, ref(z), strides))
-            items = tiles * c_count * per_block
             sums = {
-                "items": items,
-                "units": min(units, items),
                 "blocks": c_count,
                 "tiles": stop - first,
                 "v_xi": v_xi,
                 "v_block": v_block,
                 "z_xi": z_xi,
                 "z_k": z_k,
-                "d_unit": d_unit,
+                "d_worker": d_worker,
                 "d_k": dw.k,
                 "d_block": dw.block,
                 "adding": int(i > 0),
             }
             pointers = (ref(v), ref(z), moved(dw.start, k * wide * dw.k + c * dw.block), ref(d))
-            calls.append(named_call(multiply, sums["units"], pointers, GRADIENT_INTS, sums))
+            units = tiles * c_count * per_block
+            calls.append(named_call(multiply, units, pointers, GRADIENT_INTS, sums, workers=workers))
     return Lowered(tuple(calls), (v, z, d))
 
 
@@ -170,9 +168,9 @@ def _convolve(
     lean: bool,
     transposed: bool = False,
 ) -> Lowered:
-    cpu, units = machine(target, w.lines), units_of(target)
+    cpu, workers = machine(target, w.lines), workers_of(target)
     options = [
-        Convolution(op.name, cpu, units, tiled(m, sizes, longest(cpu, wide)), wide, x, w, y, epilogue, transposed)
+        Convolution(op.name, cpu, workers, tiled(m, sizes, longest(cpu, wide)), wide, x, w, y, epilogue, transposed)
         for wide in widths(cpu, sizes.k_blocks)
     ]
     for one in options:
@@ -188,22 +186,20 @@ def _over_tiles(one: Convolution, *, lean: bool) -> Lowered:
     c_blocks = tiling.sizes.c_blocks
     u_xi = padded(c_blocks * one.block * one.row)
     m_group, block_groups = one.m_group(by_xi=False), one.block_groups
-    items = -(-tiling.groups // block_groups)
-    units = min(one.units, items)
+    units = -(-tiling.groups // block_groups)
+    workers = min(one.workers, units)
     u_k = tiling.products * u_xi
     band = max(-(-one.k_tiles // LEAN_BANDS), min(one.k_tiles, SMALL_floats // u_k)) if lean else one.k_tiles
     u = scratch_buffer(f"{one.name}.weights", band * u_k)
-    v = scratch_buffer(f"{one.name}.inputs", units * block_groups * v_group)
-    m = scratch_buffer(f"{one.name}.products", units * block_groups * m_group)
+    v = scratch_buffer(f"{one.name}.inputs", workers * block_groups * v_group)
+    m = scratch_buffer(f"{one.name}.products", workers * block_groups * m_group)
     ints = one.ints() | {
-        "items": items,
-        "units": units,
         "block_groups": block_groups,
         "u_k": u_k,
         "u_xi": u_xi,
-        "v_unit": block_groups * v_group,
+        "v_worker": block_groups * v_group,
         "v_group": v_group,
-        "m_unit": block_groups * m_group,
+        "m_worker": block_groups * m_group,
     }
     vectors, activation = one.cpu.vectors, one.epilogue.activation
     weights = transform_filter(vectors=vectors, m=tiling.m, wide=one.wide, transposed=one.transposed)
@@ -222,6 +218,7 @@ def _over_tiles(one: Convolution, *, lean: bool) -> Lowered:
                 TILES_INTS,
                 ints,
                 (one.epilogue.alpha,),
+                workers=workers,
             ),
         ]
     return Lowered(tuple(calls), (u, v, m), prepared=u.name if band == one.k_tiles else "")
@@ -237,14 +234,12 @@ def _over_channels(one: Convolution) -> Lowered:
     chunks = -(-c_blocks // max(1, one.cpu.outer_bytes * max(one.wide, 2) // 8 // chunk_bytes))
     chunk = -(-c_blocks // chunks)
     u_xi = padded(chunk * one.block * one.row)
-    items = one.k_tiles * ranges
-    units = min(one.units, items)
+    units = one.k_tiles * ranges
+    workers = min(one.workers, units)
     v = scratch_buffer(f"{one.name}.inputs", tiling.groups * tiling.products * one.v_xi)
-    u = scratch_buffer(f"{one.name}.weights", units * tiling.products * u_xi)
-    m = scratch_buffer(f"{one.name}.products", units * block_groups * m_group)
+    u = scratch_buffer(f"{one.name}.weights", workers * tiling.products * u_xi)
+    m = scratch_buffer(f"{one.name}.products", workers * block_groups * m_group)
     ints = one.ints() | {
-        "items": items,
-        "units": units,
         "block_groups": block_groups,
         "ranges": ranges,
         "chunk": chunk,
@@ -253,9 +248,9 @@ def _over_channels(one: Convolution) -> Lowered:
         "v_group": tiling.products * one.v_xi,
         "v_tile": 0,
         "v_block": tiling.long * one.block,
-        "u_unit": tiling.products * u_xi,
+        "u_worker": tiling.products * u_xi,
         "u_xi": u_xi,
-        "m_unit": block_groups * m_group,
+        "m_worker": block_groups * m_group,
     }
     kernel = convolve_channels(
         vectors=one.cpu.vectors,
@@ -269,6 +264,6 @@ def _over_channels(one: Convolution) -> Lowered:
     inputs = transform_input(vectors=one.cpu.vectors, m=tiling.m)
     calls = (
         named_call(inputs, c_blocks * tiling.groups, (one.x.start, ref(v)), INPUT_INTS, ints),
-        named_call(kernel, units, pointers, CHANNELS_INTS, ints, (one.epilogue.alpha,)),
+        named_call(kernel, units, pointers, CHANNELS_INTS, ints, (one.epilogue.alpha,), workers=workers),
     )
     return Lowered(calls, (v, u, m))

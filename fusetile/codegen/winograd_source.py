@@ -5,10 +5,10 @@ tile multiplies at once: `long` tiles, or from group `long_groups` on one less, 
 `size` = (m + 2)^2 is the number of products, numbered by `xi`. Transformed operands:
 
     V of inputs     [group][xi][channel block][tile][B]      Z of dy    [xi][k tile][tile][wide * B]
-    U of weights    [k tile][xi][channel][wide * B]          M, D       sums of products, of one work unit
+    U of weights    [k tile][xi][channel][wide * B]          M, D       sums of products, of one thread
 
-Every kernel is dynamic in all sizes and strides and static in m and its register tile. A work unit is a share of the
-items; a thread that has the units [lo, hi) uses the scratch of unit `lo` for them all.
+Every kernel is dynamic in all sizes and strides and static in m and its register tile. Every thread has scratch of its
+own, that of `worker`.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ INPUT_INTS = (
 FILTER_INTS = ("k_tiles", "blocks", "w_k", "w_block", "u_k", "u_xi")
 OUTPUT_INTS = ("down", "across", "rows", "columns", "with_bias", "y_image", "y_block", "y_row", "y_pixel")
 TILES_INTS = (
-    *("items", "units", "groups", "block_groups", "long_groups", "k_tiles", "blocks"),
-    *("x_image", "x_block", "x_row", "v_unit", "v_group", "v_xi", "u_k", "u_xi", "m_unit"),
+    *("groups", "block_groups", "long_groups", "k_tiles", "blocks"),
+    *("x_image", "x_block", "x_row", "v_worker", "v_group", "v_xi", "u_k", "u_xi", "m_worker"),
     *OUTPUT_INTS,
 )
 CHANNELS_INTS = (
-    *("items", "units", "groups", "block_groups", "long_groups", "ranges", "blocks", "chunk"),
-    *("w_k", "w_block", "v_group", "v_xi", "u_unit", "u_xi", "m_unit"),
+    *("groups", "block_groups", "long_groups", "ranges", "blocks", "chunk"),
+    *("w_k", "w_block", "v_group", "v_xi", "u_worker", "u_xi", "m_worker"),
     *OUTPUT_INTS,
 )
 GRADIENT_INTS = (
-    *("items", "units", "blocks", "tiles", "v_xi", "v_block", "z_xi", "z_k", "d_unit"),
+    *("blocks", "tiles", "v_xi", "v_block", "z_xi", "z_k", "d_worker"),
     *("d_k", "d_block", "adding"),
 )
 
@@ -126,32 +126,29 @@ for unit in T.serial(lo, hi):
     )
 
 
-def _shares(body: str) -> str:
-    """`body` for every item of the units [lo, hi): `items` items are divided among `units` units."""
-    return f"""
-for item in T.serial(T.truncdiv(lo * items, units), T.truncdiv(hi * items, units)):
-    {indent(body, 4)}
-"""
+def _units(body: str) -> str:
+    return f"for unit in T.serial(lo, hi):\n    {indent(body, 4)}\n"
 
 
 @cache
 def convolve_tiles(*, vectors: Vectors, m: int, wide: int, long: int, activation: str = "") -> Kernel:
-    """y from x and U: for many tiles. An item is a block of groups of tiles, whose V a thread makes for all channels
-    and then multiplies with all of U. Pointers x, U, bias, y, scratch V and M; the float is the slope of leaky_relu."""
+    """y from x and U: for many tiles. A work unit is a block of groups of tiles, whose V a thread makes for all
+    channels and then multiplies with all of U. Pointers x, U, bias, y, scratch V and M; the float is the slope of
+    leaky_relu."""
     v = vectors
     transform = f"""
 x0: T.int32 = image * x_image + c * x_block
-v0: T.int32 = lo * v_unit + (g - g_start) * v_group + c * {long * v.block} + p * {v.block}
+v0: T.int32 = worker * v_worker + (g - g_start) * v_group + c * {long * v.block} + p * {v.block}
 {transform_input_tile(v, m, "x0", "v0")}
 """
-    multiply = multiply_groups(v, m, wide, long, v_base="lo * v_unit + (g - g_start) * v_group", u_at="k * u_k")
+    multiply = multiply_groups(v, m, wide, long, v_base="worker * v_worker + (g - g_start) * v_group", u_at="k * u_k")
     body = f"""
-g_start: T.int32 = item * block_groups
+g_start: T.int32 = unit * block_groups
 g_stop: T.int32 = T.min(g_start + block_groups, groups)
 c_start: T.int32 = 0
 c_first: T.int32 = 0
 c_stop: T.int32 = blocks
-m0: T.int32 = lo * m_unit
+m0: T.int32 = worker * m_worker
 for c in T.serial(blocks):
     {indent(over_tiles(long, place_of("tile", m) + transform), 4)}
 for k in T.serial(k_tiles):
@@ -161,7 +158,7 @@ for k in T.serial(k_tiles):
     return make_kernel(
         f"winograd{m}_tiles{long}x{wide}_{v.tag}" + (f"_{activation}" if activation else ""),
         pointers=dict.fromkeys(("x", "u", "bias", "y", "v_", "m_"), "float32"),
-        body=_shares(body),
+        body=_units(body),
         ints=TILES_INTS,
         floats=("alpha",),
         scratch=multiplying_arrays(v, m, wide, long),
@@ -172,18 +169,18 @@ for k in T.serial(k_tiles):
 def convolve_channels(
     *, vectors: Vectors, m: int, wide: int, long: int, activation: str = "", transposed: bool = False
 ) -> Kernel:
-    """y from V and w: for many channels. An item is one tile of output channels and a range of groups of tiles; a
+    """y from V and w: for many channels. A work unit is one tile of output channels and a range of groups of tiles; a
     thread transforms the weights of a chunk of input channels and multiplies V with them, chunk by chunk. Pointers V,
     w, bias, y, scratch U and M; the float is the slope of leaky_relu."""
     v = vectors
     filters = transform_filters(v, m, wide, f"u0 + (c - c_first) * {v.block * wide * v.block}", transposed)
     multiply = multiply_groups(v, m, wide, long, v_base="g * v_group", u_at="u0", first="c_first == 0")
     body = f"""
-k: T.int32 = T.truncdiv(item, ranges)
-g_start: T.int32 = T.truncmod(item, ranges) * block_groups
+k: T.int32 = T.truncdiv(unit, ranges)
+g_start: T.int32 = T.truncmod(unit, ranges) * block_groups
 g_stop: T.int32 = T.min(g_start + block_groups, groups)
-m0: T.int32 = lo * m_unit
-u0: T.int32 = lo * u_unit
+m0: T.int32 = worker * m_worker
+u0: T.int32 = worker * u_worker
 for turn in T.serial(T.truncdiv(blocks + chunk - 1, chunk)):
     c_start: T.int32 = turn * chunk
     c_first: T.int32 = turn * chunk
@@ -196,7 +193,7 @@ for turn in T.serial(T.truncdiv(blocks + chunk - 1, chunk)):
     return make_kernel(
         f"winograd{m}_channels{long}x{wide}_{v.tag}" + f"_{activation}" * bool(activation) + "_transposed" * transposed,
         pointers=dict.fromkeys(("v_", "w", "bias", "y", "u", "m_"), "float32"),
-        body=_shares(body),
+        body=_units(body),
         ints=CHANNELS_INTS,
         floats=("alpha",),
         scratch=multiplying_arrays(v, m, wide, long) | (turning_arrays(v) if transposed else {}),
@@ -205,8 +202,8 @@ for turn in T.serial(T.truncdiv(blocks + chunk - 1, chunk)):
 
 @cache
 def filter_gradient(*, vectors: Vectors, m: int, wide: int, lines: int) -> Kernel:
-    """dw = (dw if `adding`) + AT (sum over tiles of V Z) A. An item is one tile of output channels x `lines`
-    input channels: the register tile. Pointers V, Z, dw, scratch D."""
+    """dw = (dw if `adding`) + AT (sum over tiles of V Z) A. A work unit is one tile of output channels x
+    `lines` input channels: the register tile. Pointers V, Z, dw, scratch D."""
     v, size = vectors, m + 2
 
     def each(statement: str) -> str:
@@ -240,10 +237,10 @@ for q in T.unroll({lines // v.lanes}):
     adding = [f"{at} = before[{tap}, v] + result[{tap}, v]" for tap, at in enumerate(dw_at)]
     zero = vectorized([f"before[{tap}, v] = T.float32(0)" for tap in range(9)], v.width)
     body = f"""
-k: T.int32 = T.truncdiv(item, blocks * {parts})
-c: T.int32 = T.truncmod(T.truncdiv(item, {parts}), blocks)
-line: T.int32 = T.truncmod(item, {parts}) * {lines}
-d0: T.int32 = lo * d_unit
+k: T.int32 = T.truncdiv(unit, blocks * {parts})
+c: T.int32 = T.truncmod(T.truncdiv(unit, {parts}), blocks)
+line: T.int32 = T.truncmod(unit, {parts}) * {lines}
+d0: T.int32 = worker * d_worker
 for xi in T.serial({products(m)}):
     v0: T.int32 = xi * v_xi + c * v_block + line
     z0: T.int32 = xi * z_xi + k * z_k
@@ -272,7 +269,7 @@ for i in T.serial({lines}):
     return make_kernel(
         f"winograd{m}_gradient{lines}x{wide}_{v.tag}",
         pointers=dict.fromkeys(("v_", "z", "dw", "d"), "float32"),
-        body=_shares(body),
+        body=_units(body),
         ints=GRADIENT_INTS,
         scratch=arrays,
     )

@@ -11,8 +11,8 @@ from fusetile.codegen.conv_views import Filter, View
 from fusetile.codegen.targets import Target
 from fusetile.codegen.winograd_parts import PAD, m_strides
 
-# Scratch per work unit is why there are few: as many as keep 2, 3 and 4 threads evenly busy, or the cores of a Pi.
-UNITS, UNITS_ARM = 12, 4
+# Threads that may share a kernel: each has scratch of its own. A Pi has 4 cores.
+WORKERS, WORKERS_ARM = 12, 4
 LONGEST_ARM = {32: 7, 16: 3}  # by the number of vector registers
 MIN_CHANNEL_TILES = 4  # fewer tiles of output channels than this would leave threads without work
 MAX_TURNS = 32
@@ -83,8 +83,8 @@ def widths(cpu: Machine, k_blocks: int) -> list[int]:
     return [wide for wide in widths if k_blocks % wide == 0] or [1]
 
 
-def units_of(target: Target) -> int:
-    return UNITS_ARM if target.width == 4 else UNITS
+def workers_of(target: Target) -> int:
+    return WORKERS_ARM if target.width == 4 else WORKERS
 
 
 def power_of_two(limit: int) -> int:
@@ -103,7 +103,7 @@ class Convolution:
 
     name: str
     cpu: Machine
-    units: int
+    workers: int
     tiling: Tiling
     wide: int
     x: View
@@ -139,7 +139,7 @@ class Convolution:
         """Groups of tiles whose V and M stay in the cache while all of U passes."""
         group_bytes = 4 * (self.tiling.products * self.v_xi + self.m_group(by_xi=False))
         fitting = self.cpu.outer_bytes * 3 // 4 // group_bytes
-        return max(1, min(fitting, -(-self.tiling.groups // self.units)))
+        return max(1, min(fitting, -(-self.tiling.groups // self.workers)))
 
     @property
     def ranges(self) -> int:

@@ -23,7 +23,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         ("kernel", ctypes.c_void_p),
         ("split", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("workers", ctypes.c_int32),
         ("pointers", ctypes.c_void_p * _POINTERS),
         ("ints", ctypes.c_int32 * _INTS),
         ("floats", ctypes.c_float * _FLOATS),
@@ -97,7 +97,7 @@ class Library:
             raise UserError(
                 f"{self.path} has no kernel {call.kernel}: copy the bundle again, or compile again"
             ) from error
-        target.split = call.split
+        target.split, target.workers = call.split, call.workers
         target.pointers[: len(call.pointers)] = [arena.ctypes.data + offset for offset in call.pointers]
         target.ints[: len(call.ints)] = call.ints
         target.floats[: len(call.floats)] = call.floats

@@ -18,7 +18,7 @@ from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph, Op
 from fusetile.ops import Domain, domain_of, overwritten, row
-from fusetile.program import Buffer, Call
+from fusetile.program import Buffer
 from fusetile.reference import run_op
 from fusetile.runtime.storage import make_arena, pack, unpack
 from tests.codegen import emulator
@@ -71,16 +71,7 @@ def run_calls(
 ) -> None:
     """Build the kernels, for this computer unless told otherwise, and run the calls on the arena."""
     offsets = {buffer.name: buffer.offset_bytes for buffer in buffers}
-    plain = [
-        Call(
-            call.kernel.symbol,
-            call.split,
-            tuple(offsets[pointer.buffer] + pointer.offset_bytes for pointer in call.pointers),
-            call.ints,
-            call.floats,
-        )
-        for call in calls
-    ]
+    plain = [call.placed(offsets) for call in calls]
     with tempfile.TemporaryDirectory() as directory:
         path = build_library([call.kernel for call in calls], target or TARGET, Path(directory))
         emulator.run(path, plain, arena, threads)

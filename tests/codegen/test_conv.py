@@ -27,7 +27,7 @@ from fusetile.codegen.targets import TARGETS, Target, host
 from fusetile.codegen.tvm_pipeline import assembly
 from fusetile.errors import PlanError
 from fusetile.ops import row
-from fusetile.program import Buffer, Call
+from fusetile.program import Buffer
 from fusetile.runtime.native import Library
 from fusetile.runtime.storage import make_arena, pack, unpack
 from tests.codegen.harness import Case, buffer_for, inside, middle, place, stored
@@ -185,16 +185,8 @@ class Run:
         """The arena after the calls."""
         arena = make_arena(self.before.size)
         arena[:] = self.before
-        calls = [
-            Call(
-                call.kernel.symbol,
-                call.split,
-                tuple(self.at[pointer.buffer].offset_bytes + pointer.offset_bytes for pointer in call.pointers),
-                call.ints,
-                call.floats,
-            )
-            for call in self.problem.calls
-        ]
+        offsets = {name: buffer.offset_bytes for name, buffer in self.at.items()}
+        calls = [call.placed(offsets) for call in self.problem.calls]
         library.segment(calls, arena)()
         return arena
 

@@ -24,9 +24,15 @@ def add_kernel() -> Kernel:
     return make_kernel("add_shifted", pointers={"X": "int32", "Y": "int32"}, ints=("shift", "size"), body=body)
 
 
+def record_kernel() -> Kernel:
+    """X[u] counts how often unit u was done, Y[u] is who did it last."""
+    body = "for u in T.serial(lo, hi):\n    X[u] = X[u] + 1\n    Y[u] = worker"
+    return make_kernel("record", pointers={"X": "int32", "Y": "int32"}, body=body)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    yield build_library([add_kernel()], host(), tmp_path_factory.mktemp("library"))
+    yield build_library([add_kernel(), record_kernel()], host(), tmp_path_factory.mktemp("library"))
 
 
 def segment(library: ctypes.CDLL, x: ctypes.Array, y: ctypes.Array, calls: int) -> ctypes.Array:
@@ -57,6 +63,19 @@ def test_threads_agree(path: Path) -> None:
     assert alone != list(range(COUNT))
     for threads in (2, 3, 8):  # more than this computer has cores, too
         assert run(path, threads) == alone
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 9])
+def test_no_more_workers_than_a_call_has_scratch_for(path: Path, workers: int) -> None:
+    library, threads = ctypes.CDLL(str(path)), 4
+    times, who = (ctypes.c_int32 * COUNT)(), (ctypes.c_int32 * COUNT)(*[-1] * COUNT)
+    call = _Call(kernel=ctypes.cast(library.record, ctypes.c_void_p).value, split=COUNT, workers=workers)
+    call.pointers[0], call.pointers[1] = ctypes.addressof(times), ctypes.addressof(who)
+    assert library.ft_start(threads) == 0
+    for _ in range(50):
+        library.ft_run(ctypes.byref(call), 1)
+    library.ft_stop()
+    assert list(times) == [50] * COUNT and min(who) >= 0 and max(who) < (workers or threads)
 
 
 def test_start_again_and_stop_join_the_threads(path: Path) -> None:
