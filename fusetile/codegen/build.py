@@ -1,4 +1,4 @@
-"""Kernels -> one shared library per target: objects by TVM, trampolines and the thread pool in C, linked with zig.
+"""Kernels -> one shared library per target: objects by TVM, the thread pool and trampolines in C, linked with zig.
 
 Objects and libraries are cached by the content that they follow from, in `cache_directory()`.
 """
@@ -27,7 +27,10 @@ from fusetile.errors import FusetileError, PlanError
 Progress = Callable[[int, int], None]
 
 HERE = Path(__file__).parent
-FLAGS = ("-O2", "-fPIC", "-shared", "-s", "-fvisibility=hidden", "-Wl,--no-undefined")
+COMPILE = ("-O2", "-fPIC", "-fvisibility=hidden", "-fno-unwind-tables", "-fno-asynchronous-unwind-tables")
+# zig would first compile a runtime of its own, for seconds, that nothing here needs
+LINK = ("-shared", "-s", "-nostdlib", "-Wl,--no-undefined")
+LIBRARIES = ("-lm", "-lpthread", "-lc")
 # A compiler process takes seconds to start, a kernel tenths of one to compile: few are compiled in this process.
 KERNELS_PER_PROCESS = 6
 
@@ -70,7 +73,7 @@ def build_library(
 
 def trampolines(kernels: Iterable[Kernel]) -> str:
     """C source: for every kernel the exported function that unpacks a call and runs its body."""
-    text = [(HERE / "segment.c").read_text()]
+    text = ['#include "segment.h"']
     for kernel in kernels:
         body = BODY.format(kernel.symbol)
         sorts = (
@@ -103,8 +106,8 @@ def _digest(*parts: str) -> str:
 
 def compile_kernels(kernels: Sequence[Kernel], target: Target, progress: Progress) -> list[Path]:
     """The object file of every kernel, compiled if it is not in the cache."""
-    pipeline = (HERE / "tvm_pipeline.py").read_text()
-    tools = [importlib.metadata.version("apache-tvm"), json.dumps(target.tvm), pipeline]
+    ours = ((HERE / name).read_text() for name in ("script.py", "tvm_pipeline.py"))
+    tools = [importlib.metadata.version("apache-tvm"), json.dumps(target.tvm), *ours]
     if target.ir_flags:
         tools += [importlib.metadata.version("ziglang"), *target.ir_flags]
     objects = [cache_directory() / f"{_digest(kernel.source, *tools)}.o" for kernel in kernels]
@@ -175,18 +178,36 @@ def _compile_jobs(jobs: Iterator[str], finished: Callable[[str], None]) -> None:
 
 def _link(kernels: Sequence[Kernel], objects: Sequence[Path], target: Target) -> Path:
     """The linked and checked library, in the cache."""
-    source = trampolines(kernels)
-    names = [path.name for path in objects]
-    tools = (*target.zig, importlib.metadata.version("ziglang"), *FLAGS)
-    library = cache_directory() / f"{_digest(source, *tools, *names)}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        c, made = Path(scratch) / "segment.c", Path(scratch) / "kernels.so"
-        c.write_text(source)
-        result = zig_cc(*FLAGS, *target.zig, "-o", str(made), str(c), *map(str, objects), "-lm", "-lpthread")
-        if result.returncode:
-            raise FusetileError(f"the kernel library for {target.name} does not link:\n{result.stderr[-2000:]}")
-        check_portable(made.read_bytes(), target)
-        os.replace(made, library)
+    source, pool = trampolines(kernels), _pool(target)
+    library = cache_directory() / f"{_digest(source, *_tools(target), pool.name, *(path.name for path in objects))}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            c, made = Path(scratch) / "trampolines.c", Path(scratch) / "kernels.so"
+            c.write_text(source)
+            _zig(target, *COMPILE, *LINK, "-o", made, c, pool, *objects, *LIBRARIES)
+            check_portable(made.read_bytes(), target)
+            os.replace(made, library)
     return library
+
+
+def _pool(target: Target) -> Path:
+    """The object file of the thread pool, in the cache."""
+    sources = [(HERE / name).read_text() for name in ("segment.h", "segment.c")]
+    pool = cache_directory() / f"{_digest(*sources, *_tools(target))}.o"
+    if not pool.exists():
+        with tempfile.TemporaryDirectory(dir=pool.parent) as scratch:
+            made = Path(scratch) / "segment.o"
+            _zig(target, *COMPILE, "-c", "-o", made, HERE / "segment.c")
+            os.replace(made, pool)
+    return pool
+
+
+def _tools(target: Target) -> tuple[str, ...]:
+    """What a file that zig makes follows from, besides its sources."""
+    return (*target.zig, importlib.metadata.version("ziglang"), *COMPILE, *LINK)
+
+
+def _zig(target: Target, *arguments: str | Path) -> None:
+    result = zig_cc(*target.zig, "-I", str(HERE), *map(str, arguments))
+    if result.returncode:
+        raise FusetileError(f"the kernel library for {target.name} does not link:\n{result.stderr[-2000:]}")

@@ -21,7 +21,7 @@ from fusetile.box import Box
 from fusetile.errors import PlanError
 from fusetile.program import Buffer, Call
 
-# the limits of ft_call in segment.c
+# the limits of ft_call in segment.h
 MAX_POINTERS, MAX_INTS, MAX_FLOATS = 10, 40, 6
 BODY = "{}_body"
 

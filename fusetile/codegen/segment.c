@@ -13,21 +13,11 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
-#include <stdint.h>
 #include <time.h>
 #include <unistd.h>
 #include <linux/futex.h>
 #include <sys/syscall.h>
-
-typedef struct ft_call {
-  void (*kernel)(int32_t lo, int32_t hi, const struct ft_call *call, int32_t worker);
-  int32_t split, workers; /* workers: the most threads that may share it, or 0 */
-  void *pointers[10];
-  int32_t ints[40];
-  float floats[6];
-} ft_call;
-
-#define EXPORT __attribute__((visibility("default")))
+#include "segment.h"
 
 enum { MAX_THREADS = 64, PIECES = 16, SPINS_PER_LOOK = 32 };
 enum { SPIN_ns = 20000, SPIN_INSIDE_ns = 400000, YIELD_ns = 1000000 };
@@ -86,8 +76,10 @@ static int32_t workers_of(const ft_call *call) {
   return call->workers && call->workers < pool.threads ? call->workers : pool.threads;
 }
 
+/* split * worker / workers, in 32 bits: 32-bit ARM has no instruction to divide more. */
 static int32_t share_start(const ft_call *call, int32_t worker) {
-  return (int32_t)((int64_t)call->split * worker / workers_of(call));
+  int32_t workers = workers_of(call);
+  return call->split / workers * worker + call->split % workers * worker / workers;
 }
 
 static void open_call(const ft_call *call) {

@@ -16,11 +16,10 @@ from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
-from tvm.script import from_source
-from tvm.script import tirx as T
 from tvm.tirx import compilation_pipeline
 from tvm.tirx.buffer import is_buffer_var
 
+from fusetile.codegen.script import function_of
 from fusetile.codegen.zig import zig_cc
 
 PIPELINE = "fusetile"
@@ -80,8 +79,7 @@ compilation_pipeline.register_tir_pipeline(PIPELINE, _pipeline)
 
 def build(source: str, target: dict[str, Any]) -> Any:
     """Compile the TVMScript function `kernel` in `source`; `inspect_source("ll" or "asm")` of the result shows it."""
-    # The parser's own check reads the source a second time before it looks at what came of it
-    function = from_source(source, {"T": T}, check_well_formed=False)
+    function = function_of(source)
     s_tir.analysis.verify_well_formed(tvm.IRModule.from_expr(function))
     tvm_target = tvm.target.Target(target)
     with tvm_target:

@@ -12,7 +12,7 @@ import numpy as np
 
 from fusetile.box import Box, extents, grow, shift, view4, volume
 from fusetile.codegen.build import build_library
-from fusetile.codegen.calls import KernelCall
+from fusetile.codegen.calls import Kernel, KernelCall
 from fusetile.codegen.job import Job
 from fusetile.codegen.lower import lower
 from fusetile.codegen.targets import Target, target_named
@@ -220,6 +220,16 @@ class Case:
         (buffer,) = (buffer for buffer in placed if buffer.name == place_of.name)
         found = unpack(arena, buffer, self.domain.output(box))
         assert np.array_equal(found, expected, equal_nan=True), f"{self.op.kind} can't overwrite {place_of.name}"
+
+
+def kernels_of(case: Case, target: Target) -> list[Kernel]:
+    """The kernels of all iterations of an op."""
+    box, tensors = case.domain.box, case.graph.tensors
+    sources = [buffer_for(name, tensors[name], case.domain.need(box, i)) for i, name in enumerate(case.op.inputs)]
+    results = [buffer_for(name, tensors[name], case.domain.output(box, o)) for o, name in enumerate(case.op.outputs)]
+    written_over = {o: sources[i] for o, i in row(case.op.kind).in_place if o < len(results)}
+    results = [written_over.get(o, result) for o, result in enumerate(results)]
+    return [call.kernel for call in lower(Job(case.op, case.domain, box, sources, results, target)).calls]
 
 
 def middle(box: Box, domain: Domain, *, channels: int = 0) -> Box:
