@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import onnx
@@ -27,6 +28,7 @@ from fusetile.device import PROFILES
 from fusetile.errors import DoesNotFit
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
+from fusetile.ops import row
 from fusetile.options import Loss, Training
 from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.communicate import communicate
@@ -125,16 +127,19 @@ def speedups(names: list[str], batches: list[int], counts: list[int], console: C
 
 
 def memory(names: list[str], batches: list[int], counts: list[int], less: list[float], console: Console) -> None:
-    """Arenas, with the kernels' scratch, that the programs would have; and those of one device that computes nothing
-    twice: if values share memory that are not needed at the same time ("keeps"), and if none does ("all values"). Where
-    there is so many times less memory than the first of these, what it costs."""
-    columns = ("model", "batch", "nodes", "all values", "keeps", "cap", "arena", "x less", "step", "computed again", "")
-    table = Table(*columns)
+    """Arenas, with the kernels' scratch, that the programs would have; beside one device that keeps everything as
+    Darknet does ("framework", see `_framework_bytes`), and one with fusetile's kernels that computes nothing twice: if
+    no values share memory ("all values"), and if those do that are not needed at the same time ("arena of one"). Where
+    there is so many times less memory than the last of these, what it costs."""
+    table = Table(
+        *("model", "batch", "nodes", "framework", "all values", "arena of one", "cap", "arena", "x less", "step"),
+        *("computed again", ""),
+    )
     for name, batch, nodes in product(names, batches, counts):
         build, loss = MODELS[name]
-        values, keeps = _keeping_bytes(build, loss, batch)
+        alone = _framework_bytes(_forward(build, batch)), *_keeping_bytes(build, loss, batch)
         for times in (0.0, *less):
-            room = keeps / times if times else 0.0
+            room = alone[-1] / times if times else 0.0
             cluster, training = of_devices(nodes), Training(batch=batch, loss=loss)
             told = ""
             try:
@@ -143,16 +148,28 @@ def memory(names: list[str], batches: list[int], counts: list[int], less: list[f
                 ).description
             except DoesNotFit as error:
                 told = str(error)
-                table.add_row(name, str(batch), str(nodes), _mb(values), _mb(keeps), _mb(room), *[""] * 4, told)
+                table.add_row(name, str(batch), str(nodes), *map(_mb, alone), _mb(room), *[""] * 4, told)
                 continue
             arena, recomputed = max(node["arena_bytes"] for node in found["nodes"]), found["recomputed"]
             table.add_row(
-                *(name, str(batch), str(nodes), _mb(values), _mb(keeps), _mb(room) if room else "none"),
-                *(_mb(arena), f"{values / arena:.1f}, {keeps / arena:.1f}", f"{found['step_seconds']:.2f} s"),
+                *(name, str(batch), str(nodes), *map(_mb, alone), _mb(room) if room else "none"),
+                *(_mb(arena), ", ".join(f"{one / arena:.1f}" for one in alone), f"{found['step_seconds']:.2f} s"),
                 *(f"{recomputed['maps']} maps, {recomputed['seconds']:.2f} s", told),
             )
             console.print(name, batch, nodes, _mb(room), _mb(arena), f"{found['step_seconds']:.2f} s", style="dim")
     console.print(table)
+
+
+def _framework_bytes(forward: Graph) -> int:
+    """Of one device that keeps everything: every map of the model (a convolution's result, its normalized and its
+    activated form), a gradient for each that is not made in place, and of the weights also gradients and momenta. That
+    is what Darknet allocates for a layer: x, x_norm, output and delta."""
+    floats = 3 * sum(prod(forward.tensors[name].shape) for name in forward.parameters)
+    for op in forward.ops.values():
+        in_place = row(op.kind).expression or row(op.kind).overwrites
+        maps = (prod(forward.tensors[name].shape) for name in op.outputs if len(forward.tensors[name].shape) == 4)
+        floats += sum(maps) * (1 if in_place else 2)
+    return 4 * floats
 
 
 def _keeping_bytes(build: Callable[[], onnx.ModelProto], loss: Loss, batch: int) -> tuple[int, int]:
