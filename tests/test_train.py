@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from fusetile.passes import pieces, schedule
 from models import lenet, resnet18, vgg_small, yolov2
 from tests.commands import fusetile, images, losses, save
 
@@ -115,6 +117,25 @@ def test_batch_norm_sees_the_whole_batch(
     assert found.keys() == dict(gradients).keys() and len(found) >= 15
     for name, value in found.items():
         np.testing.assert_allclose(value, gradients[name], rtol=0, atol=1e-4 * abs(gradients[name]).max(), err_msg=name)
+
+
+def test_convolutions_in_pieces_over_sockets(
+    jobs: Callable[[str], tuple[Job, Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut wherever they can be, not only where that is predicted to hide a transfer."""
+    job, _, four_steps = jobs("yolov2")
+    cut: list[pieces.Cuts] = []
+
+    def recorded(*given: Any, **options: Any) -> pieces.Cuts:
+        cut.append(pieces.cuts(*given, **options))
+        return cut[-1]
+
+    monkeypatch.setattr(pieces, "LEAST_HIDDEN_seconds", -inf)
+    monkeypatch.setattr(pieces, "STRIP", 1)
+    monkeypatch.setattr(schedule, "cuts", recorded)
+    out = job.run("--nodes", 2, "--plan", "grid:2x1", "--halo", "exchange", "--steps", 4)
+    assert max(map(len, cut)) > 10
+    assert losses(out / "log.jsonl") == pytest.approx(losses(four_steps / "log.jsonl"), rel=1e-3)
 
 
 def test_the_same_command_gives_the_same_bits_whatever_the_threads(tmp_path: Path) -> None:
