@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -28,6 +28,22 @@ def numbers(flag: str, text: str) -> tuple[float, ...]:
     if not all(map(math.isfinite, values)):
         raise UserError(f"{flag} {text!r}: give numbers separated by commas")
     return values
+
+
+def check_values(options: Any) -> None:
+    """That the fields hold what their options allow: typer sees only those of the command line. Raises UserError."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        kind, declared = get_args(hint)
+        flag, value = declared.default, getattr(options, name)  # in annotations typer takes names for defaults
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        if choices and value not in choices:
+            raise UserError(f"{flag} {value}: choose one of {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} {value}: must be a finite number")
+        if value is not None and declared.min is not None and value < declared.min:
+            raise UserError(f"{flag} {value}: must be at least {declared.min:g}")
+        if value is not None and declared.max is not None and value > declared.max:
+            raise UserError(f"{flag} {value}: must be at most {declared.max:g}")
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

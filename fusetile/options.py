@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fusetile.cluster import Wire
-from fusetile.command_line import numbers, option
+from fusetile.command_line import check_values, numbers, option
 from fusetile.errors import UserError
 from fusetile.passes.add_optimizer import Kind, Optimizer
 from fusetile.passes.differentiate import MODEL, BoxOptions, ClassOptions
@@ -88,7 +87,9 @@ class Training:
     ] = None
     momentum: Annotated[
         float | None,
-        _training("--momentum", "Of sgd (default 0.9) and rmsprop (default 0); 0 keeps no velocity in memory."),
+        _training(
+            "--momentum", "Of sgd (default 0.9) and rmsprop (default 0); 0 keeps no velocity in memory.", min=0.0
+        ),
     ] = None
     nesterov: Annotated[bool, _training("--nesterov", "Nesterov's momentum, for sgd.")] = False
     weight_decay: Annotated[
@@ -277,16 +278,15 @@ class Training:
         return betas[0], betas[1]
 
     def __post_init__(self) -> None:
-        update, rates = self.update, self.rates
+        check_values(self)
         for flag, value in (
-            ("--lr", rates.learning_rate),
-            ("--momentum", update.momentum),
-            ("--weight-decay", update.weight_decay),
-            ("--clip-norm", update.clip_norm),
+            ("--lr", self.learning_rate),
+            ("--momentum", self.momentum),
+            ("--weight-decay", self.weight_decay),
         ):
-            if not 0 <= value < math.inf:
-                raise UserError(f"{flag} {value}: must be a number of at least 0")
-        if self.nesterov and (self.optimizer != "sgd" or not update.momentum):
+            if value is not None and value < 0:
+                raise UserError(f"{flag} {value}: must be at least 0")
+        if self.nesterov and (self.optimizer != "sgd" or not self.update.momentum):
             raise UserError("--nesterov needs --optimizer sgd and a momentum above 0")
         if self.momentum and self.optimizer in ("adam", "adamw"):
             raise UserError(f"--momentum {self.momentum}: {self.optimizer} has none; see --betas")
@@ -298,7 +298,7 @@ class Training:
                 )
         if any(step < 0 or step % 1 for step in numbers("--milestones", self.milestones)):
             raise UserError(f"--milestones {self.milestones}: steps are whole numbers of at least 0")
-        if self.schedule == "multistep" and not rates.milestones:
+        if self.schedule == "multistep" and not self.rates.milestones:
             raise UserError("--schedule multistep needs --milestones")
         if not self.ema < 1:
             raise UserError(f"--ema {self.ema}: must be below 1, or no weight would ever count")

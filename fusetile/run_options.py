@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fusetile.command_line import numbers, option
+from fusetile.command_line import check_values, numbers, option
 from fusetile.errors import UserError
 
 _run = functools.partial(option, "Run")
@@ -62,6 +62,7 @@ class RunOptions:
     ] = False
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.steps is not None and self.epochs is not None:
             raise UserError("give --steps or --epochs, not both")
         _, deviations = self.scaling

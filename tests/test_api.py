@@ -84,6 +84,24 @@ def test_compile_for_devices_and_mistakes(model: Path, tmp_path: Path) -> None:
         fusetile.nothing  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("wrong", "saying"),
+    [
+        ({"learning_rate": -1.0}, "--lr -1.0: must be at least 0"),
+        ({"weight_decay": float("nan")}, "--weight-decay nan: must be a finite number"),
+        ({"gamma": float("inf"), "schedule": "step"}, "--gamma inf: must be a finite number"),
+        ({"batch": 0}, "--batch 0: must be at least 1"),
+        ({"dropout": 1.0}, "--dropout 1.0: must be at most 0.99"),
+        ({"optimizer": "lion"}, "--optimizer lion: choose one of sgd, adam, adamw, rmsprop"),
+    ],
+)
+def test_options_mean_the_same_from_python(wrong: dict[str, Any], saying: str) -> None:
+    with pytest.raises(fusetile.UserError, match=saying):
+        Training(**wrong)
+    with pytest.raises(fusetile.UserError, match="--steps 0: must be at least 1"):
+        RunOptions(steps=0)
+
+
 def test_the_package_loads_no_compiler() -> None:
     """A device has none."""
     code = "import sys, fusetile; print([name for name in sys.modules if name.startswith('fusetile.')])"
