@@ -32,7 +32,7 @@ from fusetile.ops import row
 from fusetile.options import Loss, Training
 from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.communicate import communicate
-from fusetile.passes.differentiate import differentiate
+from fusetile.passes.differentiate import Criterion, differentiate
 from fusetile.passes.fit import INTERPRETER_bytes
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import group
@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], Loss]] = {
 
 def training_graph(build: Callable[[], onnx.ModelProto], loss: Loss, batch: int, *, keep_all: bool = False) -> Graph:
     """The graph that is planned; with `keep_all` nothing is computed twice."""
-    graph = differentiate(_forward(build, batch), loss=loss)
+    graph = differentiate(_forward(build, batch), Criterion(loss=loss))
     graph = fuse(prune(add_optimizer(graph, Optimizer(momentum=0.9, weight_decay=0.0))))
     return graph.sorted() if keep_all else rematerialize(graph, cheap(graph))
 

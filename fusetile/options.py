@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fusetile.cluster import Wire
 from fusetile.command_line import check_values, numbers, option
 from fusetile.errors import UserError
 from fusetile.passes.add_optimizer import Kind, Optimizer
-from fusetile.passes.differentiate import MODEL, BoxOptions, ClassOptions
+from fusetile.passes.differentiate import MODEL, BoxOptions, ClassOptions, Criterion
 from fusetile.rates import Rates, Schedule
 
 Loss = Literal["cross-entropy", "nll", "mse", "l1", "smooth-l1", "bce-with-logits", "dice", "yolov2", "model"]
@@ -232,9 +232,9 @@ class Training:
         return BoxOptions(anchors=anchors, factors=factors, most=self.max_boxes or usual.most)
 
     @property
-    def criterion(self) -> dict[str, Any]:
-        """The arguments of `differentiate`: the loss and all about it."""
-        return {"loss": self.objective, "classes": self.classes, "boxes": self.boxes, "weights": self.weights}
+    def criterion(self) -> Criterion:
+        """The loss and all about it."""
+        return Criterion(loss=self.objective, classes=self.classes, boxes=self.boxes, weights=self.weights)
 
     @property
     def update(self) -> Optimizer:

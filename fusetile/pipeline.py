@@ -122,9 +122,9 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
     block = block_of(cluster)
     with trace.stage("freeze") as seen:
         graph = seen(freeze(graph, frozen=training.freeze, trained=training.train))
-    forward, criterion = graph, training.criterion
+    forward = graph
     with trace.stage("differentiate") as seen:
-        graph = seen(differentiate(graph, **criterion))
+        graph = seen(differentiate(graph, training.criterion))
     with trace.stage("add_optimizer") as seen:
         graph = seen(add_optimizer(graph, training.update))
     with trace.stage("prune") as seen:
@@ -164,7 +164,7 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
             others["micro"] = _lay_out_beside(seen(micro(laid.graph)), laid, cluster=cluster, training=training)
     if training.validation:
         with trace.stage("infer") as seen:
-            validation = seen(fuse(prune(infer(add_loss(forward, **criterion), trained=laid.graph))))
+            validation = seen(fuse(prune(infer(add_loss(forward, training.criterion), trained=laid.graph))))
             others["validation"] = _lay_out_beside(validation, laid, cluster=cluster, training=training)
     for each in (laid, *others.values()):
         fit(each.memories, cluster=cluster, layers=[layers_of(each.graph, draft) for draft in each.drafts])

@@ -7,7 +7,7 @@ import pytest
 from fusetile.cost import cost_of
 from fusetile.graph import Graph
 from fusetile.ops import domain_of
-from fusetile.passes.differentiate import differentiate
+from fusetile.passes.differentiate import Criterion, differentiate
 from fusetile.passes.fuse import fuse
 from tests.graphs import Net
 
@@ -27,7 +27,7 @@ def test_a_convolution_and_both_its_gradients_multiply_equally_often(
     x = net.conv(net.x, channels)
     x = net.conv(x, 48, stride=stride, groups=groups)
     net.graph.outputs = [net.relu(x) if activation else x]
-    graph = fuse(differentiate(net.graph, loss="mse"))
+    graph = fuse(differentiate(net.graph, Criterion(loss="mse")))
     expected = 2.0 * 2 * 48 * (16 // stride) ** 2 * (channels // groups) * 9
     assert flops(graph, "Conv")[1] == expected
     assert expected in flops(graph, "ConvInputGrad")

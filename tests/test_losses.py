@@ -11,7 +11,7 @@ import pytest
 from fusetile.errors import UserError
 from fusetile.graph import Graph, Parameter
 from fusetile.ops.loss import LOSSES
-from fusetile.passes.differentiate import ClassOptions, differentiate
+from fusetile.passes.differentiate import ClassOptions, Criterion, differentiate
 from fusetile.reference import evaluate
 from tests.graphs import Net, feeds
 from tests.training import GRIDS, planned, run_plan, training_graph, worst
@@ -31,7 +31,7 @@ def loss_and_gradient(loss: str, y: np.ndarray, target: np.ndarray, options: Cla
     graph.add_tensor("y", y.shape)
     graph.parameters["y"] = Parameter(y, trainable=True)
     graph.outputs = [graph.add("Identity", ["y"], outputs=["out"])[0]]
-    graph = differentiate(graph, loss=loss, classes=options)
+    graph = differentiate(graph, Criterion(loss=loss, classes=options))
     values = evaluate(graph, {next(iter(graph.targets)): target})
     return float(values[graph.loss][0]), values[graph.gradients["y"]]
 
@@ -99,10 +99,10 @@ def loss_in_the_model() -> Graph:
 @pytest.mark.parametrize("loss", ["l1", "smooth-l1", "bce-with-logits", "dice", "nll", "cross-entropy"])
 def test_losses_in_every_plan(loss: str, nodes: int) -> None:
     """Two outputs, whose losses add up; or one, with weights and labels that do not count."""
-    options = OPTIONS["all"] if loss == "cross-entropy" else None
-    graph = training_graph(network(1 if options else 2), loss=loss, classes=options)
+    options = OPTIONS["all"] if loss == "cross-entropy" else ClassOptions()
+    graph = training_graph(network(1 if options.weights else 2), loss=loss, classes=options)
     fed = feeds(graph)
-    if options:
+    if options.weights:
         fed["y"][:2] = -100
     expected = evaluate(graph, fed)
     for plan in ("batch", "channel", *GRIDS[nodes], "random:1", *(["auto"] if nodes == 3 else [])):
@@ -131,14 +131,14 @@ def test_a_loss_in_the_model(nodes: int) -> None:
 @pytest.mark.parametrize("loss", [*LOSSES, "dice"])
 def test_losses_of_two_outputs_have_weights(loss: str) -> None:
     """The gradient of each output is its own loss's, times the weight."""
-    graph = differentiate(network(2), loss=loss, weights=(0.5, 3.0))
+    graph = differentiate(network(2), Criterion(loss=loss, weights=(0.5, 3.0)))
     fed = feeds(graph)
     values = evaluate(graph, fed, exact=True)
     alone = {}
     for i, weight in enumerate((0.5, 3.0)):
         one = network(2)
         output = one.outputs = one.outputs[i : i + 1]
-        one = differentiate(one, loss=loss)
+        one = differentiate(one, Criterion(loss=loss))
         found = evaluate(one, {"x": fed["x"], "y": fed[f"y{i}"]}, exact=True)
         alone[output[0]] = weight * found[one.loss][0]
         weights = one.producers()[output[0]].inputs[1]
@@ -159,7 +159,7 @@ def test_a_loss_op_within_a_larger_loss() -> None:
     (half,) = graph.add("Scale", [mse], attrs={"factor": 0.5})
     (l1,) = graph.add("MeanAbsoluteError", ["y", "t"], attrs={"count": y.size})
     graph.outputs = [*graph.add("Add", [half, l1])]
-    graph = differentiate(graph, loss="model")
+    graph = differentiate(graph, Criterion(loss="model"))
     values = evaluate(graph, {"t": t})
     np.testing.assert_allclose(values[graph.gradients["y"]], ((y - t) + np.sign(y - t)) / y.size, rtol=1e-5)
 
@@ -176,10 +176,10 @@ def test_a_loss_op_within_a_larger_loss() -> None:
 )
 def test_losses_that_do_not_fit(loss: str, options: ClassOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        differentiate(network(1), loss=loss, classes=options)
+        differentiate(network(1), Criterion(loss=loss, classes=options))
 
 
 def test_weights_that_do_not_fit() -> None:
     for loss, message in (("mse", "1 numbers for the losses of 2"), ("model", "a loss that is in the model")):
         with pytest.raises(UserError, match=message):
-            differentiate(network(2), loss=loss, weights=(1.0,))
+            differentiate(network(2), Criterion(loss=loss, weights=(1.0,)))

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 
 from fusetile.onnx_import import import_onnx
-from fusetile.passes.differentiate import BoxOptions, add_loss
+from fusetile.passes.differentiate import BoxOptions, Criterion, add_loss
 from fusetile.passes.fuse import fuse
 from fusetile.passes.infer import infer
 from fusetile.passes.prune import prune
@@ -216,7 +216,7 @@ def test_the_forward_pass_is_that_of_a_trained_model(name: str, tmp_path: Path) 
     export(module, shapes, tmp_path / "model.onnx", "legacy")
     graph, loss = import_onnx(tmp_path / "model.onnx", batch=2), NETWORKS[name].loss
     trained = training_graph(graph, loss=loss)
-    inference = fuse(prune(infer(add_loss(graph, loss=loss), trained=trained)))
+    inference = fuse(prune(infer(add_loss(graph, Criterion(loss=loss)), trained=trained)))
     assert set(inference.ops) <= set(trained.ops)
     fed = feeds(inference)
     found = evaluate(inference, fed)

@@ -10,7 +10,7 @@ import pytest
 
 from fusetile.errors import UserError
 from fusetile.graph import Graph
-from fusetile.passes.differentiate import BoxOptions, differentiate
+from fusetile.passes.differentiate import BoxOptions, Criterion, differentiate
 from fusetile.reference import evaluate
 from tests.graphs import Net, feeds
 from tests.training import GRIDS, planned, run_plan, training_graph, worst
@@ -136,10 +136,10 @@ def test_yolov2_in_every_plan(nodes: int) -> None:
 )
 def test_outputs_that_do_not_fit(loss: str, boxes: BoxOptions, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        differentiate(network(), loss=loss, boxes=boxes)
+        differentiate(network(), Criterion(loss=loss, boxes=boxes))
 
 
 def test_an_output_that_is_no_grid() -> None:
     net = Net((2, 3, 4, 4))
     with pytest.raises(UserError, match="needs an output \\[N, anchors"):
-        differentiate(net.done(net.gemm(net.flatten(net.x), 30)), loss="yolov2")
+        differentiate(net.done(net.gemm(net.flatten(net.x), 30)), Criterion(loss="yolov2"))

@@ -14,7 +14,7 @@ from fusetile.graph import Graph
 from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.assign import assign
 from fusetile.passes.communicate import Communication, communicate
-from fusetile.passes.differentiate import BoxOptions, ClassOptions, differentiate
+from fusetile.passes.differentiate import Criterion, differentiate
 from fusetile.passes.fuse import fuse
 from fusetile.passes.group import Halo, group
 from fusetile.passes.prune import prune
@@ -36,12 +36,11 @@ def training_graph(
     graph: Graph,
     *,
     loss: str = "",
-    classes: ClassOptions | None = None,
-    boxes: BoxOptions | None = None,
     optimizer: Optimizer = OPTIMIZER,
+    **criterion: Any,
 ) -> Graph:
     """The graph that is planned: forward, loss, backward, update; pruned, fused, cheap maps recomputed."""
-    graph = differentiate(graph, loss=loss or loss_of(graph), classes=classes, boxes=boxes)
+    graph = differentiate(graph, Criterion(loss=loss or loss_of(graph), **criterion))
     graph = fuse(prune(add_optimizer(graph, optimizer)))
     return rematerialize(graph, cheap(graph))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fusetile.graph import Graph, Parameter
-from fusetile.passes.differentiate import BoxOptions, differentiate
+from fusetile.passes.differentiate import BoxOptions, Criterion, differentiate
 
 ANCHORS = (1.2, 0.9, 2.5, 3.0, 4.0, 1.5)
 
@@ -29,4 +29,4 @@ def loss_alone(y: np.ndarray, options: BoxOptions) -> Graph:
     graph.add_tensor("y", y.shape)
     graph.parameters["y"] = Parameter(y, trainable=True)
     graph.outputs = [graph.add("Identity", ["y"], outputs=["out"])[0]]
-    return differentiate(graph, loss="yolov2", boxes=options)
+    return differentiate(graph, Criterion(loss="yolov2", boxes=options))

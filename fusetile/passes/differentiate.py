@@ -50,76 +50,70 @@ class BoxOptions:
     most: int = 30
 
 
-def differentiate(
-    graph: Graph,
-    *,
-    loss: str,
-    classes: ClassOptions | None = None,
-    boxes: BoxOptions | None = None,
-    weights: Sequence[float] = (),
-) -> Graph:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Criterion:
+    """What is minimised. `loss`: a name in `LOSSES`, "dice" or "yolov2", applied to every output with its own target;
+    several are added up, times their `weights` if there are some. Or "model": the first output is the loss, and the
+    others do not matter."""
+
+    loss: str
+    classes: ClassOptions = ClassOptions()
+    boxes: BoxOptions = BoxOptions()
+    weights: tuple[float, ...] = ()
+
+    def check(self, outputs: int) -> None:
+        """Raises UserError for what does not go together, or does not fit a model with so many outputs."""
+        loss, classes = self.loss, self.classes
+        if loss not in (names := sorted((*LOSSES, DICE, YOLO, MODEL))):
+            raise UserError(f"unknown loss {loss!r}: choose one of {', '.join(names)}")
+        if classes != ClassOptions() and loss not in CLASS_LOSSES:
+            raise UserError(
+                f"--ignore-index, --class-weights and --label-smoothing don't fit --loss {loss}: it has no classes"
+            )
+        if classes.smoothing and loss != "cross-entropy":
+            raise UserError(f"--label-smoothing needs --loss cross-entropy, not {loss}")
+        if self.boxes != BoxOptions() and loss != YOLO:
+            raise UserError(f"--anchors, --lambdas and --max-boxes don't fit --loss {loss}: it has no boxes")
+        if self.weights and (loss == MODEL or len(self.weights) != outputs):
+            losses = "a loss that is in the model" if loss == MODEL else f"the losses of {outputs} output(s)"
+            raise UserError(f"--loss-weights: {len(self.weights)} numbers for {losses}")
+
+
+def differentiate(graph: Graph, criterion: Criterion) -> Graph:
     """The graph with its loss (see `add_loss`) and gradients. Raises UserError where there is nothing to train or the
     loss does not fit an output."""
     if not any(parameter.trainable for parameter in graph.parameters.values()):
         raise UserError(f"{graph.name}: no float32 initializer is the weight of a layer, so there is nothing to train")
-    graph = add_loss(graph, loss=loss, classes=classes, boxes=boxes, weights=weights)
-    _add_gradients(graph, _seed(graph) if loss in (DICE, MODEL) or weights else graph.loss)
+    graph = add_loss(graph, criterion)
+    seeded = criterion.loss in (DICE, MODEL) or criterion.weights
+    _add_gradients(graph, _seed(graph) if seeded else graph.loss)
     return graph
 
 
-def add_loss(
-    graph: Graph,
-    *,
-    loss: str,
-    classes: ClassOptions | None = None,
-    boxes: BoxOptions | None = None,
-    weights: Sequence[float] = (),
-) -> Graph:
-    """`loss`: a name in `LOSSES`, applied to every output with its own target; several are added up, times their
-    `weights` if there are some. Or "model": the first output is the loss, and the others do not matter.
-
-    Targets are named `y`, or `y0`, `y1`, ... in the order of the outputs. Raises UserError if the loss does not fit an
-    output.
-    """
+def add_loss(graph: Graph, criterion: Criterion) -> Graph:
+    """The graph with its loss. Targets are named `y`, or `y0`, `y1`, ... in the order of the outputs. Raises UserError
+    if the loss does not fit an output."""
+    criterion.check(len(graph.outputs))
     graph = graph.copy()
-    if loss not in (names := sorted((*LOSSES, DICE, YOLO, MODEL))):
-        raise UserError(f"unknown loss {loss!r}: choose one of {', '.join(names)}")
-    classes = classes or ClassOptions()
-    if classes != ClassOptions() and loss not in CLASS_LOSSES:
-        raise UserError(
-            f"--ignore-index, --class-weights and --label-smoothing don't fit --loss {loss}: it has no classes"
-        )
-    if classes.smoothing and loss != "cross-entropy":
-        raise UserError(f"--label-smoothing needs --loss cross-entropy, not {loss}")
-    if boxes not in (None, BoxOptions()) and loss != YOLO:
-        raise UserError(f"--anchors, --lambdas and --max-boxes don't fit --loss {loss}: it has no boxes")
-    if weights and (loss == MODEL or len(weights) != len(graph.outputs)):
-        raise UserError(f"--loss-weights: {len(weights)} numbers for {_losses_of(graph, loss)}")
-    if loss == MODEL:
+    if criterion.loss == MODEL:
         graph.outputs = graph.outputs[:1]
         graph.loss, shape = graph.outputs[0], graph.tensors[graph.outputs[0]].shape
         if math.prod(shape) != 1:
             raise UserError(f"--loss model: the first output, {graph.loss!r}, must be one number; it has shape {shape}")
         graph.terms = [LossTerm(graph.loss)]
-    else:
-        add: Callable[[int], LossTerm] = {
-            DICE: lambda i: _add_dice(graph, i),
-            YOLO: lambda i: _add_yolo(graph, i, boxes or BoxOptions()),
-        }.get(loss, lambda i: _add_loss(graph, i, LOSSES[loss], classes))
-        graph.terms = [add(i) for i in range(len(graph.outputs))]
-        for i, weight in enumerate(weights):
-            (scaled,) = graph.add(
-                "Scale", [graph.terms[i].loss], attrs={"factor": weight}, origin="the weight of a loss"
-            )
-            graph.terms[i] = replace(graph.terms[i], loss=scaled, factor=weight)
-        graph.loss = graph.terms[0].loss
-        for term in graph.terms[1:]:
-            (graph.loss,) = graph.add("Add", [graph.loss, term.loss], stem="loss.sum", origin="the sum of the losses")
+        return graph
+    add: Callable[[int], LossTerm] = {
+        DICE: lambda i: _add_dice(graph, i),
+        YOLO: lambda i: _add_yolo(graph, i, criterion.boxes),
+    }.get(criterion.loss, lambda i: _add_loss(graph, i, LOSSES[criterion.loss], criterion.classes))
+    graph.terms = [add(i) for i in range(len(graph.outputs))]
+    for i, weight in enumerate(criterion.weights):
+        (scaled,) = graph.add("Scale", [graph.terms[i].loss], attrs={"factor": weight}, origin="the weight of a loss")
+        graph.terms[i] = replace(graph.terms[i], loss=scaled, factor=weight)
+    graph.loss = graph.terms[0].loss
+    for term in graph.terms[1:]:
+        (graph.loss,) = graph.add("Add", [graph.loss, term.loss], stem="loss.sum", origin="the sum of the losses")
     return graph
-
-
-def _losses_of(graph: Graph, loss: str) -> str:
-    return "a loss that is in the model" if loss == MODEL else f"the losses of {len(graph.outputs)} output(s)"
 
 
 def _seed(graph: Graph) -> str:

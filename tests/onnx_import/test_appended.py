@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fusetile.errors import UserError
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
-from fusetile.passes.differentiate import differentiate
+from fusetile.passes.differentiate import Criterion, differentiate
 from fusetile.reference import evaluate
 from tests.graphs import feeds
 from tests.onnx_tools import model, node, normal
@@ -54,7 +54,7 @@ LABELS = [node("SoftmaxCrossEntropyLoss", "p t", "loss")]
 
 def same_as(graph: Graph, folder: Path, kind: str, outputs: Sequence[str], scale: float = 1.0) -> None:
     """Loss and gradients are those of a loss of fusetile's."""
-    other = differentiate(import_onnx(network(folder, *outputs)), loss=kind)
+    other = differentiate(import_onnx(network(folder, *outputs)), Criterion(loss=kind))
     fed = feeds(other)
     expected = evaluate(other, fed)
     values = evaluate(graph, fed | {mine: fed[name] for mine, name in zip(graph.targets, other.targets, strict=True)})
@@ -74,7 +74,7 @@ def test_an_output_by_its_name_or_by_its_place(
 ) -> None:
     """The names of the network's and of the loss's tensors have nothing to do with one another."""
     path = loss(tmp_path, nodes, {"t": target, "p": MAP} if name == "p" else {"p": MAP, "t": target})
-    graph = differentiate(import_onnx(network(tmp_path, name), loss=path), loss="model")
+    graph = differentiate(import_onnx(network(tmp_path, name), loss=path), Criterion(loss="model"))
     assert list(graph.targets.values()) == ["t"] and "comes 't'" in graph.notes[-1]
     same_as(graph, tmp_path, kind, [name])
 
@@ -82,14 +82,24 @@ def test_an_output_by_its_name_or_by_its_place(
 def test_a_loss_that_chooses(tmp_path: Path) -> None:
     """As the newer exporter writes smooth L1."""
     path = loss(tmp_path, SMOOTH, {"p": MAP, "t": MAP}, one=np.float32(1), half=np.float32(0.5))
-    same_as(differentiate(import_onnx(network(tmp_path, "y"), loss=path), loss="model"), tmp_path, "smooth-l1", "y")
+    same_as(
+        differentiate(import_onnx(network(tmp_path, "y"), loss=path), Criterion(loss="model")),
+        tmp_path,
+        "smooth-l1",
+        "y",
+    )
 
 
 def test_a_name_that_does_not_fit_is_no_name(tmp_path: Path) -> None:
     """The labels are called `y`, like the network's output."""
     nodes = [node("SoftmaxCrossEntropyLoss", "p y", "loss")]
     path = loss(tmp_path, nodes, {"p": MAP, "y": (INT64, ("N", 4, 3))})
-    same_as(differentiate(import_onnx(network(tmp_path, "y"), loss=path), loss="model"), tmp_path, "cross-entropy", "y")
+    same_as(
+        differentiate(import_onnx(network(tmp_path, "y"), loss=path), Criterion(loss="model")),
+        tmp_path,
+        "cross-entropy",
+        "y",
+    )
 
 
 def test_several_outputs_and_weights_that_are_not_trained(tmp_path: Path) -> None:
@@ -103,7 +113,7 @@ def test_several_outputs_and_weights_that_are_not_trained(tmp_path: Path) -> Non
     ]
     path = loss(tmp_path, nodes, {"a": MAP, "b": MAP, "t": MAP, "u": MAP}, half=np.full((1, 4, 1, 1), 0.5, np.float32))
     imported = import_onnx(network(tmp_path, "a.q", "half"), loss=path)
-    same_as(differentiate(imported, loss="model"), tmp_path, "mse", ["a.q", "half"], 0.5)
+    same_as(differentiate(imported, Criterion(loss="model")), tmp_path, "mse", ["a.q", "half"], 0.5)
     graph = training_graph(imported, loss="model")
     fed = feeds(graph)
     expected = evaluate(graph, fed)
@@ -142,7 +152,7 @@ def test_the_loss_sees_the_input(tmp_path: Path) -> None:
     path = loss(tmp_path, nodes, {"p": (FLOAT, ("N", 3, 4, 3)), "x": (FLOAT, ("N", 3, 5, 4))}, **constants)
     proto = model([node("Conv", "x w", "p")], {"x": (2, 3, 5, 4)}, ["p"], {"w": normal(3, 3, 2, 2)})
     onnx.save(proto, tmp_path / "network.onnx")
-    graph = differentiate(import_onnx(tmp_path / "network.onnx", loss=path), loss="model")
+    graph = differentiate(import_onnx(tmp_path / "network.onnx", loss=path), Criterion(loss="model"))
     assert not graph.targets and list(graph.gradients) == ["w"]
     x = normal(2, 3, 5, 4)
     values = evaluate(graph, {"x": x})

@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from fusetile.errors import UnsupportedOp, UserError
 from fusetile.onnx_import import import_onnx
-from fusetile.passes.differentiate import differentiate
+from fusetile.passes.differentiate import Criterion, differentiate
 from tests.onnx_import.checks import check, kinds
 from tests.onnx_tools import model, node, normal, save
 
@@ -94,7 +94,7 @@ def test_what_depends_on_weights_is_not_folded(tmp_path: Path) -> None:
     proto = model(nodes, {"x": ("N", 3, 2, 2)}, weights={"w": normal(4, 3, 1, 1)})
     graph = check(proto, tmp_path)
     assert kinds(graph) == ["Mul", "Rearrange", "FilterOf", "Conv"] and graph.parameters["w"].trainable
-    graph = differentiate(graph, loss="mse")
+    graph = differentiate(graph, Criterion(loss="mse"))
     assert set(graph.gradients) == {"w"}
 
 

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fusetile.errors import UserError
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
-from fusetile.passes.differentiate import ClassOptions, differentiate
+from fusetile.passes.differentiate import ClassOptions, Criterion, differentiate
 from fusetile.reference import evaluate
 from tests.graphs import feeds
 from tests.training import planned, run_plan, training_graph, worst
@@ -78,7 +78,7 @@ OUTSIDE = {
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_the_loss_of_the_model_is_that_from_outside(tmp_path: Path, name: str) -> None:
     tail, loss, options = OUTSIDE[name]
-    plain = differentiate(imported(tmp_path, build(output="z")), loss=loss, classes=options)
+    plain = differentiate(imported(tmp_path, build(output="z")), Criterion(loss=loss, classes=options))
     fed = feeds(plain)
     if options.ignore is not None:
         fed["y"][0] = options.ignore

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from fusetile.onnx_import import import_onnx
-from fusetile.passes.differentiate import differentiate
+from fusetile.passes.differentiate import Criterion, differentiate
 from fusetile.reference import evaluate
 from tests.onnx_import.checks import check, kinds
 
@@ -87,7 +87,7 @@ def test_training_export_gives_what_torch_gives_in_training(dynamo: bool, tmp_pa
 def test_gradients_under_the_names_of_the_model(tmp_path: Path) -> None:
     path = tmp_path / "exported.onnx"
     network = export(path, training=True, dynamo=False).double()
-    graph = differentiate(import_onnx(path, batch=4, dropout=0.0), loss="cross-entropy")
+    graph = differentiate(import_onnx(path, batch=4, dropout=0.0), Criterion(loss="cross-entropy"))
     network.drop.p = 0.0
     x, target = torch.randn(4, 3, 21, 18, generator=torch.Generator().manual_seed(2)), torch.tensor([0, 4, 1, 1])
     nn.functional.cross_entropy(network(x.double()), target).backward()

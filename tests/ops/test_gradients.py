@@ -14,7 +14,7 @@ from fusetile.ops import ROWS
 from fusetile.ops.functions import FUNCTIONS
 from fusetile.ops.loss import LOSSES, PAIR_LOSSES
 from fusetile.ops.resample import resample
-from fusetile.passes.differentiate import differentiate
+from fusetile.passes.differentiate import Criterion, differentiate
 from fusetile.reference import evaluate
 from tests.ops.cases import FIT, FUNCTION_ATTRS, POSITIVE, VIEWS, tapped
 from tests.ops.window_cases import CEIL, CEIL_DROPPED, CONVOLUTIONS, MAXIMA, POOLS, window
@@ -129,7 +129,7 @@ def differentiated(
     else:
         (output, *_) = graph.add(kind, names, attrs=attrs, outputs=None, stem="out")
     graph.outputs = [output]
-    graph = differentiate(graph, loss=loss)
+    graph = differentiate(graph, Criterion(loss=loss))
     for name in graph.targets:
         tensor = graph.tensors[name]
         classes = graph.tensors[output].shape[1] if tensor.dtype == "int32" else 0

@@ -9,7 +9,7 @@ from fusetile.errors import UserError
 from fusetile.graph import BACKWARD, FORWARD, UPDATE, Graph, Parameter
 from fusetile.ops.functions import FUSED_NAMES, compute, fused_gradient
 from fusetile.passes.add_optimizer import Optimizer, add_optimizer
-from fusetile.passes.differentiate import differentiate
+from fusetile.passes.differentiate import Criterion, differentiate
 from fusetile.passes.fuse import fuse
 from fusetile.passes.prune import prune
 from fusetile.passes.rematerialize import cheap, rematerialize
@@ -71,21 +71,23 @@ def assert_in_order(graph: Graph) -> None:
 
 
 def differentiated(graph: Graph) -> Graph:
-    return add_optimizer(differentiate(graph, loss=loss_of(graph)), Optimizer(momentum=0.9, weight_decay=1e-3))
+    return add_optimizer(
+        differentiate(graph, Criterion(loss=loss_of(graph))), Optimizer(momentum=0.9, weight_decay=1e-3)
+    )
 
 
 # -- differentiate ---------------------------------------------------------------------------------------------------
 
 
 def test_differentiate_golden() -> None:
-    assert_golden("differentiate", as_text(differentiate(small(), loss="cross-entropy")))
+    assert_golden("differentiate", as_text(differentiate(small(), Criterion(loss="cross-entropy"))))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gradients_are_those_of_finite_differences(seed: int) -> None:
     """Of all parameters together, along one random direction; twice where a kink may lie between."""
     graph = random_graph(seed)
-    graph = differentiate(graph, loss=loss_of(graph))
+    graph = differentiate(graph, Criterion(loss=loss_of(graph)))
     fed = feeds(graph)
     values = evaluate(graph, fed, exact=True)
     rng = np.random.default_rng(seed)
@@ -104,7 +106,7 @@ def test_gradients_are_those_of_finite_differences(seed: int) -> None:
 def test_differentiate_leaves_the_forward_graph_alone() -> None:
     graph = small()
     before = snapshot(graph)
-    after = differentiate(graph, loss="cross-entropy")
+    after = differentiate(graph, Criterion(loss="cross-entropy"))
     assert snapshot(graph) == before
     assert [op for op in after.ops.values() if op.phase == FORWARD][: len(graph.ops)] == list(graph.ops.values())
     assert set(after.gradients) == {name for name, p in graph.parameters.items() if p.trainable}
@@ -115,7 +117,7 @@ def test_frozen_parameters_get_no_gradient_and_nothing_below_them_is_differentia
     frozen = net.conv(net.x, 3)
     graph = net.done(net.conv(net.relu(frozen), 2))
     graph.parameters["w0"] = Parameter(graph.parameters["w0"].value, trainable=False)
-    after = differentiate(graph, loss="mse")
+    after = differentiate(graph, Criterion(loss="mse"))
     assert list(after.gradients) == ["w2"]
     assert [op.kind for op in after.ops.values() if op.phase == BACKWARD].count("ConvWeightGrad") == 1
 
@@ -124,20 +126,20 @@ def test_a_parameter_that_does_not_reach_the_loss_gets_no_gradient() -> None:
     net = Net((1, 2, 5, 5))
     net.conv(net.x, 3)
     graph = net.done(net.conv(net.x, 2))
-    assert list(differentiate(graph, loss="mse").gradients) == ["w1"]
+    assert list(differentiate(graph, Criterion(loss="mse")).gradients) == ["w1"]
 
 
 def test_errors_of_differentiate() -> None:
     with pytest.raises(UserError, match=r"unknown loss 'hinge'.*cross-entropy.*mse"):
-        differentiate(small(), loss="hinge")
+        differentiate(small(), Criterion(loss="hinge"))
     net = Net((1, 2, 5, 5))
     with pytest.raises(UserError, match="nothing to train"):
-        differentiate(net.done(net.relu(net.x)), loss="mse")
+        differentiate(net.done(net.relu(net.x)), Criterion(loss="mse"))
     vector = Net((2, 3))
     w = vector.gemm(vector.x, 2)
     vector.graph.tensors[w] = type(vector.graph.tensors[w])(w, (2,))
     with pytest.raises(UserError, match=r"needs an output \[N,C\]"):
-        differentiate(vector.done(w), loss="cross-entropy")
+        differentiate(vector.done(w), Criterion(loss="cross-entropy"))
 
 
 # -- add_optimizer ---------------------------------------------------------------------------------------------------
@@ -145,14 +147,18 @@ def test_errors_of_differentiate() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_add_optimizer_golden(momentum: float) -> None:
-    graph = add_optimizer(differentiate(small(), loss="cross-entropy"), Optimizer(momentum=momentum, weight_decay=0.01))
+    graph = add_optimizer(
+        differentiate(small(), Criterion(loss="cross-entropy")), Optimizer(momentum=momentum, weight_decay=0.01)
+    )
     updates = [line for line in as_text(graph).splitlines() if line.startswith(UPDATE)]
     names = ("add_optimizer", "add_optimizer_momentum")
     assert_golden(names[momentum > 0], "\n".join(updates) + "\n")
 
 
 def test_momentum_has_state_that_starts_at_zero() -> None:
-    graph = add_optimizer(differentiate(small(), loss="cross-entropy"), Optimizer(momentum=0.5, weight_decay=0.0))
+    graph = add_optimizer(
+        differentiate(small(), Criterion(loss="cross-entropy")), Optimizer(momentum=0.5, weight_decay=0.0)
+    )
     state = {name: p for name, p in graph.parameters.items() if name.endswith(".velocity")}
     assert len(state) == len(graph.gradients) == 3
     assert all(not p.value.any() and not p.trainable and p.onnx_name == "" for p in state.values())
@@ -333,7 +339,7 @@ def test_state_is_stored_as_its_weight_is() -> None:
     net = Net((2, 3, 5, 4))
     place = net.graph.add_parameter("place", Parameter(np.ones((1, 1, 5, 4), np.float32), True, "place"), kind="map")
     graph = net.done(net._op("Add", net.conv(net.x, 3), place))
-    graph = add_optimizer(differentiate(graph, loss="mse"), Optimizer(momentum=0.9, weight_decay=0.0))
+    graph = add_optimizer(differentiate(graph, Criterion(loss="mse")), Optimizer(momentum=0.9, weight_decay=0.0))
     for weight, new in graph.next_value.items():
         assert graph.tensors[new].kind == graph.tensors[weight].kind
     assert graph.tensors["place.velocity"].kind == "map"
