@@ -6,11 +6,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
-from safetensors.numpy import save_file
 
 from fusetile.box import slices
 from fusetile.cluster import Cluster
@@ -26,6 +24,7 @@ from fusetile.options import Training
 from fusetile.picture import report_html
 from fusetile.program import Program, to_json
 from fusetile.report import Description, hash_of
+from fusetile.runtime import safetensors
 from fusetile.runtime.files import check_makeable
 
 
@@ -37,34 +36,27 @@ def write_bundle(
     others: Mapping[str, LaidOut],
     description: Description,
     cluster: Cluster,
-    targets: Sequence[Target],
     training: Training,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Everything is written aside and renamed at the end; an earlier build of the same name is replaced. `others`: the
-    routines besides the training step."""
+    """`laid` is the training step, `others` are the further routines. Raises UserError if it can't be written."""
     check_replaceable(build)
     content = self_contained(model)
-    model_hash = hashlib.sha256(content).hexdigest()
-    graph = laid.graph
     identity = Identity(
         plan_hash=hash_of(description, content),
-        model_hash=model_hash,
-        batch=graph.tensors[graph.inputs[0]].shape[0],
+        model_hash=hashlib.sha256(content).hexdigest(),
+        batch=laid.graph.tensors[laid.graph.inputs[0]].shape[0],
         seed=training.seed,
         rates=training.rates,
         accumulate=training.accumulate,
     )
-    build.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{build.name}.", dir=build.parent))
-    try:
+    with _replaced(build) as folder, tempfile.TemporaryDirectory(dir=folder) as made:
         drafts = [[each.drafts[rank] for each in (laid, *others.values())] for rank in range(laid.plan.nodes)]
-        libraries = _libraries(drafts, targets, aside, on_progress)
+        libraries = _libraries(drafts, laid.targets, Path(made), on_progress)
         for rank, node in enumerate(cluster.nodes):
-            folder = aside / "nodes" / node.name
-            folder.mkdir(parents=True)
-            library = libraries[targets[rank].name]
-            shutil.copy(library, folder)
+            place, library = folder / "nodes" / node.name, libraries[laid.targets[rank].name]
+            place.mkdir(parents=True)
+            shutil.copy(library, place)
             program = assemble(
                 laid,
                 cluster=cluster,
@@ -74,20 +66,29 @@ def write_bundle(
                 seconds=description["nodes"][rank]["compute_seconds"],
                 others=others,
             )
-            (folder / "program.json").write_text(to_json(program))
-            _write_weights(folder / "weights.safetensors", graph, program)
-        for folder in (aside, aside / "nodes" / cluster.nodes[0].name):
-            (folder / "model.onnx").write_bytes(content)
-        shutil.rmtree(aside / "libraries")
-        (aside / "plan.json").write_text(json.dumps({"plan_hash": identity.plan_hash, **description}, indent=1) + "\n")
-        (aside / "report.html").write_text(report_html(description))
+            (place / "program.json").write_text(to_json(program))
+            _write_weights(place / "weights.safetensors", laid.graph, program)
+        for place in (folder, folder / "nodes" / cluster.nodes[0].name):
+            (place / "model.onnx").write_bytes(content)
+        (folder / "plan.json").write_text(json.dumps({"plan_hash": identity.plan_hash, **description}, indent=1) + "\n")
+        (folder / "report.html").write_text(report_html(description))
+
+
+@contextmanager
+def _replaced(build: Path) -> Iterator[Path]:
+    """A folder that takes the place of `build` once all is written, or goes."""
+    build.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{build.name}.", dir=build.parent))
+    try:
+        yield aside
         aside.chmod(0o755)
         if build.exists():
             shutil.rmtree(build)
         aside.rename(build)
-    except BaseException:
+    except OSError as error:
+        raise UserError(f"can't write {build}: {error.strerror or error}") from error
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def check_replaceable(build: Path) -> None:
@@ -98,9 +99,9 @@ def check_replaceable(build: Path) -> None:
 
 
 def _libraries(
-    drafts: Sequence[Sequence[Draft]], targets: Sequence[Target], aside: Path, on_progress: Callable[[int, int], None]
+    drafts: Sequence[Sequence[Draft]], targets: Sequence[Target], folder: Path, on_progress: Callable[[int, int], None]
 ) -> dict[str, Path]:
-    """One kernel library per kind of device, for the drafts of all its routines."""
+    """One kernel library per kind of device in `folder`, for the drafts of all its routines."""
     kernels: dict[str, dict[str, Kernel]] = {}
     for routines, target in zip(drafts, targets, strict=True):
         found = kernels.setdefault(target.name, {})
@@ -110,22 +111,18 @@ def _libraries(
     total = sum(map(len, kernels.values()))
     before, libraries = 0, {}
     for name, found in kernels.items():
-        folder = aside / "libraries" / name
-        folder.mkdir(parents=True)
-        start = before
+        place, start = folder / name, before
+        place.mkdir()
 
         def progress(done: int, _: int, start: int = start) -> None:
             on_progress(start + done, total)
 
-        libraries[name] = build_library(found.values(), by_name[name], folder, progress=progress)
+        libraries[name] = build_library(found.values(), by_name[name], place, progress=progress)
         before += len(found)
     return libraries
 
 
 def _write_weights(path: Path, graph: Graph, program: Program) -> None:
-    shards = {
-        shard.parameter: np.ascontiguousarray(graph.parameters[shard.parameter].value[slices(shard.box)])
-        for shard in program.shards
-    }
+    shards = {shard.parameter: graph.parameters[shard.parameter].value[slices(shard.box)] for shard in program.shards}
     boxes = {shard.parameter: shard.box for shard in program.shards}
-    save_file(shards, path, metadata={"boxes": json.dumps(boxes)})
+    safetensors.save(path, shards, {"boxes": json.dumps(boxes)})

@@ -134,8 +134,6 @@ def train_command(
     verbose: VerboseOption = False,
 ) -> None:
     """Compile for this machine, train on N local node processes, and write OUT/trained.onnx."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # the node processes must end, and the folder must go
-        signal.signal(number, lambda received, frame: sys.exit(128 + received))
     title = f"Compiling {model.name} for {nodes} node(s)"
     api.train(
         model,
@@ -286,6 +284,8 @@ def joined(arguments: Sequence[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors end with one message and the exit status of their class."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # processes must end, and what is half written must go
+        signal.signal(number, lambda received, frame: sys.exit(128 + received))
     try:
         status = app(args=joined(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
         if status:  # commands return nothing: typer has caught a Ctrl-C

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from onnx import numpy_helper
 from fusetile.errors import UserError
 from fusetile.onnx_import.files import check_model, read_model
 from fusetile.onnx_import.unshare import unshare
+from fusetile.runtime.files import atomic_write
 
 
 def export_onnx(
@@ -35,7 +35,7 @@ def export_onnx(
             raise UserError(f"{source} has no initializer {name!r}: these weights were trained from another model")
         _set_value(tensors[name], array, source)
     check_model(result, str(out_path))
-    _write_atomically(result.SerializeToString(), Path(out_path))
+    atomic_write(Path(out_path), lambda file: file.write(result.SerializeToString()))
     return result
 
 
@@ -52,18 +52,3 @@ def _set_value(tensor: onnx.TensorProto, array: np.ndarray, source: str) -> None
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array).reshape(dims), tensor.name))
     if documentation:
         tensor.doc_string = documentation
-
-
-def _write_atomically(data: bytes, path: Path) -> None:
-    """Write beside the target, flush to disk, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: can't write the model: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -197,7 +197,6 @@ def write_planned(
         others=planned.others,
         description=planned.description,
         cluster=cluster,
-        targets=planned.laid.targets,
         training=training,
         on_progress=trace.on_progress,
     )

@@ -81,9 +81,9 @@ def test_values_that_do_not_fit(trained: dict[str, np.ndarray], message: str, tm
 
 def test_target_that_can_not_be_written(tmp_path: Path) -> None:
     proto = model([node("Relu", "x", "y")], {"x": (1, 3)})
-    with pytest.raises(UserError, match=r"nowhere.out\.onnx: can't write the model: No such file"):
+    with pytest.raises(UserError, match=r"can't write .*nowhere.out\.onnx: No such file"):
         export_onnx(proto, {}, tmp_path / "nowhere" / "out.onnx")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="can't write the model"):
+    with pytest.raises(UserError, match=r"can't write .*folder: Is a directory"):
         export_onnx(proto, {}, tmp_path / "folder")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from fusetile.errors import FusetileError, UserError
+from fusetile.errors import UserError
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk and give it its name; an error leaves nothing.
 
-    Raises FusetileError, which names `path`, if the disk is full or the file can't be written.
+    Raises UserError, which names `path`, if the disk is full or the file can't be written.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -25,7 +25,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], None]) -> None:
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise FusetileError(f"can't write {path}: {error.strerror or error}") from error
+            raise UserError(f"can't write {path}: {error.strerror or error}") from error
         raise
     directory = os.open(path.parent, os.O_RDONLY)  # the name must reach the disk as well
     try:

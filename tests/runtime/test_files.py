@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import pytest
 
-from fusetile.errors import FusetileError
+from fusetile.errors import UserError
 from fusetile.runtime.files import atomic_write
 
 
@@ -28,6 +28,6 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_what_was_there(tmp_path: P
         file.write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(FusetileError, match=f"can't write {path}: No space left on device"):
+    with pytest.raises(UserError, match=f"can't write {path}: No space left on device"):
         atomic_write(path, fill)
     assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]
