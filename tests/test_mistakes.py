@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,20 +58,14 @@ Y = np.arange(8) % 5
 @pytest.mark.parametrize(
     ("arrays", "saying"),
     [
-        ({"y": Y}, "bad.npz has no array 'x'.*'y'"),
         ({"x": X}, "bad.npz has no array 'y'.*'x'"),
-        ({"x": X[:, :, 1:], "y": Y}, r"'x' has shape \(8, 1, 15, 16\).*\(samples, 1, 16, 16\)"),
-        ({"x": X[:, 0], "y": Y}, r"'x' has shape \(8, 16, 16\)"),
-        ({"x": X, "y": Y[:, None]}, r"'y' has shape \(8, 1\)"),
-        ({"x": X.astype(np.int64), "y": Y}, "'x' has dtype int64.*floating-point"),
-        ({"x": X, "y": Y.astype(np.float32)}, "'y' has dtype float32.*integer"),
+        ({"x": X[:, 0], "y": Y}, r"'x' has shape \(8, 16, 16\).*\(samples, 1, 16, 16\)"),
         ({"x": X, "y": Y + 1}, "'y' has class 5 at sample 4.*5 classes, 0 to 4"),
-        ({"x": X, "y": Y - 1}, "'y' has class -1 at sample 0"),
-        ({"x": X, "y": Y[:7]}, "different numbers of samples"),
         ({"x": X[:3], "y": Y[:3]}, "3 samples, fewer than one step of 4"),
     ],
 )
 def test_bad_data(here: Path, capfd: pytest.CaptureFixture[str], arrays: dict[str, np.ndarray], saying: str) -> None:
+    """All that may be wrong with data is in runtime/test_data.py."""
     np.savez("bad.npz", allow_pickle=True, **arrays)
     given = ("--data", "bad.npz", "--batch", 4, "--nodes", 2, "--plan", "batch")
     refused(capfd, "train", "model.onnx", *given, "-o", "out", saying=saying)
@@ -218,6 +215,22 @@ def test_logs_that_cannot_be_written(here: Path, capfd: pytest.CaptureFixture[st
     for option in ("--log", "--save-gradients"):
         given = ("--data", "data.npz", "--batch", 4, option, "nosuch/file")
         refused(capfd, "train", "model.onnx", *given, "-o", "out", saying="nosuch")
+
+
+def test_a_compilation_that_is_cut_short_leaves_nothing(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def fill(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    given = ("compile", "model.onnx", "--nodes", 1, "--batch", 4, "--plan", "single", "-o", "build")
+    monkeypatch.setattr("fusetile.bundle.build_library", stop)
+    assert fusetile(*given) == 128 + signal.SIGTERM and names(here) == ["data.npz", "model.onnx"]
+    monkeypatch.setattr("fusetile.bundle.build_library", fill)
+    refused(capfd, *given, saying="can't write build: No space left on device")
 
 
 def test_a_failed_compilation_keeps_the_earlier_build(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

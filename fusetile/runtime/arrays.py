@@ -33,7 +33,10 @@ def open_arrays(path: Path) -> Mapping[str, np.ndarray]:
     if not path.exists():
         raise UserError(f"there is no data file {path}")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is neither an .npz file nor a folder of .npy files: write one with numpy.savez")
+        with open(path, "rb") as file:
+            begun = file.read(2) == b"PK"
+        what = "cut off" if begun else "neither an .npz file nor a folder of .npy files"
+        raise UserError(f"{path} is {what}: {'copy it again' if begun else 'write one with numpy.savez'}")
     return _Archive(path)
 
 

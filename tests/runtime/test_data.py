@@ -157,7 +157,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for name, message in {
         "missing.npz": "there is no data file",
         "noise.npz": "neither an .npz file nor a folder",
-        "cut.npz": "neither an .npz file nor a folder",
+        "cut.npz": "cut.npz is cut off: copy it again",
         "empty": "no .npy files",
         "bad": "can't read .*x.npy",
     }.items():
