@@ -24,14 +24,12 @@ import numpy as np
 from fusetile.box import volume
 from fusetile.cluster import Cluster
 from fusetile.cost import cost_of, seconds_on
-from fusetile.graph import BACKWARD, FORWARD, Graph, Op
-from fusetile.ops import overwritten
+from fusetile.graph import FORWARD, Graph, Op
 from fusetile.passes.buffers import DeviceBuffers
 from fusetile.passes.communicate import Communication, moved_bytes
-from fusetile.passes.order import late_ops
+from fusetile.passes.lifetimes import Again, Lifetimes
 from fusetile.plan import Plan
 
-Again = frozenset[str]
 SMALLEST_part = 1 / 500  # of the peak: smaller tensors are kept
 MOST = 64  # tensors are considered
 SHRINK = 0.94  # by which the goal is lowered again and again when the smallest peak is looked for
@@ -78,20 +76,16 @@ class Books:
         cluster: Cluster,
     ) -> None:
         """`graph` is the one without copies; `scratch_bytes` of every op, per device."""
-        self._graph, self._nodes = graph, plan.nodes
-        self._producers, self._readers = graph.producers(), graph.consumers()
+        self._nodes = plan.nodes
         self._order = [graph.ops[name] for name in order if name in graph.ops]
-        self._places = {op.name: overwritten(graph, op) for op in self._order}
-        self._lasting = {*graph.gradients.values(), graph.loss}
         always = {*graph.parameters, *graph.next_value.values(), *graph.fed()}
         sizes = _sizes(communication, storage)
-        self._always = sum((sizes[name] for name in {*graph.parameters, *graph.fed()} if name in sizes), self._nothing)
+        there = (sizes[name] for name in {*graph.parameters, *graph.fed()} if name in sizes)
+        self._always: np.ndarray = sum(there, self._nothing)
         self._sizes = {name: size for name, size in sizes.items() if name not in always}
-        self._scratch = {
-            op.name: np.array([found.get(op.name, 0) for found in scratch_bytes], float) for op in self._order
-        }
+        scratch = [np.array([found.get(op.name, 0) for found in scratch_bytes], float) for op in self._order]
+        self._lifetimes = Lifetimes(graph, self._order, self._sizes, scratch, self._always)
         self._seconds = {op.name: _seconds(graph, op, plan, communication, cluster) for op in self._order}
-        self._kept_back = _kept_back(graph, self._order)
         self._partial = {name for name, layout in communication.layouts.items() if layout.combine == "sum"}
         self._lived = lru_cache(REMEMBERED)(self._live)
 
@@ -131,83 +125,10 @@ class Books:
         largest = sorted((name for name in worth if worth[name] > SMALLEST_part), key=lambda name: -worth[name])
         return [name for name in worth if name in set(largest[:MOST])]
 
-    def _steps(self, again: Again) -> Iterator[tuple[Op, bool, list[str], list[str]]]:
-        """(op, whether it is a copy, what it reads, what it writes) in order, as `order_ops` would have it: late ops
-        that are kept back come before copies. Copies write other names."""
-        copied: set[str] = set()
-        done: set[str] = set()
-
-        def read(name: str, above: list[tuple[Op, bool, list[str], list[str]]]) -> str:
-            op = self._producers.get(name)
-            if op is None or name not in again:
-                return name
-            if op.name not in copied:
-                copied.add(op.name)
-                inputs = [read(part, above) for part in op.inputs]
-                above.append((op, True, inputs, [_again(output) for output in op.outputs]))
-            return _again(name)
-
-        def run(op: Op) -> Iterator[tuple[Op, bool, list[str], list[str]]]:
-            if op.name in done:
-                return
-            done.add(op.name)
-            inputs = list(op.inputs)
-            if op.phase == BACKWARD:
-                if any(name in again and self._producers[name].name not in copied for name in inputs):
-                    for late in self._kept_back.get(op.name, ()):
-                        yield from run(late)
-                above: list[tuple[Op, bool, list[str], list[str]]] = []
-                inputs = [read(name, above) for name in inputs]
-                yield from above
-            yield op, False, inputs, list(op.outputs)
-
-        for op in self._order:
-            yield from run(op)
-
     def _live(self, again: Again) -> tuple[np.ndarray, float]:
         """Bytes that are live at every step, on every device; seconds per step that computing again takes."""
-        steps = list(self._steps(again))
-        first: dict[str, int] = {}
-        last: dict[str, int] = {}
-        for at, (_, _, reads, writes) in enumerate(steps):
-            for name in writes:
-                first[name] = last[name] = at
-            for name in reads:
-                last[name] = at
-        for at, (op, _, reads, writes) in enumerate(steps):
-            for name in self._places[op.name]:
-                place = _again(name) if _again(name) in reads else name
-                if last.get(place) == at and place not in self._lasting and writes[0] in first:
-                    last[place] = at - 1  # from here on it is what is written in its place
-                    break
-        change = np.zeros((len(steps) + 1, self._nodes))
-        names = [name for name in first if _original(name) in self._sizes]
-        size = np.array([self._sizes[_original(name)] for name in names]).reshape(len(names), self._nodes)
-        np.add.at(change, [first[name] for name in names], size)
-        np.subtract.at(change, [last[name] + 1 for name in names], size)
-        scratch = np.array([self._scratch[op.name] for op, *_ in steps])
-        seconds = sum(self._seconds[op.name] for op, copied, *_ in steps if copied)
-        return self._always + np.cumsum(change, axis=0)[:-1] + scratch, seconds
-
-
-def _kept_back(graph: Graph, order: Sequence[Op]) -> dict[str, list[Op]]:
-    """Urgent backward op -> the late ones that come before it in the graph, but behind it in the order."""
-    late, found = late_ops(graph), {}
-    at = {name: i for i, name in enumerate(graph.ops)}
-    for i, op in enumerate(order):
-        if op.phase == BACKWARD and op.name not in late:
-            behind = [other for other in order[i + 1 :] if other.name in late and at[other.name] < at[op.name]]
-            if behind:
-                found[op.name] = behind
-    return found
-
-
-def _again(name: str) -> str:
-    return f"{name}\0"
-
-
-def _original(name: str) -> str:
-    return name.removesuffix("\0")
+        live, copies = self._lifetimes.live(again)
+        return live, sum(self._seconds[op.name] for op in copies)
 
 
 def _sizes(communication: Communication, storage: Sequence[DeviceBuffers]) -> dict[str, np.ndarray]:
