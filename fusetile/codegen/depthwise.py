@@ -14,17 +14,13 @@ from fusetile.codegen.calls import Kernel, KernelCall, Lowered, Ref, make_kernel
 from fusetile.codegen.conv_views import NO_TAPS, Taps, View, filter_view, moved, padded_view, phases, taps_of, view
 from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over
+from fusetile.codegen.register_tile import ACTIVATIONS
 from fusetile.codegen.targets import Target
 from fusetile.program import Buffer
 
 TILE = 4  # pixels at once, for which the weights are loaded once
 UNROLLED = 49  # taps; larger windows are loops
 FEW, MANY = 6, 16  # taps for which registers hold the weights of a channel block; registers
-_ACTIVATIONS = {
-    "": "{}",
-    "relu": "T.Select({0} < T.float32(0), T.float32(0), {0})",
-    "leaky_relu": "T.Select({0} > T.float32(0), {0}, alpha * {0})",
-}
 _X = ("x_image", "x_block", "x_row", "x_tap_h")
 _W = ("w_block", "w_tap_h")
 _Y = ("y_image", "y_block", "y_row")
@@ -179,7 +175,7 @@ def _convolution(window: tuple[int, int], activation: str, steps: Steps, *, with
         weight = f"W[k * w_block + {{a}} * w_tap_h + {{b}} * {steps.w_tap} + {lane}]"
         taps = vectors([f"s{p}[v] = s{p}[v] + {x.format(p=p)} * {weight}" for p in lanes], width)
         store = [
-            f"Y[y0 + ({first} + {p}) * {steps.y_pixel} + {lane}] = {_ACTIVATIONS[activation].format(f's{p}[v]')}"
+            f"Y[y0 + ({first} + {p}) * {steps.y_pixel} + {lane}] = {ACTIVATIONS[activation].format(f's{p}[v]')}"
             for p in lanes
         ]
         return vectors([f"s{p}[v] = {start}" for p in lanes], width) + _over_taps(window, taps) + vectors(store, width)

@@ -60,7 +60,7 @@ LINE = 16  # floats in a cache line
 
 ACTIVATIONS = {
     "": "{}",
-    "relu": "T.max({}, T.float32(0))",
+    "relu": "T.Select({0} < T.float32(0), T.float32(0), {0})",  # what is no number stays
     "leaky_relu": "T.Select({0} > T.float32(0), {0}, {0} * alpha)",
 }
 

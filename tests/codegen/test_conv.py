@@ -17,12 +17,12 @@ import pytest
 from fusetile.box import Box, volume
 from fusetile.codegen import conv
 from fusetile.codegen.build import build_library
-from fusetile.codegen.calls import KernelCall, Lowered
+from fusetile.codegen.calls import KernelCall, Lowered, Ref, make_kernel
 from fusetile.codegen.conv_gradient_source import GRADIENT_INTS, weight_gradient
 from fusetile.codegen.conv_source import TAP_INTS, tap_convolution
 from fusetile.codegen.conv_tiles import cover_pixels, machine, written_lines
 from fusetile.codegen.job import Job
-from fusetile.codegen.register_tile import Tile
+from fusetile.codegen.register_tile import ACTIVATIONS, Tile
 from fusetile.codegen.targets import TARGETS, Target, host
 from fusetile.codegen.tvm_pipeline import assembly
 from fusetile.errors import PlanError
@@ -30,7 +30,7 @@ from fusetile.ops import row
 from fusetile.program import Buffer
 from fusetile.runtime.native import Library
 from fusetile.runtime.storage import make_arena, pack, unpack
-from tests.codegen.harness import Case, buffer_for, inside, middle, place, stored
+from tests.codegen.harness import Case, buffer_for, inside, middle, place, run_calls, stored
 
 Shape = tuple[int, ...]
 WIDTHS = (1, 5, 9, 15)  # of outputs: few, so that few register tiles are compiled
@@ -311,3 +311,23 @@ def test_refuses_buffers_that_lack_padding_or_halo():
     for lacking in (replace(whole, border=(1, 0)), replace(whole, box=((0, 1), (0, 8), (0, 5), (0, 6)))):
         with pytest.raises(PlanError, match="holds"):
             lower(Job(case.op, case.domain, case.domain.box, [lacking, weights], [result], host()))
+
+
+def test_activations_keep_what_is_no_number() -> None:
+    kernels = [
+        make_kernel(
+            f"only_{name or 'nothing'}",
+            pointers={"X": "float32"},
+            floats=("alpha",),
+            body=f"for u in T.serial(lo, hi):\n    X[u] = {expression.format('X[u]')}",
+        )
+        for name, expression in ACTIVATIONS.items()
+    ]
+    values = np.array([np.nan, -2, 3], np.float32)
+    buffers = [Buffer(kernel.symbol, ((0, 3),)) for kernel in kernels]
+    placed, arena = place(buffers)
+    for buffer in placed:
+        pack(arena, buffer, buffer.box, values)
+    run_calls([KernelCall(k, 3, (Ref(k.symbol),), (), (0.5,)) for k in kernels], placed, arena)
+    found = [unpack(arena, buffer, buffer.box) for buffer in placed]
+    np.testing.assert_array_equal(found, [values, [np.nan, 0, 3], [np.nan, -1, 3]])
