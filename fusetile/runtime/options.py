@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--patience", type=count, metavar="N", help="stop when N validations in a row were not better than the best")
     length = lines.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, metavar="N", help="train N batches")
-    length.add_argument("--epochs", type=count, metavar="E", default=1, help="go E times through the data (default 1)")
+    length.add_argument("--epochs", type=count, metavar="E", help="go E times through the data (default 1)")
     add("--no-shuffle", dest="shuffle", action="store_false", help="take the samples in their order")
     add("--mean", type=_numbers, default=(), metavar="M,...", help="per channel, subtracted from inputs (bytes become "
         "numbers from 0 to 1 first)")  # fmt: skip
@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
 def options_of(parsed: argparse.Namespace) -> Options:
     """What was parsed, with the places that follow from others."""
     fields = vars(parsed)
+    fields["epochs"] = fields["epochs"] or 1
     fields["out"] = fields["out"] or fields["bundle"] / "run"
     fields["checkpoints"] = fields["checkpoints"] or fields["out"] / "checkpoints"
     fields["best"] = fields["best"] or fields["out"] / "best"

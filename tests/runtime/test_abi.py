@@ -17,7 +17,7 @@ ARM, AARCH64, X86 = (1, 40), (2, 183), (2, 62)
 
 def head(path: Path, kind: tuple[int, int]) -> Path:
     """A file that begins as a library of this ELF class and machine does."""
-    path.write_bytes(b"\x7fELF" + bytes([kind[0], 1, 1]) + bytes(9) + struct.pack("<HH", 3, kind[1]))
+    path.write_bytes(b"\x7fELF" + bytes([kind[0], 1, 1]) + bytes(9) + struct.pack("<HH", 3, kind[1]) + bytes(44))
     return path
 
 
@@ -73,5 +73,10 @@ def test_processors_without_neon(
             abi.check_runs(library)
 
 
-def test_kernels_of_this_computer_are_its_own(tmp_path: Path) -> None:
-    abi.check_runs(toy.build_library(tmp_path))
+def test_kernels_of_this_computer_are_its_own_if_they_are_whole(tmp_path: Path) -> None:
+    """The loader maps a part of a file as well, and the process dies where that ends."""
+    whole, cut = toy.build_library(tmp_path), tmp_path / "cut.so"
+    abi.check_runs(whole)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"the kernels {cut} are cut off: copy the bundle again"):
+        Library(cut, threads=1)
