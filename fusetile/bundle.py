@@ -12,10 +12,11 @@ from pathlib import Path
 
 from fusetile.box import slices
 from fusetile.cluster import Cluster
-from fusetile.codegen.assemble import Identity, LaidOut, assemble
+from fusetile.codegen.assemble import Identity, assemble
 from fusetile.codegen.build import build_library
 from fusetile.codegen.calls import Kernel, KernelCall
-from fusetile.codegen.emit import Draft
+from fusetile.codegen.draft import Draft
+from fusetile.codegen.laid_out import LaidOut
 from fusetile.codegen.targets import Target
 from fusetile.errors import UserError
 from fusetile.graph import Graph

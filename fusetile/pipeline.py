@@ -10,8 +10,9 @@ import numpy as np
 
 from fusetile.bundle import check_replaceable, write_bundle
 from fusetile.cluster import Cluster
-from fusetile.codegen.assemble import LaidOut, memory_beside, memory_of
-from fusetile.codegen.emit import emit, layers_of
+from fusetile.codegen.draft import layers_of, memory_beside, memory_of
+from fusetile.codegen.emit import emit
+from fusetile.codegen.laid_out import LaidOut
 from fusetile.codegen.targets import Target, target_named
 from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
@@ -233,7 +234,7 @@ def lay_out(
     held: Held | None = None,
     lean: bool = False,
 ) -> LaidOut:
-    """All that follows from a plan; `lean` as in `lower`."""
+    """All that follows from a plan; `lean` as in `Job`."""
     targets = [target_named(node.device.target) for node in cluster.nodes]
     block = block_of(cluster)
     with trace.stage("group"):
@@ -244,7 +245,7 @@ def lay_out(
         order = schedule(graph, plan, communication, cluster=cluster)
     with trace.stage("buffers"):
         storage = buffers(graph, plan, communication, order.order, block=block, held=held)
-    laid = LaidOut(graph, plan, communication, order, storage, targets, drafts=(), memories=(), lean=lean)
+    laid = LaidOut(graph, plan, communication, order, storage, targets, lean=lean)
     return _emitted(laid, cluster=cluster, training=training, trace=trace)
 
 
@@ -252,17 +253,7 @@ def _emitted(laid: LaidOut, *, cluster: Cluster, training: Training, trace: Trac
     """With drafts and arenas."""
     trace = trace or Trace()
     with trace.stage("emit"):
-        drafts = emit(
-            laid.graph,
-            laid.plan,
-            laid.communication,
-            laid.order,
-            laid.storage,
-            targets=laid.targets,
-            block=block_of(cluster),
-            numerics=training.numerics,
-            lean=laid.lean,
-        )
+        drafts = emit(laid, block=block_of(cluster), numerics=training.numerics)
     with trace.stage("plan_memory"):
         memories = [memory_of(draft, guard=training.guard, lean=laid.lean) for draft in drafts]
     return replace(laid, drafts=drafts, memories=memories)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fusetile.box import volume
 from fusetile.cluster import Cluster, MESSAGE_seconds, Node
-from fusetile.codegen.assemble import LaidOut
+from fusetile.codegen.laid_out import LaidOut
 from fusetile.codegen.targets import host
 from fusetile.cost import Cost, cost_of, is_convolution, seconds_on
 from fusetile.device import Device, Speed

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fusetile.codegen.assemble import memory_of
-from fusetile.codegen.emit import Draft
+from fusetile.codegen.draft import Draft, memory_of
 from fusetile.passes.plan_memory import MemoryPlan
 from models import lenet
 from tests.commands import SHAPE, images, save

@@ -1,26 +1,22 @@
-"""Drafts -> programs: lifetimes, addresses, and runs of kernel calls joined to segments."""
+"""Drafts -> programs: addresses, and runs of kernel calls joined to segments."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from fusetile.box import Box, volume, whole
 from fusetile.cluster import Cluster
 from fusetile.codegen.calls import KernelCall, Ref
-from fusetile.codegen.emit import Draft, DraftRecv, DraftSend
-from fusetile.codegen.targets import Target
+from fusetile.codegen.draft import Draft, DraftRecv, DraftSend
+from fusetile.codegen.laid_out import LaidOut
 from fusetile.graph import Graph, Op
 from fusetile.ops import domain_of
 from fusetile.ops.loss import CLASS_LOSSES
 from fusetile.ops.yolo import classes_of
 from fusetile.passes.buffers import DeviceBuffers
-from fusetile.passes.communicate import LOGGED, Communication, Held
-from fusetile.passes.plan_memory import ROUNDS, MemoryPlan, plan_memory
-from fusetile.passes.schedule import Schedule
-from fusetile.plan import Plan
+from fusetile.passes.communicate import LOGGED, Communication
+from fusetile.passes.plan_memory import MemoryPlan
 from fusetile.program import (
     Buffer,
     Call,
@@ -29,7 +25,6 @@ from fusetile.program import (
     Measure,
     Program,
     Recv,
-    REDZONE_bytes,
     Routine,
     Run,
     Send,
@@ -51,86 +46,6 @@ class Identity:
     seed: int
     rates: Rates
     accumulate: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class LaidOut:
-    """A plan with all that follows from it, down to the arenas; `lean` as in `lower`."""
-
-    graph: Graph
-    plan: Plan
-    communication: Communication
-    order: Schedule
-    storage: Sequence[DeviceBuffers]
-    targets: Sequence[Target]
-    drafts: Sequence[Draft]
-    memories: Sequence[MemoryPlan]
-    lean: bool = False
-
-    @property
-    def arena_bytes(self) -> np.ndarray:
-        """Per device."""
-        return np.array([memory.arena_bytes for memory in self.memories], float)
-
-    def held(self) -> Held:
-        """The parameters, for another routine of the same programs."""
-        layouts = {name: self.communication.layouts[name] for name in self.graph.next_value}
-        found = []
-        for storage in self.storage:
-            there = {name: buffer for name, buffer in storage.home.items() if name in self.graph.parameters}
-            for index, delivery in enumerate(self.communication.deliveries):
-                if delivery.tensor in self.graph.parameters and delivery.tensor not in layouts:
-                    there |= {delivery.tensor: storage.delivered[index]} if index in storage.delivered else {}
-            found.append(there)
-        return Held(layouts, tuple(found))
-
-
-def lifetimes(draft: Draft) -> dict[str, tuple[int, int]]:
-    """Per buffer the first and last step of the draft that touch it."""
-    end = len(draft.steps)
-    live: dict[str, tuple[int, int]] = {}
-    moving: dict[int, str] = {}
-
-    def touch(name: str, at: int) -> None:
-        first, last = live.get(name, (at, at))
-        live[name] = (min(first, at), max(last, at))
-
-    for name in draft.persistent:
-        live[name] = (-1, end)
-    for name in draft.fed:
-        touch(name, -1)
-    for name in draft.logged:
-        touch(name, end)
-    for at, step in enumerate(draft.steps):
-        match step:
-            case KernelCall():
-                for pointer in step.pointers:
-                    touch(pointer.buffer, at)
-            case DraftSend() | DraftRecv():
-                touch(step.at.buffer, at)
-                moving[step.tag] = step.at.buffer
-            case Wait(tags):
-                for tag in tags:
-                    touch(moving[tag], at)
-    return live
-
-
-def memory_of(draft: Draft, *, guard: bool = False, lean: bool = False) -> MemoryPlan:
-    """The arena of a draft; with `guard` there are redzones around all buffers, with `lean` it is packed well."""
-    rounds, redzone_bytes = ROUNDS if lean else 1, REDZONE_bytes if guard else 0
-    return plan_memory(draft.buffers.values(), lifetimes(draft), redzone_bytes=redzone_bytes, rounds=rounds)
-
-
-def memory_beside(draft: Draft, first: Draft, memory: MemoryPlan) -> MemoryPlan:
-    """The arena of another routine's draft, in which everything that `first` keeps between steps stays where it is."""
-    live, buffers = lifetimes(draft), dict(draft.buffers)
-    fixed: dict[str, int] = {}
-    for name in sorted(first.persistent):
-        kept = first.buffers[name]
-        label = name if buffers.get(name) == kept else f"{name} between steps"
-        buffers[label] = replace(kept, name=label)
-        live[label], fixed[label] = (-1, len(draft.steps)), memory.offsets[name]
-    return plan_memory(buffers.values(), live, redzone_bytes=memory.redzone_bytes, fixed=fixed)
 
 
 def assemble(

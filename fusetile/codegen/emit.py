@@ -6,119 +6,42 @@ What is left to do then is memory: `plan_memory` gives every buffer its place in
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 
 from fusetile.box import Box, volume
 from fusetile.codegen.calls import KernelCall, Lowered, Ref, ref
+from fusetile.codegen.draft import Draft, DraftRecv, DraftSend, Piece
 from fusetile.codegen.job import Job, Numerics
+from fusetile.codegen.laid_out import LaidOut
 from fusetile.codegen.lower import lower
 from fusetile.codegen.move import accumulate, copy, zero, zero_border
 from fusetile.codegen.narrow import SCALE_bytes, decode, encode, partials_bytes
-from fusetile.codegen.targets import Target
 from fusetile.codegen.updating import lower_updating, updating
-from fusetile.graph import Graph, Op
+from fusetile.graph import Op
 from fusetile.ops import domain_of, row
-from fusetile.passes.buffers import DeviceBuffers, channel_block
-from fusetile.passes.communicate import LOGGED, Communication
-from fusetile.passes.schedule import Action, Await, Compute, Pack, Part, Place, Post, Schedule, Ship, Transfer
-from fusetile.plan import Plan
+from fusetile.passes.buffers import channel_block
+from fusetile.passes.communicate import LOGGED
+from fusetile.passes.schedule import Action, Await, Compute, Pack, Part, Place, Post, Ship, Transfer
 from fusetile.program import ALIGNMENT_bytes, Buffer, Wait
 
 
-@dataclass(frozen=True, slots=True)
-class DraftSend:
-    """`program.Send` before its buffer has an address."""
-
-    peer: int
-    tag: int
-    at: Ref
-    size_bytes: int
-    priority: int
-
-
-@dataclass(frozen=True, slots=True)
-class DraftRecv:
-    """`program.Recv` before its buffer has an address."""
-
-    peer: int
-    tag: int
-    at: Ref
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A box of a gradient, which is complete just before step `at` of the draft: in `buffer`, or as its product with
-    `factor` (see `program.Gradient`)."""
-
-    box: Box
-    at: int
-    buffer: Buffer
-    factor: Buffer | None = None
-
-
-DraftStep = KernelCall | DraftSend | DraftRecv | Wait
-
-
-@dataclass(slots=True)
-class Draft:
-    """One device's program on named buffers. `persistent` ones keep their content for ever, `fed` ones are filled
-    before each step, `logged` ones read after it. `pieces[op]`: the gradient that an update takes."""
-
-    steps: list[DraftStep] = field(default_factory=list)
-    buffers: dict[str, Buffer] = field(default_factory=dict)
-    persistent: set[str] = field(default_factory=set)
-    fed: set[str] = field(default_factory=set)
-    logged: set[str] = field(default_factory=set)
-    pieces: dict[str, Piece] = field(default_factory=dict)
-    scratch_bytes: dict[str, int] = field(default_factory=dict)  # by op
-
-
-def emit(
-    graph: Graph,
-    plan: Plan,
-    communication: Communication,
-    schedule: Schedule,
-    storage: Sequence[DeviceBuffers],
-    *,
-    targets: Sequence[Target],
-    block: int,
-    numerics: Numerics = "fast",
-    lean: bool = False,
-) -> tuple[Draft, ...]:
-    """A draft per device, for its target; `numerics` and `lean` as in `lower`."""
-    return tuple(
-        _Emitter(
-            graph, plan, communication, schedule, storage[device], device, targets[device], block, numerics, lean
-        ).run()
-        for device in range(plan.nodes)
-    )
+def emit(laid: LaidOut, *, block: int, numerics: Numerics = "fast") -> tuple[Draft, ...]:
+    """A draft per device, for its target; `numerics` as in `Job`."""
+    return tuple(_Emitter(laid, device, block, numerics).run() for device in range(laid.plan.nodes))
 
 
 class _Emitter:
-    def __init__(
-        self,
-        graph: Graph,
-        plan: Plan,
-        communication: Communication,
-        schedule: Schedule,
-        storage: DeviceBuffers,
-        device: int,
-        target: Target,
-        block: int,
-        numerics: Numerics,
-        lean: bool,
-    ) -> None:
-        self.graph, self.plan, self.communication = graph, plan, communication
-        self.schedule, self.storage, self.device = schedule, storage, device
-        self.target, self.block, self.numerics, self.lean = target, block, numerics, lean
-        self.compared = graph.compared()
+    def __init__(self, laid: LaidOut, device: int, block: int, numerics: Numerics) -> None:
+        self.graph, self.plan, self.communication = laid.graph, laid.plan, laid.communication
+        self.schedule, self.storage, self.device = laid.order, laid.storage[device], device
+        self.target, self.block, self.numerics, self.lean = laid.targets[device], block, numerics, laid.lean
+        self.compared = self.graph.compared()
         self.draft = Draft()
         self.prepared: dict[str, tuple[KernelCall, Ref]] = {}  # by op: what makes scratch of the weights, and where
-        self.actions = schedule.actions[device]
-        self.updating = updating(graph, plan, communication, storage, self.actions, device)
-        self.taken = {op.name: op.inputs[1] for op in graph.ops.values() if row(op.kind).kernel == "update"}
+        self.actions = self.schedule.actions[device]
+        self.updating = updating(self.graph, self.plan, self.communication, self.storage, self.actions, device)
+        self.taken = {op.name: op.inputs[1] for op in self.graph.ops.values() if row(op.kind).kernel == "update"}
 
     def run(self) -> Draft:
         for name in self.graph.parameters:
@@ -325,16 +248,6 @@ def _part_bytes(stage: Buffer) -> int:
 
 def _scale(stage: Buffer) -> Ref:
     return Ref(stage.name, stage.size_bytes)
-
-
-def layers_of(graph: Graph, draft: Draft) -> list[str]:
-    """For every step of a draft, what it works for: the layer that its op came from, and the phase."""
-    layers, name = [], ""
-    for step in draft.steps:
-        name = getattr(step, "op", "") or name
-        op = graph.ops.get(name)
-        layers.append(f"{op.origin or op.name} ({op.phase})" if op else "the start of the step")
-    return layers
 
 
 def is_padded(buffer: Buffer) -> bool:

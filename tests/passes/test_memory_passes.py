@@ -11,9 +11,10 @@ import pytest
 
 from fusetile.box import contains, hull, volume
 from fusetile.cluster import local_cluster
-from fusetile.codegen.assemble import lifetimes, memory_of
 from fusetile.codegen.calls import KernelCall
-from fusetile.codegen.emit import Draft, DraftRecv, DraftSend, emit
+from fusetile.codegen.draft import Draft, DraftRecv, DraftSend, lifetimes, memory_of
+from fusetile.codegen.emit import emit
+from fusetile.codegen.laid_out import LaidOut
 from fusetile.codegen.targets import TARGETS
 from fusetile.errors import DoesNotFit
 from fusetile.graph import Graph
@@ -38,7 +39,7 @@ def drafted(name: str, nodes: int, plan: str) -> tuple[Draft, ...]:
     placed, communication = planned(graph, plan, nodes)
     order = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes))
     storage = buffers(graph, placed, communication, order.order, block=8)
-    return emit(graph, placed, communication, order, storage, targets=[TARGETS["avx2"]] * nodes, block=8)
+    return emit(LaidOut(graph, placed, communication, order, storage, [TARGETS["avx2"]] * nodes), block=8)
 
 
 # -- buffers ---------------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def test_plan_memory_golden() -> None:
     placed, communication = planned(graph, "single", 1)
     order = schedule(graph, placed, communication, cluster=local_cluster(placed.nodes))
     storage = buffers(graph, placed, communication, order.order, block=8)
-    (draft,) = emit(graph, placed, communication, order, storage, targets=[TARGETS["avx2"]], block=8)
+    (draft,) = emit(LaidOut(graph, placed, communication, order, storage, [TARGETS["avx2"]]), block=8)
     homes = [buffer for held in storage for buffer in dict.fromkeys(held.home.values())]
     live = {name: when for name, when in lifetimes(draft).items() if name in {buffer.name for buffer in homes}}
     order_of = {step: i for i, step in enumerate(sorted({step for when in live.values() for step in when}))}
