@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
@@ -40,6 +39,7 @@ from fusetile.device import (
     Profile,
     Speed,
     read_profile,
+    read_toml,
 )
 from fusetile.errors import UserError
 
@@ -125,12 +125,7 @@ def host_memory_bytes() -> int:
 
 def read_cluster(path: Path) -> Cluster:
     """Read cluster.toml; raises UserError that names the file, the entry and the value."""
-    try:
-        document = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a TOML file: {error}") from None
+    document = read_toml(path)
     _known(document, {"node", "link", "source"}, f"{path}")
     entries = document.get("node", [])
     if not isinstance(entries, list) or not entries:

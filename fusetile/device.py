@@ -97,14 +97,19 @@ class Profile:
     link: tuple[float, float] | None
 
 
-def read_profile(path: Path) -> Profile:
-    """What `fusetile-runtime profile` wrote; raises UserError."""
+def read_toml(path: Path, *, hint: str = "") -> dict[str, Any]:
+    """Raises UserError, with the hint if there is no such file."""
     try:
-        document = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; `fusetile-runtime profile` writes such files") from None
+        raise UserError(f"{path}: {error.strerror}{hint}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a TOML file: {error}") from None
+
+
+def read_profile(path: Path) -> Profile:
+    """What `fusetile-runtime profile` wrote; raises UserError."""
+    document = read_toml(path, hint="; `fusetile-runtime profile` writes such files")
     if document.get("version") != PROFILE_version:
         raise UserError(f"{path}: not a profile of version {PROFILE_version}: measure with this version of fusetile")
     try:

@@ -81,32 +81,21 @@ def train_locally(
     stream = Stream(data, sockets[0]) if not isinstance(data, Path) else None
     try:
         for rank, node in enumerate(cluster.nodes):
-            first = rank == 0
-            command = [sys.executable, "-m", "fusetile.runtime.node", str(build / "nodes" / node.name)]
             has_data = cluster.source in (None, rank)
+            command = [sys.executable, "-m", "fusetile.runtime.node", str(build / "nodes" / node.name)]
             if has_data:
                 command += ["--stream", str(sockets[1].fileno())] if sockets else ["--data", str(data)]
             command += replace(options, threads=threads, val=options.val if has_data else None).arguments()
-            command += ["--checkpoints", str(out / CHECKPOINTS), "--best", str(out / BEST)]
-            command += ["--checked", *(["--out", str(out)] if first else [])]
-            command += ["--quiet"] if quiet or not first else []
-            command += ["--followed"] if on_step else []
-            command += ["--follow", str(pipes[2]), str(pipes[1])] if on_step and first else []
-            command += ["--log", str(options.log)] if first and options.log else []
+            command += ["--checkpoints", str(out / CHECKPOINTS), "--best", str(out / BEST), "--checked"]
             command += ["--save-gradients", str(options.save_gradients)] if options.save_gradients else []
-            # the first node owns the terminal; what the others say is kept, and shown if one of them fails
-            output = None if first else subprocess.PIPE
-            passed = [*pipes[1:3], *(each.fileno() for each in sockets[1:])]
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    stderr=subprocess.PIPE,
-                    stdout=output,
-                    text=True,
-                    preexec_fn=_end_with_parent,
-                    pass_fds=passed if first else (),
-                )
-            )
+            command += ["--followed"] if on_step else []
+            passed: list[int] = []
+            if rank == 0:
+                command += ["--out", str(out), *(["--log", str(options.log)] if options.log else [])]
+                command += ["--follow", str(pipes[2]), str(pipes[1])] if on_step else []
+                passed = [*pipes[1:3], *(each.fileno() for each in sockets[1:])]
+            command += ["--quiet"] if quiet or rank else []
+            processes.append(_started(command, passed, output=rank == 0))
         for end in pipes[1:3]:
             os.close(end)  # the node has them; so this process sees the end of the node
         del pipes[1:3]
@@ -133,6 +122,19 @@ def train_locally(
         export_run(best, best.with_suffix(".onnx"), model=build / "model.onnx")
     elif options.val:
         best.with_suffix(".onnx").unlink(missing_ok=True)  # of another run
+
+
+def _started(command: Sequence[str], passed: Sequence[int], *, output: bool) -> subprocess.Popen[str]:
+    """A node process that has these file descriptors. With `output` it owns the terminal; what others say is kept, and
+    shown if one of them fails."""
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=None if output else subprocess.PIPE,
+        text=True,
+        preexec_fn=_end_with_parent,
+        pass_fds=passed,
+    )
 
 
 def _end_with_parent() -> None:
@@ -198,25 +200,7 @@ def _stop(processes: Sequence[subprocess.Popen[str]]) -> None:
 def export_run(run: Path, out: Path, *, model: Path | None = None) -> None:
     """Write `out`: a model with the weights of a finished run, or of a checkpoint. `run` is the run's folder or its
     bundle (its result, or else its newest checkpoint), a folder of checkpoints, or a file in one of these."""
-    if run.is_file() and not checkpoint.is_file(run):
-        folder, (weights, metadata) = run.parent, safetensors.load(run)
-        wanted = metadata.get("model_hash")
-    elif run.is_file() or (run.is_dir() and any(map(checkpoint.is_file, run.iterdir()))):
-        weights, wanted, folder = _from_checkpoint(run)
-    else:
-        folders = [folder for folder in (run, run / "run") if (folder / RESULT).is_file()]
-        kept = [folder / CHECKPOINTS for folder in (run, run / "run") if (folder / CHECKPOINTS).is_dir()]
-        if not folders and not kept:
-            raise UserError(
-                f"{run}: no {RESULT} and no {CHECKPOINTS} in it or in its folder 'run'; has the run finished on the "
-                "first node?"
-            )
-        if folders:
-            folder = folders[0]
-            weights, metadata = safetensors.load(folder / RESULT)
-            wanted = metadata.get("model_hash")
-        else:
-            weights, wanted, folder = _from_checkpoint(kept[0])
+    weights, wanted, folder = _trained(run)
     near = [model] if model else [above / "model.onnx" for above in (folder, *folder.resolve().parents[:2])]
     models = [path for path in near if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted]
     if not models and (folder / TRAINED).is_file():  # of `fusetile train`: the same model
@@ -232,8 +216,26 @@ def export_run(run: Path, out: Path, *, model: Path | None = None) -> None:
     export_onnx(models[0], weights, out)
 
 
+def _trained(run: Path) -> tuple[dict[str, np.ndarray], str | None, Path]:
+    """The weights, the hash of their model, and the folder that they are in."""
+    if run.is_file() and not checkpoint.is_file(run):
+        weights, metadata = safetensors.load(run)
+        return weights, metadata.get("model_hash"), run.parent
+    if run.is_file() or (run.is_dir() and any(map(checkpoint.is_file, run.iterdir()))):
+        return _from_checkpoint(run)
+    for folder in (run, run / "run"):
+        if (folder / RESULT).is_file():
+            return _trained(folder / RESULT)
+    for folder in (run, run / "run"):
+        if (folder / CHECKPOINTS).is_dir():
+            return _from_checkpoint(folder / CHECKPOINTS)
+    raise UserError(
+        f"{run}: no {RESULT} and no {CHECKPOINTS} in it or in its folder 'run'; has the run finished on the first node?"
+    )
+
+
 def _from_checkpoint(path: Path) -> tuple[dict[str, np.ndarray], str | None, Path]:
-    """The weights, the model's hash, and the folder: of the step of a file, or of the newest whole step in a folder."""
+    """The same: of the step of a file, or of the newest whole step in a folder."""
     folder = path.parent if path.is_file() else path
     found = checkpoint.checkpoints(folder)
     if path.is_file():
