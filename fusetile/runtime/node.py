@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -78,17 +79,6 @@ def run(options: Options, signals: Signals) -> None:
     _check_outputs(options, lowest)
     local = Local.of(options, program)
     there = _checkpoints(options, program)
-    same: dict[str, Any] = {
-        "steps": options.steps,
-        "epochs": options.epochs,
-        "resume": options.resume,
-        "followed": options.followed,
-        "augment": options.augment.text,
-        "mean": list(options.mean),
-        "std": list(options.std),
-    }
-    same |= {"validation": [options.val_every, options.patience], "samples": local.counts}
-    same |= {"shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
     with ExitStack() as stack:
         stack.callback(local.close)
         library = stack.enter_context(Library(options.bundle / program.library, threads=options.threads))
@@ -97,13 +87,12 @@ def run(options: Options, signals: Signals) -> None:
         meeting = Meeting(wants={"gradients": options.save_gradients is not None, "start": max(there)})
         transport = None
         if program.nodes > 1:
-            meeting = _meet(program, options, same, list(there), local.told())
+            meeting = _meet(program, options, _same(options, program, local), list(there), local.told())
             transport = Transport(program, meeting.links, deadline=options.deadline)
             transport.begin_at(meeting.wants["start"])  # peers may begin before this node does
             stack.enter_context(running(transport, signals))
         data, held_back = local.connected(transport, meeting.samples)
         total = options.steps if options.steps is not None else options.epochs * data.steps_per_epoch
-        every = options.val_every or data.steps_per_epoch or total
         terms = {"samples": data.count, "shuffle": options.shuffle, "batch": program.batch, "seed": program.seed}
         terms |= {"accumulate": program.accumulate} if program.accumulate > 1 else {}
         _check_start(options, meeting.wants["start"], total)
@@ -115,38 +104,61 @@ def run(options: Options, signals: Signals) -> None:
         if held_back is not None:
             own = Executor(program, program.validation, library=library, arena=arena, transport=transport)
             validation = Validation(program, held_back, executor=own, arena=arena, transport=transport)
-        follower = Follower(*options.follow) if options.follow else None
         start, history = there[meeting.wants["start"]], History({})
         if start is not None:
             checkpoint.load(start, program, arena, run=terms)
             history = History.from_json(start.validation) if start.validation else history
+        bests = [step for each in there.values() if each is not None and (step := each.best_step)]
         loop = Loop(
-            options,
-            program,
-            training,
-            validation,
+            options=options,
+            program=program,
+            training=training,
+            validation=validation,
             arena=arena,
             progress=progress,
             transport=transport,
+            follower=Follower(*options.follow) if options.follow else None,
             terms=terms,
             total=total,
-            every=every,
+            every=options.val_every or data.steps_per_epoch or total,
             gradients=meeting.wants["gradients"],
-            bests=[step for each in there.values() if each is not None and (step := each.best_step)],
-            follower=follower,
+            bests=deque(bests, checkpoint.KEPT),
         )
         end = loop.run(meeting.wants["start"], history)
         release(arena, keep=results(program))  # the copies that follow take no more than a step did
-        pieces = pieces_of(program, arena, end.snapshot)
-        if end.history.best_step:
-            best = checkpoint.usable(options.best, program, step=end.history.best_step)
-            pieces += best_pieces(program, best.get(end.history.best_step))
-        if lowest:
-            _write(options, program, gather(pieces, transport), end)
-        elif transport is not None:
-            give(pieces, transport)
-        if transport is not None:
-            transport.check()  # a signal may have come while the result was written
+        _finish(options, program, arena, end, transport)
+
+
+def _same(options: Options, program: Program, local: Local) -> dict[str, Any]:
+    """What must be the same on all nodes."""
+    return {
+        "steps": options.steps,
+        "epochs": options.epochs,
+        "resume": options.resume,
+        "followed": options.followed,
+        "augment": options.augment.text,
+        "mean": list(options.mean),
+        "std": list(options.std),
+        "validation": [options.val_every, options.patience],
+        "samples": local.counts,
+        "shuffle": options.shuffle,
+        "batch": program.batch,
+        "seed": program.seed,
+    }
+
+
+def _finish(options: Options, program: Program, arena: np.ndarray, end: End, transport: Transport | None) -> None:
+    """All nodes give what they have of the result to the lowest rank, which writes it."""
+    pieces = pieces_of(program, arena, end.snapshot)
+    if end.history.best_step:
+        best = checkpoint.usable(options.best, program, step=end.history.best_step)
+        pieces += best_pieces(program, best.get(end.history.best_step))
+    if program.rank == LOWEST:
+        _write(options, program, gather(pieces, transport), end)
+    elif transport is not None:
+        give(pieces, transport)
+    if transport is not None:
+        transport.check()  # a signal may have come while the result was written
 
 
 def _checkpoints(options: Options, program: Program) -> dict[int, checkpoint.Checkpoint | None]:
