@@ -10,6 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from fusetile.errors import UserError
+from fusetile.onnx_import.contents import type_name
 from fusetile.onnx_import.files import check_model, read_model
 from fusetile.onnx_import.unshare import unshare
 from fusetile.runtime.files import atomic_write
@@ -42,7 +43,7 @@ def export_onnx(
 def _set_value(tensor: onnx.TensorProto, array: np.ndarray, source: str) -> None:
     dims = tuple(tensor.dims)
     if tensor.data_type != onnx.TensorProto.FLOAT or array.dtype != np.float32:
-        kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+        kind = type_name(tensor.data_type)
         raise UserError(f"{source}: {tensor.name!r} is {kind}, its trained value {array.dtype}; both must be float32")
     if [size for size in dims if size != 1] != [size for size in array.shape if size != 1]:
         raise UserError(

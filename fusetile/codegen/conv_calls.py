@@ -15,13 +15,7 @@ from fusetile.codegen.conv_tiles import (
     cover_pixels,
     written_lines,
 )
-from fusetile.codegen.conv_views import (
-    Filter,
-    Phases,
-    Taps,
-    View,
-    moved,
-)
+from fusetile.codegen.conv_views import Filter, Phases, Taps, View, moved
 from fusetile.codegen.filter_source import SUM_INTS, sum_parts
 from fusetile.codegen.update import Updating
 from fusetile.program import Buffer
@@ -86,19 +80,11 @@ def tap_calls(
             "taps_w": taps_w,
             "lines": lines,
             "with_bias": int(epilogue.bias is not None),
-            "x_image": x.image,
-            "x_block": x.block,
-            "x_row": taps.stride[0] * x.row,
+            **replace(x, row=taps.stride[0] * x.row).ints("x"),
             "x_tap_h": step[0],
             "x_tap_w": step[1],
-            "w_k": w.k,
-            "w_block": w.block,
-            "w_tap_h": w.tap_h,
-            "w_tap_w": w.tap_w,
-            "y_image": y.image,
-            "y_block": y.block,
-            "y_row": y.row,
-            "y_pixel": y.pixel,
+            **w.ints("w"),
+            **y.ints("y"),
             "phases": phases.count,
             "across": phases.across,
             "w_phase": phases.w,
@@ -135,6 +121,8 @@ def gradient_calls(
     if step[1] == lines:
         lines, taps_w = lines * taps_w, 1  # the taps of a row are contiguous
     rows, filter_block = sizes.images * sizes.rows, dw.taps * dw.lines * m.vectors.block
+    if sizes.rows == 1:
+        x, dy = replace(x, row=x.image), replace(dy, row=dy.image)
     calls: list[KernelCall] = []
     partial: list[Buffer] = []
     for cover in cover_lines(m, lines, sizes.k_blocks):
@@ -170,16 +158,10 @@ def gradient_calls(
             "taps_h": taps_h,
             "taps_w": taps_w,
             "lines": lines,
-            "x_image": x.image,
-            "x_block": x.block,
-            "x_row": x.row if sizes.rows > 1 else x.image,
-            "x_pixel": x.pixel,
+            **x.ints("x"),
             "x_tap_h": step[0],
             "x_tap_w": step[1],
-            "y_image": dy.image,
-            "y_block": dy.block,
-            "y_row": dy.row if sizes.rows > 1 else dy.image,
-            "y_pixel": dy.pixel,
+            **dy.ints("y"),
             "d_part": d_part,
             "d_k": d_k,
             "d_block": dw.block,

@@ -25,6 +25,10 @@ class View:
     row: int
     pixel: int
 
+    def ints(self, name: str) -> dict[str, int]:
+        """The strides as a kernel's arguments, for an array of this name."""
+        return {f"{name}_{key}": getattr(self, key) for key in ("image", "block", "row", "pixel")}
+
     def moved(self, elements: int) -> View:
         """The same, so many elements further on."""
         return replace(self, start=moved(self.start, elements))
@@ -42,6 +46,10 @@ class Filter:
     tap_w: int
     lines: int
     window: tuple[int, int]
+
+    def ints(self, name: str) -> dict[str, int]:
+        """The strides as a kernel's arguments, for an array of this name."""
+        return {f"{name}_{key}": getattr(self, key) for key in ("k", "block", "tap_h", "tap_w")}
 
     @property
     def taps(self) -> int:

@@ -15,7 +15,7 @@ from onnx import compose, inliner
 
 from fusetile.errors import UserError
 from fusetile.onnx_import import files
-from fusetile.onnx_import.contents import input_dims
+from fusetile.onnx_import.contents import input_dims, type_name
 from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.walk import refuse_unsupported, translate
 
@@ -110,6 +110,5 @@ def _fits(value: onnx.ValueInfoProto, network: Importer, name: str) -> bool:
 
 
 def _described(value: onnx.ValueInfoProto) -> str:
-    kinds = {number: kind.lower() for kind, number in onnx.TensorProto.DataType.items()}
     sizes = ["batch", *(str(dim or "any") for dim in _dims(value)[1:])]
-    return f"{kinds[value.type.tensor_type.elem_type]} of shape ({', '.join(sizes)})"
+    return f"{type_name(value.type.tensor_type.elem_type)} of shape ({', '.join(sizes)})"

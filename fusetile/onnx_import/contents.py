@@ -94,6 +94,12 @@ def initializers_of(graph: onnx.GraphProto, where: str) -> dict[str, Array]:
     return arrays
 
 
+def type_name(number: int) -> str:
+    """An element type of ONNX in words."""
+    known = number in onnx.TensorProto.DataType.values()
+    return onnx.TensorProto.DataType.Name(number).lower() if known else f"of the unknown type {number}"
+
+
 def input_dims(
     value: onnx.ValueInfoProto, labels: Collection[str], where: str, *, ranks: tuple[int, ...] = (2, 4)
 ) -> list[int | None]:
@@ -102,8 +108,7 @@ def input_dims(
     place = f"{where}: input {value.name!r}"
     labelled = value.name in labels
     if tensor.elem_type not in (_INTEGERS if labelled else (onnx.TensorProto.FLOAT,)):
-        kinds = {number: kind.lower() for kind, number in onnx.TensorProto.DataType.items()}
-        kind = kinds.get(tensor.elem_type, f"of the unknown type {tensor.elem_type}")
+        kind = type_name(tensor.elem_type)
         if labelled:
             raise UserError(
                 f"{place} is {kind}; the labels of a loss of classes are int64 or int32. For class probabilities "
