@@ -62,11 +62,9 @@ def python_on() -> Launch:
     return command
 
 
-def train(
-    folder: Path, model: Path, data: Path, devices: Sequence[str], python_on: Launch, steps: int, *options: str
-) -> Path:
-    """Compile for the devices, run every node on its own kind of processor for some steps; returns the folder with
-    log.jsonl and gradients.npz."""
+def train(folder: Path, model: Path, data: Path, devices: Sequence[str], python_on: Launch, *options: str) -> Path:
+    """Compile for the devices, run every node on its own kind of processor for two steps, the second with updated
+    weights; returns the folder with log.jsonl and gradients.npz."""
     folder.mkdir()
     ports = free_ports(len(devices))
     entries = [
@@ -85,7 +83,7 @@ def train(
     nodes = []
     for rank, device in enumerate(devices):
         command = [*python_on(device), "-m", "fusetile.runtime.node", str(build / "nodes" / f"n{rank}")]
-        command += ["--data", str(data), "--steps", str(steps), "--threads", "2", "--quiet"]
+        command += ["--data", str(data), "--steps", "2", "--threads", "2", "--quiet"]
         command += ["--save-gradients", str(folder / "gradients.npz")]
         command += ["--log", str(folder / "log.jsonl")] if rank == 0 else []
         nodes.append(subprocess.Popen(command, env=ENVIRONMENT, cwd=folder, stderr=subprocess.PIPE, text=True))
@@ -99,11 +97,11 @@ def train(
 
 
 def check_equal(found: Path, expected: Path) -> None:
-    """Losses to 1e-5 in the first step and 1e-4 later; every gradient of the last step to 2e-3 of its largest."""
-    (first, *later), (first_expected, *later_expected) = losses(found / "log.jsonl"), losses(expected / "log.jsonl")
-    assert later
+    """Losses to 1e-5 in the first step and 1e-4 in the second; every gradient of that to 2e-3 of its largest. In a
+    third step of a ResNet rounding would take one of its many kinks to the other side."""
+    (first, second), (first_expected, second_expected) = losses(found / "log.jsonl"), losses(expected / "log.jsonl")
     assert first == pytest.approx(first_expected, rel=1e-5)
-    assert later == pytest.approx(later_expected, rel=1e-4)
+    assert second == pytest.approx(second_expected, rel=1e-4)
     gradients = np.load(expected / "gradients.npz")
     for name, value in np.load(found / "gradients.npz").items():
         np.testing.assert_allclose(value, gradients[name], rtol=0, atol=2e-3 * abs(gradients[name]).max(), err_msg=name)
@@ -129,12 +127,12 @@ def test_training_on_arm_equals_the_host(
     tmp_path: Path,
 ) -> None:
     size = 64 if build is resnet18.build else 16  # the last maps must not be so small that BatchNorm is chaotic
-    width = {resnet18.build: 0.125, transformer.build: 12}.get(build, 0.5)
+    narrow = {resnet18.build: 0.125, transformer.build: 12}
+    width = narrow.get(build, 0.25 if plan == "grid:2x1" else 0.5)
     model = save(build(size=size, channels=3, classes=5, width=width), tmp_path / "model.onnx")
     data = images(tmp_path / "data.npz", shape=(12, 3, size, size))
-    steps = 2 if build is resnet18.build else 3  # so many kinks that rounding takes one to its other side in the third
-    expected = train(tmp_path / "host", model, data, ("host",), python_on, steps, "--plan", "single", *options)
-    found = train(tmp_path / "arm", model, data, devices, python_on, steps, "--plan", plan, *options)
+    expected = train(tmp_path / "host", model, data, ("host",), python_on, "--plan", "single", *options)
+    found = train(tmp_path / "arm", model, data, devices, python_on, "--plan", plan, *options)
     check_equal(found, expected)
 
 

@@ -32,7 +32,7 @@ PLANS = [
     *((2, plan) for plan in ("grid:2x1", "batch", "channel", "random:1")),
     *((3, plan) for plan in ("grid:1x3", "auto", "random:2")),
     *((4, plan) for plan in ("grid:2x2", "channel", "random:3")),
-    *((6, plan) for plan in ("grid:2x3", "auto", "random:4", "random:5")),
+    *((6, plan) for plan in ("grid:2x3", "mixed", "random:4", "random:5")),
 ]
 
 

@@ -34,7 +34,7 @@ from tests.graphs import NETWORKS
 from tests.passes.golden import assert_golden, schedule_text, small
 from tests.training import PLAIN, planned, training_graph
 
-PLANS = [(2, "grid:2x1"), (2, "channel"), (3, "batch"), (4, "grid:2x2"), (4, "random:1"), (6, "auto"), (6, "random:2")]
+PLANS = [(2, "grid:2x1"), (2, "channel"), (6, "batch"), (4, "grid:2x2"), (4, "random:1"), (3, "auto"), (6, "random:2")]
 cases = pytest.mark.parametrize(("name", "nodes", "plan"), [(name, *plan) for name in NETWORKS for plan in PLANS])
 
 
