@@ -53,11 +53,15 @@ def contains(outer: Box, inner: Box) -> bool:
 
 def hull(boxes: Iterable[Box]) -> Box:
     """The smallest box that holds all of them; the rank is taken from the first."""
-    boxes = list(boxes)
-    full = [box for box in boxes if volume(box)]
-    if len(full) < 2:
-        return (full or boxes)[0]
-    return tuple((min(start for start, _ in dim), max(stop for _, stop in dim)) for dim in zip(*full, strict=True))
+    found, *others = boxes
+    for box in others:
+        if volume(found) == 0:
+            found = box
+        elif volume(box):
+            found = tuple(
+                (a0 if a0 < b0 else b0, a1 if a1 > b1 else b1) for (a0, a1), (b0, b1) in zip(found, box, strict=True)
+            )
+    return found
 
 
 def subtract(a: Box, b: Box) -> list[Box]:

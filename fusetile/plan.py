@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from fusetile.box import Box, contains, intersect, subtract, text, volume
@@ -27,16 +28,26 @@ class Layout:
 
     def check(self, whole: Box, what: str) -> None:
         """Raise PlanError unless the layout is legal for a tensor of this box."""
-        for device, (have, own) in enumerate(zip(self.have, self.own, strict=True)):
-            if not contains(whole, have) or not contains(have, own):
-                raise PlanError(f"{what}: device {device} owns {text(own)} of {text(have)} of {text(whole)}")
-        if self.combine == "sum":
-            if uncovered(whole, self.have):
-                raise PlanError(f"{what}: no device contributes to {text(uncovered(whole, self.have)[0])}")
-            return
-        overlap = sum(map(volume, self.own)) != volume(whole) or uncovered(whole, self.own)
-        if overlap:
-            raise PlanError(f"{what}: the own boxes {', '.join(map(text, self.own))} do not partition {text(whole)}")
+        if fault := _fault(self, whole):
+            raise PlanError(f"{what}: {fault}")
+
+
+REMEMBERED = 8192
+"""So many layouts and redistributions: plans that a search tries have most of them in common."""
+
+
+@lru_cache(REMEMBERED)
+def _fault(layout: Layout, whole: Box) -> str:
+    """Why a layout is not legal for a tensor of this box; nothing if it is."""
+    for device, (have, own) in enumerate(zip(layout.have, layout.own, strict=True)):
+        if not contains(whole, have) or not contains(have, own):
+            return f"device {device} owns {text(own)} of {text(have)} of {text(whole)}"
+    if layout.combine == "sum":
+        missing = uncovered(whole, layout.have)
+        return f"no device contributes to {text(missing[0])}" if missing else ""
+    if sum(map(volume, layout.own)) != volume(whole) or uncovered(whole, layout.own):
+        return f"the own boxes {', '.join(map(text, layout.own))} do not partition {text(whole)}"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +107,8 @@ def uncovered(whole: Box, boxes: tuple[Box, ...]) -> list[Box]:
     return rest
 
 
-def redistribute(source: Layout, need: tuple[Box, ...]) -> list[Move]:
+@lru_cache(REMEMBERED)
+def redistribute(source: Layout, need: tuple[Box, ...]) -> tuple[Move, ...]:
     """The moves after which device j holds `need[j]`, ordered by target, then by source rank.
 
     `pick`: what j has stays (a move from j to j); every other element comes from its owner. `sum`: every device that
@@ -116,4 +128,4 @@ def redistribute(source: Layout, need: tuple[Box, ...]) -> list[Move]:
                 for piece in ([intersect(here, wanted)] if device == target else subtract(intersect(own, wanted), here))
             ]
         moves += [Move(device, target, part) for device, part in parts if volume(part)]
-    return moves
+    return tuple(moves)

@@ -95,7 +95,7 @@ def test_nothing_moves_where_everybody_has_all() -> None:
 
 def test_halo_exchange_as_in_the_glossary() -> None:
     layout = Layout((((0, 7),), ((7, 13),)), (((0, 7),), ((7, 13),)))
-    assert redistribute(layout, (((0, 8),), ((6, 13),))) == [
+    assert list(redistribute(layout, (((0, 8),), ((6, 13),)))) == [
         Move(0, 0, ((0, 7),)),
         Move(1, 0, ((7, 8),)),
         Move(0, 1, ((6, 7),)),

@@ -10,7 +10,7 @@ the delivery is *in place*: it fills up the producer's buffer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -154,13 +154,13 @@ def _needs(graph: Graph, plan: Plan, op: Op, name: str, block: int) -> tuple[Box
 
 def aligned(box: Box, tensor: Tensor, block: int) -> Box:
     """`box` extended to whole channel blocks: dimension 1 of maps, 0 of vectors, 0 and 1 of filters."""
-    if volume(box) == 0 or tensor.dtype == "int32":
+    if volume(box) == 0 or tensor.dtype == "int32" or not box:
         return box
-    channels = {("map", 1): (0,)}.get((tensor.kind, len(box)), (0, 1) if tensor.kind == "filter" else (1,))
-    return tuple(
-        (start // block * block, min(size, -(-stop // block) * block)) if axis in channels else (start, stop)
-        for axis, ((start, stop), size) in enumerate(zip(box, tensor.shape, strict=True))
-    )
+    whole_blocks = list(box)
+    for axis in (0, 1) if tensor.kind == "filter" else (min(1, len(box) - 1),):
+        start, stop = box[axis]
+        whole_blocks[axis] = (start // block * block, min(tensor.shape[axis], -(-stop // block) * block))
+    return tuple(whole_blocks)
 
 
 def _merge(needs: dict[str, tuple[Box, ...]], *, force: bool) -> list[tuple[tuple[Box, ...], tuple[str, ...]]]:
@@ -192,7 +192,7 @@ def _delivery(
     to be several."""
     if source is None:  # fed by the runtime, or a constant: everybody has what he needs
         return Delivery(name, need, (False,) * len(need), (), readers)
-    moves = redistribute(source, need)
+    moves: Sequence[Move] = redistribute(source, need)
     if divided:
         moves = [part for move in moves for part in _parts(move, block)]
     if room is not None:
