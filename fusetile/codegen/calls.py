@@ -133,6 +133,12 @@ def vectors(statements: Sequence[str], lanes: int) -> str:
     return "".join(f"for v in T.vectorized({lanes}):\n    {statement}\n" for statement in statements)
 
 
+def greater(x: str, best: str) -> str:
+    """Whether a float32 is greater than the greatest so far: a NaN is greater than all, told by its bits, because TVM
+    takes floats to be ordered when it simplifies comparisons."""
+    return f'T.Or({x} > {best}, T.bitwise_and(T.reinterpret("int32", {x}), 2147483647) > 2139095040)'
+
+
 def prefetch(*addresses: str) -> str:
     """Statements that ask for cache lines which are needed soon: they change nothing and may name what is not there."""
     call = 'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of({}), {}))'

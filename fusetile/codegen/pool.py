@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fusetile.box import Box, extents, view4
-from fusetile.codegen.calls import Lowered, Ref, ref, vectors
+from fusetile.codegen.calls import Lowered, Ref, greater, ref, vectors
 from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
 from fusetile.codegen.reblock import conform
@@ -21,8 +21,7 @@ from fusetile.program import Buffer
 
 Axis = tuple[int, int, int]  # taps, stride, dilation
 _AXES = (("r", "h"), ("s", "w"))  # name of the tap and of the position along rows and columns
-# a NaN is greater than all, told by its bits: TVM takes floats to be ordered when it simplifies comparisons
-_GREATER = 'T.Or({X} > best[v], T.bitwise_and(T.reinterpret("int32", {X}), 2147483647) > 2139095040)'
+_GREATER = greater("{X}", "best[v]")
 _INTS = ("h_origin", "w_origin", "h_before", "w_before", "h_after", "w_after", "x_h", "x_w", "H", "W")
 
 

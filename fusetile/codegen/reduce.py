@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from fusetile.box import extents, view4
-from fusetile.codegen.calls import Lowered, indented, ref, vectors
+from fusetile.codegen.calls import Lowered, greater, indented, ref, vectors
 from fusetile.codegen.elementwise import broadcast_element, broadcast_strides, translate, varying, with_lanes
 from fusetile.codegen.job import Job
 from fusetile.codegen.mapped import loops_over, mapped_call, mapped_kernel
@@ -41,8 +41,8 @@ _MAX = _Reduction(
     "float32",
     '-T.infinity("float32")',
     # pad lanes are zero, which is no element
-    "T.Select((k + j) * BLOCK + v < channels, T.Select(total{o}[v] < {0}, {0}, total{o}[v]), total{o}[v])",
-    "T.max(total{o}[0], total{o}[v])",
+    f"T.Select(T.And((k + j) * BLOCK + v < channels, {greater('{0}', 'total{o}[v]')}), {{0}}, total{{o}}[v])",
+    f"T.Select({greater('total{o}[v]', 'total{o}[0]')}, total{{o}}[v], total{{o}}[0])",
 )
 
 
