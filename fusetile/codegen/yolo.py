@@ -5,8 +5,10 @@ Which boxes a cell answers for is found twice, in the loss and in the gradient: 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fusetile.box import extents
-from fusetile.codegen.calls import KernelCall, Lowered, indented, make_kernel, ref
+from fusetile.codegen.calls import KernelCall, Lowered, Ref, indented, make_kernel, ref
 from fusetile.codegen.job import Job
 from fusetile.codegen.loss import mean_of_partials
 from fusetile.graph import Op
@@ -40,10 +42,6 @@ def _overlap(axis: int) -> str:
     ends = [f"T.{pick}({at} {sign} {half} * p[{axis + 5}], g[{axis}] {sign} {half} * g[{axis + 2}])"
             for pick, sign in (("min", "+"), ("max", "-"))]  # fmt: skip
     return f"T.max({ends[0]} - {ends[1]}, T.float32(0))"
-
-
-def _scratch(op: Op) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {**_SCRATCH, "size": ((len(op.attrs["anchors"]),), "float32")}
 
 
 def _over_anchors(op: Op, block: int, lanes: int, statements: str) -> str:
@@ -122,22 +120,33 @@ def _arguments(job: Job) -> tuple[int, ...]:
     return (*sizes, classes, job.domain.reads[1][1].size, *y.strides, *boxes.strides[:3])
 
 
+def _over_cells(
+    job: Job, symbol: str, statements: str, result: tuple[str, str, Ref], ints: Mapping[str, int]
+) -> KernelCall:
+    """A pass over the box's cells that writes `result`: its name, type and place. The `ints` are further arguments."""
+    block, lanes = (buffer.block[1] for buffer in job.inputs)
+    name, dtype, place = result
+    kernel = make_kernel(
+        symbol,
+        pointers={**_POINTERS, name: dtype},
+        ints=(*_SIZES, *_STRIDES, *ints),
+        floats=_FACTORS,
+        scratch={**_SCRATCH, "size": ((len(job.op.attrs["anchors"]),), "float32")},
+        body=_over_anchors(job.op, block, lanes, statements),
+    )
+    images, rows, _ = extents(job.box)
+    pointers = (*(ref(*operand) for operand in job.operands), place)
+    return KernelCall(
+        kernel, images * rows, pointers, (*_arguments(job), *ints.values()), tuple(job.op.attrs["factors"])
+    )
+
+
 def lower_yolo(job: Job) -> Lowered:
     """The sum over the box's cells, over the number of images."""
     block, lanes = (buffer.block[1] for buffer in job.inputs)
     logit = channel(block, "(first + 5 + label[0])")
     squares = " + ".join(f"(p[{i}] - t[{i}]) * (p[{i}] - t[{i}])" for i in range(4))
-    kernel = make_kernel(
-        f"yolo_{block}_{lanes}",
-        pointers={**_POINTERS, "PARTIAL": "float64"},
-        ints=(*_SIZES, *_STRIDES),
-        floats=_FACTORS,
-        scratch=_scratch(job.op),
-        body=_over_anchors(
-            job.op,
-            block,
-            lanes,
-            f"""
+    statements = f"""
 if w == 0 and a == 0:
     PARTIAL[u] = T.float64(0)
 if label[0] >= 0:
@@ -146,14 +155,10 @@ if label[0] >= 0:
     PARTIAL[u] = PARTIAL[u] + T.Cast("float64", class_) * (T.log(total[0]) - T.Cast("float64", {logit} - top[0]))
 elif t[5] <= T.float32({IGNORED_above}):
     PARTIAL[u] = PARTIAL[u] + T.Cast("float64", noobject * p[4] * p[4])
-""",
-        ),
-    )
+"""
     images, rows, _ = extents(job.box)
     partial = Buffer(f"{job.op.name}.partial", ((0, images * rows),), "float64")
-    pointers = (*(ref(*operand) for operand in job.operands), ref(partial))
-    ints, factors = _arguments(job), tuple(job.op.attrs["factors"])
-    call = KernelCall(kernel, images * rows, pointers, ints, factors)
+    call = _over_cells(job, f"yolo_{block}_{lanes}", statements, ("PARTIAL", "float64", ref(partial)), {})
     mean = mean_of_partials(ref(partial), images * rows, job.op.attrs["count"], *job.result())
     return Lowered((call, mean), (partial,))
 
@@ -165,17 +170,7 @@ def lower_yolo_grad(job: Job) -> Lowered:
     def dy(number: str) -> str:
         return f"DX[to + {number} // {made} * y_block + {number} % {made}]"
 
-    kernel = make_kernel(
-        f"yolo_grad_{block}_{lanes}_{made}",
-        pointers={**_POINTERS, "DX": "float32"},
-        ints=(*_SIZES, *_STRIDES, "y_image", "y_block", "y_row", "y_pixel", "padded", "count"),
-        floats=_FACTORS,
-        scratch=_scratch(job.op),
-        body=_over_anchors(
-            job.op,
-            block,
-            lanes,
-            f"""
+    statements = f"""
 to: T.int32 = n * y_image + h * y_row + w * y_pixel
 one: T.float32 = T.float32(1) / T.Cast("float32", count)
 for c in T.serial(5 + classes):
@@ -194,12 +189,8 @@ elif t[5] <= T.float32({IGNORED_above}):
 if a == anchors - 1:
     for c in T.serial(padded - anchors * (5 + classes)):
         {dy("(anchors * (5 + classes) + c)")} = T.float32(0)
-""",
-        ),
-    )
-    images, rows, _ = extents(job.box)
-    written = job.written()
-    padded = -(-extents(written)[1] // made) * made
-    pointers = (*(ref(*operand) for operand in job.operands), ref(*job.result()))
-    ints = (*_arguments(job), *job.output.strides, padded, job.op.attrs["count"])
-    return Lowered((KernelCall(kernel, images * rows, pointers, ints, tuple(job.op.attrs["factors"])),))
+"""
+    ints = dict(zip(("y_image", "y_block", "y_row", "y_pixel"), job.output.strides, strict=True))
+    ints |= {"padded": -(-extents(job.written())[1] // made) * made, "count": job.op.attrs["count"]}
+    dx = ("DX", "float32", ref(*job.result()))
+    return Lowered((_over_cells(job, f"yolo_grad_{block}_{lanes}_{made}", statements, dx, ints),))
