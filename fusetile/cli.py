@@ -153,7 +153,8 @@ def export_command(
     run: Annotated[
         Path,
         typer.Argument(
-            help="A run (the lowest-ranked node's folder, or OUT), a folder of checkpoints, or a file in it."
+            help="A run (the lowest-ranked node's folder, or OUT), a folder of checkpoints, or a file in it.",
+            metavar="RUN",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The ONNX file to write.", metavar="trained.onnx")],

@@ -87,9 +87,7 @@ class Training:
     ] = None
     momentum: Annotated[
         float | None,
-        _training(
-            "--momentum", "Of sgd (default 0.9) and rmsprop (default 0); 0 keeps no velocity in memory.", min=0.0
-        ),
+        _training("--momentum", "Of sgd (default 0.9) and rmsprop (default 0); 0 keeps no velocity in memory."),
     ] = None
     nesterov: Annotated[bool, _training("--nesterov", "Nesterov's momentum, for sgd.")] = False
     weight_decay: Annotated[
