@@ -10,7 +10,7 @@ from types import TracebackType
 
 import numpy as np
 
-from fusetile.errors import FusetileError, PlanError, UserError
+from fusetile.errors import PlanError, UserError
 from fusetile.program import Call
 from fusetile.runtime.abi import check_runs
 
@@ -64,7 +64,7 @@ class Library:
         self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int32), None
         self._stop.argtypes, self._stop.restype = (), None
         if status := self._start(threads):
-            raise FusetileError(f"can't start {threads} threads: {os.strerror(status)}; try a smaller --threads")
+            raise UserError(f"can't start {threads} threads: {os.strerror(status)}; try a smaller --threads")
 
     def __enter__(self) -> Library:
         return self

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fusetile.errors import FusetileError, PlanError, UserError
+from fusetile.errors import PlanError, UserError
 from fusetile.program import Call
 from fusetile.runtime.native import Library
 from fusetile.runtime.storage import make_arena
@@ -42,7 +42,7 @@ def test_libraries_that_are_none(tmp_path: Path, path: Path) -> None:
     for name in ("noise.so", "missing.so"):
         with pytest.raises(UserError, match=f"can't load the kernels .*{name}"):
             Library(tmp_path / name, threads=1)
-    with pytest.raises(FusetileError, match="can't start 5000 threads"):
+    with pytest.raises(UserError, match="can't start 5000 threads"):
         Library(path, threads=5000)
 
 
