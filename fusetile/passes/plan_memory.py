@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from types import MappingProxyType
 
+import numpy as np
+
 from fusetile.program import ALIGNMENT_bytes, Buffer
 
 
@@ -64,21 +66,18 @@ def _placed(
     order: Sequence[str], fixed: Mapping[str, int], sizes: Mapping[str, int], live: Mapping[str, tuple[int, int]]
 ) -> dict[str, int]:
     """Each buffer at the lowest offset where it fits beside those before it."""
-    offsets = dict(fixed)
-    for name in order:
-        start, stop = live[name]
-        taken = sorted(
-            (offsets[other], offsets[other] + sizes[other])
-            for other in offsets
-            if live[other][0] <= stop and start <= live[other][1]
-        )
-        offset = 0
-        for low, high in taken:
-            if offset + sizes[name] <= low:
-                break
-            offset = max(offset, high)
-        offsets[name] = offset
-    return offsets
+    names = [*fixed, *order]
+    first, last = np.array([live[name] for name in names], np.int64).reshape(-1, 2).T
+    size = np.array([sizes[name] for name in names], np.int64)
+    offset = np.zeros(len(names), np.int64)
+    offset[: len(fixed)] = list(fixed.values())
+    for i in range(len(fixed), len(names)):
+        beside = np.flatnonzero((first[:i] <= last[i]) & (first[i] <= last[:i]))
+        beside = beside[np.argsort(offset[beside], kind="stable")]
+        top = np.maximum.accumulate(np.append(0, offset[beside] + size[beside]))  # of those up to each, in order
+        gaps = np.flatnonzero(top[:-1] + size[i] <= offset[beside])
+        offset[i] = top[gaps[0]] if len(gaps) else top[-1]
+    return dict(zip(names, offset.tolist(), strict=True))
 
 
 def _packed(
