@@ -40,9 +40,10 @@ def close_in(model: Model, best: Choice) -> tuple[float, list[Choice]]:
     """A lower bound of max(A, N) over all choices (0 if the search is too wide), and better choices than `best`, the
     best first."""
     sums = model.mixed(1.0, RATIO)
-    entries = Elimination(sums.nodes, sums.edges).entries + UNIT_entries * len(best)
+    whole = Elimination(sums.nodes, sums.edges)
+    entries = whole.entries + UNIT_entries * len(best)
     search = _Search(model, best)
-    bound = search.run(int(MOST_entries / entries / (APPROACHES + len(BESIDE))))
+    bound = search.run(int(MOST_entries / entries / (APPROACHES + len(BESIDE))) if whole.exact else 0)
     return bound, search.better[::-1]
 
 

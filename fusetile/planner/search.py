@@ -1,11 +1,12 @@
-"""Minimise a sum of tables, one per variable and per pair of variables, over one index per variable: exactly.
+"""Minimise a sum of tables, one per variable and per pair of variables; exactly, if tables stay small.
 
     min over x of  sum_v node[v][x_v] + sum_uv edge[u, v][x_u, x_v]
 
 Variables are eliminated one by one, the one with the smallest table first: what depends on it becomes one table over
 its neighbours (non-serial dynamic programming: Bertele and Brioschi, 1972). On series-parallel graphs (chains, residual
-networks, U-shapes) no table has more than three axes. A core for which tables would be too large is left to a
-mixed-integer program.
+networks, U-shapes) no table has more than three axes. Where a table would be too large (hourglasses behind each other),
+the minimum is taken of several smaller ones, each by itself: a lower bound, and a choice that is near the best
+(mini-buckets: Dechter and Rish, 2003).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LARGEST_TABLE_entries = 20_000_000
 
 @dataclass(frozen=True, slots=True)
 class Minimum:
-    """An index per variable, its cost, and a proven lower bound: the cost itself unless the solver ran out of time."""
+    """An index per variable, its cost, and a proven lower bound: the cost itself unless tables were too large."""
 
     choice: tuple[int, ...]
     cost: float
@@ -46,8 +47,8 @@ def minimise(nodes: Sequence[Table], edges: Edges) -> Minimum:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A variable is eliminated: `joined` is the sum of `parts`, its first axis the variable's, `rest` the minimum along
-    it."""
+    """A variable is eliminated from `parts`: `joined` is their sum, its first axis the variable's, `rest` the minimum
+    along it."""
 
     joined: _Factor
     parts: Sequence[_Factor]
@@ -55,12 +56,12 @@ class _Step:
 
 
 class Elimination:
-    """All variables eliminated in turn, down to constants or to a core."""
+    """All variables eliminated in turn. `exact`: each from all of its tables at once."""
 
     def __init__(self, nodes: Sequence[Table], edges: Edges) -> None:
         self._nodes, self._edges = nodes, edges
         self._sizes = sizes = [len(table) for table in nodes]
-        self._steps: list[_Step] = []
+        self._steps: list[list[_Step]] = []  # of every variable
         near = _neighbours(len(nodes), edges)
         self._factors: list[dict[int, _Factor]] = [{} for _ in nodes]  # of every variable, by their ids
         self._constant = 0.0
@@ -73,22 +74,28 @@ class Elimination:
             entries, v = heapq.heappop(queue)
             if v not in near or entries != width[v]:
                 continue  # it is done, or stands elsewhere in the queue
-            if entries > LARGEST_TABLE_entries:
-                break
             others = near.pop(v)
-            parts = list(self._factors[v].values())
-            joined = _join(parts, (v, *sorted(others)), sizes)
-            rest = _Factor(joined.variables[1:], joined.table.min(axis=0))
-            self._steps.append(_Step(joined, parts, rest))
-            for part in parts:
-                for u in part.variables:
-                    del self._factors[u][id(part)]
-            self._add(rest)
+            buckets = _buckets(list(self._factors[v].values()), sizes)
+            self._steps.append([self._eliminated(v, parts) for parts in buckets])
             for u in others:
-                near[u] = (near[u] | others) - {u, v}
+                near[u].discard(v)
+            for step in self._steps[-1]:
+                for u in step.rest.variables:
+                    near[u] |= {*step.rest.variables} - {u}
+            for u in others:
                 width[u] = prod(sizes[w] for w in (u, *near[u]))
                 heapq.heappush(queue, (width[u], u))
-        self._core = list({id(factor): factor for found in self._factors for factor in found.values()}.values())
+        self.exact = all(len(steps) == 1 for steps in self._steps)
+
+    def _eliminated(self, v: int, parts: Sequence[_Factor]) -> _Step:
+        others = sorted({u for part in parts for u in part.variables} - {v})
+        joined = _join(parts, (v, *others), self._sizes)
+        rest = _Factor(joined.variables[1:], joined.table.min(axis=0))
+        for part in parts:
+            for u in part.variables:
+                del self._factors[u][id(part)]
+        self._add(rest)
+        return _Step(joined, parts, rest)
 
     def _add(self, factor: _Factor) -> None:
         for v in factor.variables:
@@ -97,34 +104,30 @@ class Elimination:
             self._constant += float(factor.table)
 
     @property
-    def entries(self) -> float:
-        """Of all tables that were joined; infinite if there is a core."""
-        return sum(step.joined.table.size for step in self._steps) if not self._core else float("inf")
+    def entries(self) -> int:
+        """Of all tables that were joined."""
+        return sum(step.joined.table.size for steps in self._steps for step in steps)
 
     def minimum(self) -> Minimum:
         """The best index of every variable."""
         choice: dict[int, int] = {}
-        bound = self._constant
-        if self._core:
-            from fusetile.planner.integer import minimise_core  # scipy takes long to import
-
-            core, core_bound = minimise_core([(f.variables, f.table) for f in self._core], self._sizes)
-            choice.update(core)
-            bound += core_bound
-        for step in reversed(self._steps):
-            v, *others = step.joined.variables
-            column: Any = (slice(None), *(choice[u] for u in others))
-            choice[v] = int(np.argmin(step.joined.table[column]))
+        for steps in reversed(self._steps):
+            columns = []
+            for step in steps:
+                v, *others = step.joined.variables
+                column: Any = (slice(None), *(choice[u] for u in others))
+                columns.append(step.joined.table[column])
+            choice[v] = int(np.argmin(np.sum(columns, axis=0)))
         picked = tuple(choice[v] for v in range(len(self._nodes)))
         cost = cost_of_choice(self._nodes, self._edges, picked)
-        return Minimum(picked, cost, min(bound, cost))
+        return Minimum(picked, cost, min(self._constant, cost))
 
     def marginals(self) -> list[Table]:
-        """Per variable and index, the least cost of all choices that have it. Only without a core."""
-        assert not self._core, "marginals of a core are not known"
+        """Per variable and index, the least cost of all choices that have it; only of what is exact."""
+        assert self.exact
         beside: dict[int, Table] = {}  # the least that all else costs, by a factor's id
         found: dict[int, Table] = {}
-        for step in reversed(self._steps):
+        for (step,) in reversed(self._steps):
             variables = step.joined.variables
             alone = np.asarray(self._constant - step.rest.table)  # what is eliminated last depends on nothing
             total = step.joined.table + (beside.pop(id(step.rest)) if variables[1:] else alone)
@@ -151,6 +154,24 @@ def cost_of_choice(nodes: Sequence[Table], edges: Edges, choice: Sequence[int]) 
         sum(table[choice[v]] for v, table in enumerate(nodes))
         + sum(table[choice[u], choice[v]] for (u, v), table in edges.items())
     )
+
+
+def _buckets(parts: list[_Factor], sizes: Sequence[int]) -> list[list[_Factor]]:
+    """Tables in groups that can be joined: all, or else the largest first, in the first group with room."""
+    if prod(sizes[u] for u in {u for part in parts for u in part.variables}) <= LARGEST_TABLE_entries:
+        return [parts]
+    buckets: list[list[_Factor]] = []
+    scopes: list[set[int]] = []
+    for part in sorted(parts, key=lambda part: -part.table.size):
+        for bucket, scope in zip(buckets, scopes, strict=True):
+            if prod(sizes[u] for u in scope.union(part.variables)) <= LARGEST_TABLE_entries:
+                bucket.append(part)
+                scope.update(part.variables)
+                break
+        else:
+            buckets.append([part])
+            scopes.append({*part.variables})
+    return buckets
 
 
 def _join(factors: Sequence[_Factor], variables: tuple[int, ...], sizes: Sequence[int]) -> _Factor:
