@@ -56,8 +56,24 @@ def test_marginals_equal_brute_force(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_a_small_core_that_is_too_wide_for_tables_is_an_integer_program(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "LARGEST_TABLE_entries", 6)
+    monkeypatch.setattr(search, "BUCKET_entries", 6)
+    for seed in range(8):
+        nodes, edges = instance(shape, seed)
+        found = minimise(nodes, edges)
+        best = brute_force(nodes, edges)
+        assert found.cost == pytest.approx(best)
+        assert found.bound <= best + 1e-9 and found.bound == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_tables_that_would_be_too_large_are_looked_at_in_parts(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "LARGEST_TABLE_entries", 16)
+    monkeypatch.setattr(search, "BUCKET_entries", 16)
+    monkeypatch.setattr(search, "PROGRAM_entries", 0)
     for seed in range(8):
         nodes, edges = instance(shape, seed)
         found, best = minimise(nodes, edges), brute_force(nodes, edges)
@@ -72,4 +88,6 @@ def test_one_shape_needs_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes, edges = [np.zeros(4)] * 5, {pair: np.zeros((4, 4)) for pair in SHAPES["core of treewidth 4"]}
     assert Elimination(nodes, edges).exact
     monkeypatch.setattr(search, "LARGEST_TABLE_entries", 100)
+    monkeypatch.setattr(search, "BUCKET_entries", 100)
+    monkeypatch.setattr(search, "PROGRAM_entries", 0)
     assert not Elimination(nodes, edges).exact
