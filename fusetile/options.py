@@ -270,10 +270,8 @@ class Training:
 
     @property
     def _betas(self) -> tuple[float, float]:
-        betas = numbers("--betas", self.betas)
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"--betas {self.betas}: give two numbers from 0 to below 1, such as 0.9,0.999")
-        return betas[0], betas[1]
+        first, second = numbers("--betas", self.betas)
+        return first, second
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -284,6 +282,9 @@ class Training:
         ):
             if value is not None and value < 0:
                 raise UserError(f"{flag} {value}: must be at least 0")
+        betas = numbers("--betas", self.betas)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"--betas {self.betas}: give two numbers from 0 to below 1, such as 0.9,0.999")
         if self.nesterov and (self.optimizer != "sgd" or not self.update.momentum):
             raise UserError("--nesterov needs --optimizer sgd and a momentum above 0")
         if self.momentum and self.optimizer in ("adam", "adamw"):

@@ -155,7 +155,7 @@ def test_patterns_that_make_no_sense(options: dict[str, str], message: str) -> N
         ({"optimizer": "adam", "nesterov": True}, "--nesterov needs"),
         ({"optimizer": "adam", "momentum": 0.9}, "see --betas"),
         ({"betas": "0.9"}, "two numbers"),
-        ({"betas": "0.9,1"}, "two numbers"),
+        ({"optimizer": "adam", "betas": "0.9,1"}, "two numbers"),
         ({"schedule": "multistep"}, "needs --milestones"),
         ({"schedule": "multistep", "milestones": "2.5"}, "whole numbers"),
         ({"schedule": "multistep", "milestones": "-3"}, "whole numbers"),
