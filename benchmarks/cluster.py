@@ -132,20 +132,26 @@ def on_all(there: Any, commands: Sequence[Sequence[str]]) -> None:
 
 
 def profiled(there: Any, nodes: int, folder: Path) -> Cluster:
-    """The cluster as its own profiles describe it. Nodes are alike: the profile of the middle one stands for all."""
+    """The cluster as its own profiles describe it. Nodes are alike: the profile of the middle one stands for all, with
+    the medians of all that were measured of the link."""
     device = replace(local_cluster(1).nodes[0].device, cores=1)
     named = tuple(Node(f"node{i}", f"{address}:{PORT}", device) for i, address in enumerate(there.addrs))
     write_probes(Cluster(named), folder, trace=Trace())
     bundles = [folder / "nodes" / node.name for node in named]
     on_all(there, [["fusetile.runtime.node", "profile", str(bundle), "--threads", "1"] for bundle in bundles])
     paths = [bundle / "profile.toml" for bundle in bundles]
-    middle = sorted(paths, key=lambda path: read_profile(path).device.core_flops)[nodes // 2]
-    shutil.copy(middle, folder / "middle.toml")
+    profiles = [read_profile(path) for path in paths]
+    middle = sorted(range(nodes), key=lambda i: profiles[i].device.core_flops)[nodes // 2]
+    shutil.copy(paths[middle], folder / "middle.toml")
     entries = [
         f'[[node]]\nname = "{node.name}"\naddress = "{node.address}"\nprofile = "middle.toml"\n' for node in named
     ]
     (folder / "cluster.toml").write_text("".join(entries))
-    return read_cluster(folder / "cluster.toml")
+    found = read_cluster(folder / "cluster.toml")
+    if links := [profile.link for profile in profiles if profile.link is not None]:
+        rate, latency = (statistics.median(values) for values in zip(*links, strict=True))
+        found = replace(found, link=replace(found.link, bytes_per_second=rate, latency_seconds=latency))
+    return found
 
 
 def measured(there: Any, cluster: Cluster, batch: int, folder: Path, options: argparse.Namespace) -> Run:

@@ -30,18 +30,14 @@ from fusetile.graph import Graph
 from fusetile.onnx_import import import_onnx
 from fusetile.ops import row
 from fusetile.options import Loss, Training
-from fusetile.passes.add_optimizer import Optimizer, add_optimizer
 from fusetile.passes.communicate import communicate
-from fusetile.passes.differentiate import Criterion, differentiate
 from fusetile.passes.fit import INTERPRETER_bytes
-from fusetile.passes.fuse import fuse
 from fusetile.passes.group import group
 from fusetile.passes.place import place
-from fusetile.passes.prune import prune
 from fusetile.passes.rematerialize import cheap, rematerialize
 from fusetile.passes.rules import rule_splits
 from fusetile.passes.schedule import schedule
-from fusetile.pipeline import lay_out, plan_graph
+from fusetile.pipeline import lay_out, plan_graph, training_graph
 from fusetile.plan import Estimate, Plan
 from fusetile.planner.choose import best_plan
 from fusetile.planner.simulate import simulate
@@ -60,11 +56,10 @@ MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], Loss]] = {
 }
 
 
-def training_graph(build: Callable[[], onnx.ModelProto], loss: Loss, batch: int, *, keep_all: bool = False) -> Graph:
-    """The graph that is planned; with `keep_all` nothing is computed twice."""
-    graph = differentiate(_forward(build, batch), Criterion(loss=loss))
-    graph = fuse(prune(add_optimizer(graph, Optimizer(momentum=0.9, weight_decay=0.0))))
-    return graph.sorted() if keep_all else rematerialize(graph, cheap(graph))
+def planned_graph(build: Callable[[], onnx.ModelProto], loss: Loss, batch: int) -> Graph:
+    """The graph that is planned."""
+    whole = training_graph(_forward(build, batch), training=Training(batch=batch, loss=loss), trace=Trace())
+    return rematerialize(whole, cheap(whole))
 
 
 def _forward(build: Callable[[], onnx.ModelProto], batch: int) -> Graph:
@@ -109,7 +104,7 @@ def speedups(names: list[str], batches: list[int], counts: list[int], console: C
     for name in names:
         build, loss = MODELS[name]
         for batch in batches:
-            graph = training_graph(build, loss, batch)
+            graph = planned_graph(build, loss, batch)
             core, one = single(graph, of_devices(1, cores=1)), single(graph, of_devices(1))
             for nodes in counts:
                 cluster = of_devices(nodes)
@@ -175,7 +170,7 @@ def _framework_bytes(forward: Graph) -> int:
 def _keeping_bytes(build: Callable[[], onnx.ModelProto], loss: Loss, batch: int) -> tuple[int, int]:
     """Of one device that computes nothing twice: all values, and its arena."""
     alone, training = of_devices(1), Training(batch=batch, loss=loss)
-    graph = training_graph(build, loss, batch, keep_all=True)
+    graph = training_graph(_forward(build, batch), training=training, trace=Trace())
     plan = place(graph, rule_splits(graph, "single", alone), speeds=alone.speeds, block=BLOCK)
     laid = lay_out(graph, plan, cluster=alone, training=training, trace=Trace())
     (memory,), (draft,) = laid.memories, laid.drafts
@@ -204,7 +199,7 @@ def mixed(batch: int, console: Console) -> None:
     table = Table("model", "batch", "in proportion", "equal", "gain")
     for name in ("yolov2-16", "vgg16", "unet"):
         build, loss = MODELS[name]
-        graph = training_graph(build, loss, batch)
+        graph = planned_graph(build, loss, batch)
         _, estimate, _ = planned(graph, cluster)
         plan, _, _ = planned(graph, equal)
         communication = communicate(graph, plan, block=BLOCK)
@@ -220,7 +215,7 @@ def curve(name: str, batches: list[int], nodes: int, console: Console) -> None:
     build, loss = MODELS[name]
     table = Table("GFLOP/s per core", "link", "batch", "one device", f"{nodes} devices", "speedup", "fp16", "speedup")
     for batch in batches:
-        graph = training_graph(build, loss, batch)
+        graph = planned_graph(build, loss, batch)
         for core_flops in (1e9, 1.5e9, 2e9, 3e9, 5e9, 7e9, 10e9):
             for rate, text in ((94e6, "100 Mbit/s"), (940e6, "1 Gbit/s")):
                 cluster = of_devices(nodes, core_flops=core_flops, rate=rate)

@@ -120,10 +120,43 @@ class Planned:
 def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Trace) -> Planned:
     """A graph as it was imported -> a plan that fits into the devices' memory."""
     cluster = cluster.with_wire(training.wire).with_source(training.source)
-    block = block_of(cluster)
     with trace.stage("freeze") as seen:
-        graph = seen(freeze(graph, frozen=training.freeze, trained=training.train))
-    forward = graph
+        forward = seen(freeze(graph, frozen=training.freeze, trained=training.train))
+    whole = training_graph(forward, training=training, trace=trace)
+    with trace.stage("rematerialize") as seen:
+        graph = seen(rematerialize(whole, cheap(whole)))
+    with trace.stage("assign"):
+        plan = assign(
+            graph,
+            plan=training.plan,
+            cluster=cluster,
+            block=block_of(cluster),
+            halo=training.halo,
+            on_progress=trace.on_progress,
+        )
+    if training.accumulate > 1:
+        with trace.stage("accumulate") as seen:
+            whole = seen(accumulate(whole, training.accumulate))
+        if any(op.kind == "BatchStatistics" for op in whole.ops.values()):
+            trace.on_note(
+                f"--accumulate {training.accumulate}: BatchNormalization takes the statistics of each of the "
+                f"{training.accumulate} batches of a step by itself"
+            )
+    laid, saving = _fitted(whole, plan, cluster=cluster, training=training, trace=trace)
+    others = _others(forward, laid, cluster=cluster, training=training, trace=trace)
+    routines = (laid, *others.values())
+    for each in routines:
+        fit(each.memories, cluster=cluster, layers=[layers_of(each.graph, draft) for draft in each.drafts])
+    memories = [
+        max((each.memories[rank] for each in routines), key=lambda memory: memory.arena_bytes)
+        for rank in range(len(cluster.nodes))
+    ]
+    description = describe(laid, memories, saving, cluster=cluster, training=training, block=block_of(cluster))
+    return Planned(whole, laid, others, memories, description)
+
+
+def training_graph(graph: Graph, *, training: Training, trace: Trace) -> Graph:
+    """A forward graph -> that of a step, in which nothing is computed twice."""
     with trace.stage("differentiate") as seen:
         graph = seen(differentiate(graph, training.criterion))
     with trace.stage("add_optimizer") as seen:
@@ -132,59 +165,7 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
         graph = seen(prune(graph))
     with trace.stage("fuse") as seen:
         graph = seen(fuse(graph))
-    whole = graph
-    with trace.stage("rematerialize") as seen:
-        graph = seen(rematerialize(whole, cheap(whole)))
-    with trace.stage("assign"):
-        plan = assign(
-            graph,
-            plan=training.plan,
-            cluster=cluster,
-            block=block,
-            halo=training.halo,
-            on_progress=trace.on_progress,
-        )
-    if training.accumulate > 1:
-        with trace.stage("accumulate") as seen:
-            whole = seen(accumulate(whole, training.accumulate))
-            graph = rematerialize(whole, cheap(whole))
-        if any(op.kind == "BatchStatistics" for op in graph.ops.values()):
-            trace.on_note(
-                f"--accumulate {training.accumulate}: BatchNormalization takes the statistics of each of the "
-                f"{training.accumulate} batches of a step by itself"
-            )
-    for apart in (True, False) if training.accumulate > 1 else (False,):
-        placed = place_sums(whole, plan, apart=apart)
-        laid = lay_out(graph, placed, cluster=cluster, training=training, trace=trace)
-        laid, saving = _economize(whole, placed, laid, cluster=cluster, training=training, trace=trace)
-        if (laid.arena_bytes <= room_bytes(cluster)).all():
-            break
-    others: dict[str, LaidOut] = {}
-    if training.accumulate > 1:
-        with trace.stage("micro") as seen:
-            others["micro"] = _lay_out_beside(seen(micro(laid.graph)), laid, cluster=cluster, training=training)
-    if training.validation:
-        with trace.stage("infer") as seen:
-            validation = seen(fuse(prune(infer(add_loss(forward, training.criterion), trained=laid.graph))))
-            others["validation"] = _lay_out_beside(validation, laid, cluster=cluster, training=training)
-    for each in (laid, *others.values()):
-        fit(each.memories, cluster=cluster, layers=[layers_of(each.graph, draft) for draft in each.drafts])
-    memories = [
-        max((each.memories[rank] for each in (laid, *others.values())), key=lambda memory: memory.arena_bytes)
-        for rank in range(len(cluster.nodes))
-    ]
-    description = describe(
-        laid.graph,
-        laid.plan,
-        laid.communication,
-        laid.order,
-        memories,
-        saving,
-        cluster=cluster,
-        training=training,
-        block=block,
-    )
-    return Planned(whole, laid, others, memories, description)
+    return graph
 
 
 def write_planned(
@@ -213,6 +194,32 @@ def for_target(planned: Planned, target: Target, *, cluster: Cluster, training: 
     laid = replace(planned.laid, targets=[target] * len(cluster.nodes))
     laid = _emitted(laid, cluster=cluster, training=training)
     return replace(planned, laid=laid, others={}, memories=laid.memories)
+
+
+def _fitted(whole: Graph, plan: Plan, *, cluster: Cluster, training: Training, trace: Trace) -> tuple[LaidOut, Saving]:
+    """The training step within the devices' memory, as far as possible. Gradients of several batches are added up
+    apart, on every device, if there is room for that."""
+    graph = rematerialize(whole, cheap(whole))
+    for apart in (True, False) if training.accumulate > 1 else (False,):
+        placed = place_sums(whole, plan, apart=apart)
+        laid = lay_out(graph, placed, cluster=cluster, training=training, trace=trace)
+        laid, saving = _economize(whole, placed, laid, cluster=cluster, training=training, trace=trace)
+        if (laid.arena_bytes <= room_bytes(cluster)).all():
+            break
+    return laid, saving
+
+
+def _others(forward: Graph, laid: LaidOut, *, cluster: Cluster, training: Training, trace: Trace) -> dict[str, LaidOut]:
+    """The routines besides the training step, by name: "micro" is a batch that is not a step's last."""
+    others: dict[str, LaidOut] = {}
+    if training.accumulate > 1:
+        with trace.stage("micro") as seen:
+            others["micro"] = _lay_out_beside(seen(micro(laid.graph)), laid, cluster=cluster, training=training)
+    if training.validation:
+        with trace.stage("infer") as seen:
+            validation = seen(fuse(prune(infer(add_loss(forward, training.criterion), trained=laid.graph))))
+            others["validation"] = _lay_out_beside(validation, laid, cluster=cluster, training=training)
+    return others
 
 
 def _lay_out_beside(graph: Graph, laid: LaidOut, *, cluster: Cluster, training: Training) -> LaidOut:

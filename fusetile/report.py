@@ -12,6 +12,7 @@ import numpy as np
 
 from fusetile.box import Box, volume
 from fusetile.cluster import Cluster
+from fusetile.codegen.laid_out import LaidOut
 from fusetile.cost import cost_of, seconds_on
 from fusetile.graph import UPDATE, Graph, Op
 from fusetile.ops import domain_of
@@ -20,7 +21,7 @@ from fusetile.passes.communicate import Communication, busiest
 from fusetile.passes.economize import Saving
 from fusetile.passes.plan_memory import MemoryPlan
 from fusetile.passes.schedule import Action, Compute, Part, Schedule, Transfer
-from fusetile.plan import Plan
+from fusetile.plan import Placement, Plan
 from fusetile.planner.clock import Timeline
 from fusetile.planner.simulate import simulate
 from fusetile.program import SCHEMA_VERSION
@@ -29,10 +30,7 @@ Description = dict[str, Any]
 
 
 def describe(
-    graph: Graph,
-    plan: Plan,
-    communication: Communication,
-    schedule: Schedule,
+    laid: LaidOut,
     memories: Sequence[MemoryPlan],
     saving: Saving,
     *,
@@ -41,57 +39,63 @@ def describe(
     block: int,
 ) -> Description:
     """The document; everything in it is plain JSON."""
-    seconds = predicted_seconds(graph, plan, cluster)
-    timeline = simulate(communication, schedule, cluster)
+    graph, order = laid.graph, laid.order
+    timeline = simulate(laid.communication, order, cluster)
+    options = {
+        "batch": graph.tensors[graph.inputs[0]].shape[0],
+        "loss": training.objective,
+        "loss_model": training.loss_model and training.loss_model.name,
+    }
     return {
         "schema": SCHEMA_VERSION,
         "model": graph.name,
-        "training": asdict(training)
-        | {
-            "batch": graph.tensors[graph.inputs[0]].shape[0],
-            "loss": training.objective,
-            "loss_model": training.loss_model and training.loss_model.name,
-        },
+        "training": asdict(training) | options,
         "channel_block": block,
         "link": asdict(cluster.link),
         "step_seconds": timeline.seconds,
-        "search": _search(plan),
+        "search": _search(laid.plan),
         "parameter_bytes": sum(graph.parameters[name].value.nbytes for name in graph.gradients),
         "recomputed": {"maps": saving.maps, "seconds": saving.seconds},
-        "nodes": [
-            {
-                "name": node.name,
-                "address": node.address,
-                "device": node.device.kind,
-                "cores": node.device.cores,
-                "memory_bytes": node.device.memory_bytes,
-                "arena_bytes": memory.arena_bytes,
-                "saved_bytes": saving.saved_bytes[rank],
-                "compute_seconds": seconds[rank],
-                "sent_bytes": _sent(schedule, rank),
-            }
-            for rank, (node, memory) in enumerate(zip(cluster.nodes, memories, strict=True))
-        ],
-        "groups": _groups(graph, plan, communication, schedule, timeline, cluster),
-        "ops": [
-            {
-                "name": name,
-                "kind": graph.ops[name].kind,
-                "phase": graph.ops[name].phase,
-                "origin": graph.ops[name].origin,
-                "compute": [list(box) if volume(box) else None for box in plan.placements[name].compute],
-                "own": [list(box) if volume(box) else None for box in plan.placements[name].own],
-            }
-            for name in schedule.order
-        ],
-        "transfers": [_transfer(communication, transfer) for transfer in schedule.transfers],
+        "nodes": _nodes(laid, memories, saving, cluster),
+        "groups": _groups(laid, timeline, cluster),
+        "ops": [_op(graph.ops[name], laid.plan.placements[name]) for name in order.order],
+        "transfers": [_transfer(laid.communication, transfer) for transfer in order.transfers],
         "timeline": {
             "works": [
                 [(_rounded(start), _rounded(stop), _op_of(actions[index])) for start, stop, index in works]
-                for works, actions in zip(timeline.works, schedule.actions, strict=True)
+                for works, actions in zip(timeline.works, order.actions, strict=True)
             ],
             "messages": [(_rounded(start), _rounded(stop)) for start, stop in timeline.messages],
         },
+    }
+
+
+def _nodes(laid: LaidOut, memories: Sequence[MemoryPlan], saving: Saving, cluster: Cluster) -> list[Description]:
+    seconds = predicted_seconds(laid.graph, laid.plan, cluster)
+    return [
+        {
+            "name": node.name,
+            "address": node.address,
+            "device": node.device.kind,
+            "cores": node.device.cores,
+            "memory_bytes": node.device.memory_bytes,
+            "arena_bytes": memory.arena_bytes,
+            "saved_bytes": saving.saved_bytes[rank],
+            "compute_seconds": seconds[rank],
+            "sent_bytes": _sent(laid.order, rank),
+        }
+        for rank, (node, memory) in enumerate(zip(cluster.nodes, memories, strict=True))
+    ]
+
+
+def _op(op: Op, placement: Placement) -> Description:
+    return {
+        "name": op.name,
+        "kind": op.kind,
+        "phase": op.phase,
+        "origin": op.origin,
+        "compute": [list(box) if volume(box) else None for box in placement.compute],
+        "own": [list(box) if volume(box) else None for box in placement.own],
     }
 
 
@@ -163,16 +167,10 @@ def _transfer(communication: Communication, transfer: Transfer) -> Description:
 # -- groups ------------------------------------------------------------------------------------------------------------
 
 
-def _groups(
-    graph: Graph,
-    plan: Plan,
-    communication: Communication,
-    schedule: Schedule,
-    timeline: Timeline,
-    cluster: Cluster,
-) -> list[Description]:
+def _groups(laid: LaidOut, timeline: Timeline, cluster: Cluster) -> list[Description]:
     """Maximal runs of ops that no feature map is moved for, forward and backward; updates are left out. Seconds are
     those of the device that computes most, of the one that waits most, and of the busiest link for the maps."""
+    graph, plan, communication, schedule = laid.graph, laid.plan, laid.communication, laid.order
     waits = _waits(schedule, timeline)
     arriving: dict[int, int] = {}  # bytes by delivery
     for transfer in schedule.transfers:

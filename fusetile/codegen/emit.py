@@ -42,6 +42,10 @@ class _Emitter:
         self.actions = self.schedule.actions[device]
         self.updating = updating(self.graph, self.plan, self.communication, self.storage, self.actions, device)
         self.taken = {op.name: op.inputs[1] for op in self.graph.ops.values() if row(op.kind).kernel == "update"}
+        self.incoming: dict[int, list[Transfer]] = {}  # by delivery
+        for transfer in self.schedule.transfers:
+            for index in {part.delivery for part in transfer.parts} if transfer.target == device else ():
+                self.incoming.setdefault(index, []).append(transfer)
 
     def run(self) -> Draft:
         for name in self.graph.parameters:
@@ -220,8 +224,7 @@ class _Emitter:
         adding = self.communication.layouts[delivery.tensor].combine == "sum"
         came = {
             part.move: (transfer, stage, at)
-            for transfer in self.schedule.transfers
-            if transfer.target == self.device
+            for transfer in self.incoming.get(index, ())
             for part, stage, at in self._parts(transfer)
             if part.delivery == index
         }

@@ -2,10 +2,12 @@
  *
  * Every call's work units are shared evenly by all threads, or by as many as it has scratch for, so that a thread finds
  * in its cache what it made before. Each takes its share piece by piece, and then pieces of those who are not done yet,
- * because something else had their core for a while. All meet at a barrier, which is also how a segment starts. A thread that waits spins; between
- * segments, it soon sleeps in a futex. Inside one, the others are about to be done, waking a sleeper can take longer
- * than a small kernel, and a core that is offered to a busy program comes back late: there it spins for longer, then
- * offers its core until a millisecond is over, and only then sleeps. With one thread there is nothing of this.
+ * because something else had their core for a while. All meet at a barrier, which is also how a segment starts.
+ *
+ * A thread that waits spins; between segments, it soon sleeps in a futex. Inside one, the others are about to be done,
+ * waking a sleeper can take longer than a small kernel, and a core that is offered to a busy program comes back late:
+ * there it spins for longer, then offers its core until a millisecond is over, and only then sleeps. With one thread
+ * there is nothing of this.
  */
 #define _GNU_SOURCE
 #include <errno.h>

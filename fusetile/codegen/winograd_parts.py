@@ -28,6 +28,7 @@ def m_strides(v: Vectors, m: int, wide: int, long: int, *, by_xi: bool) -> tuple
 
 
 def products(m: int) -> int:
+    """Of one tile, per pair of channels."""
     return (m + 2) ** 2
 
 

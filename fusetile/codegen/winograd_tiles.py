@@ -60,6 +60,7 @@ class Tiling:
 
 
 def tiled(m: int, sizes: Sizes, longest: int) -> Tiling:
+    """All tiles of the maps in groups of at most `longest`."""
     empty = Tiling(m, sizes, 1, 0, 0)
     return grouped(empty, empty.tiles, longest)
 
@@ -84,10 +85,12 @@ def widths(cpu: Machine, k_blocks: int) -> list[int]:
 
 
 def workers_of(target: Target) -> int:
+    """The most threads that share a call: each has scratch of its own."""
     return WORKERS_ARM if target.width == 4 else WORKERS
 
 
 def power_of_two(limit: int) -> int:
+    """The largest up to `limit`."""
     return 1 << (limit.bit_length() - 1)
 
 

@@ -64,6 +64,7 @@ def _broadcast_domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[
 
 
 def along_channels(arrays: Sequence[Array], rank: int) -> list[Array]:
+    """Arrays with dimensions of one where they are broadcast (see `aligned_shape`)."""
     return [array.reshape(aligned_shape(array.shape, rank)) for array in arrays]
 
 

@@ -42,7 +42,7 @@ from fusetile.runtime.transport import Transport
 
 PROBES = "probes.json"
 COPY_bytes, COPIES = 1 << 26, 5
-ROUNDS = 5  # of transfers, after one that counts for nothing
+ROUNDS = 20  # of transfers, after one that counts for nothing
 LEAST_steps = 5
 
 

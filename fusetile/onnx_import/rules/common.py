@@ -55,6 +55,15 @@ def finish(
     importer.define(node, View(stored, dims))
 
 
+def stored_anew(importer: Importer, node: Node, view: View, sizes: Sequence[int]) -> View:
+    """The same view of a tensor that is stored with these sizes, made by joining neighbours of the view's."""
+    flat = view.reshaped(sizes)
+    assert flat is not None  # neighbours can always be put together
+    again = importer.whole(importer.tensor(node, flat)).reshaped(view.shape)
+    assert again is not None
+    return again
+
+
 def pointwise(importer: Importer, node: Node, kind: str, view: View, attrs: Mapping[str, Any] | None = None) -> None:
     """An op of one operand that works element by element, on the tensor as it is stored."""
     finish(importer, node, kind, [view.base], attrs, importer.seen_through(view))

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer, Mask
-from fusetile.onnx_import.rules.common import Rule, finish, number_of, operands, pointwise
+from fusetile.onnx_import.rules.common import Rule, finish, number_of, operands, pointwise, stored_anew
 from fusetile.onnx_import.rules.norm import dropped
 from fusetile.onnx_import.views import View, merged
 
@@ -86,6 +86,7 @@ def both(kind: str) -> Rule:
 
 
 def inverted(importer: Importer, node: Node) -> None:
+    """Not: of the mask of a dropout, or of a map of zeros and ones."""
     mask = importer.mask(node.inputs[0])
     if mask is None:
         _inverse(importer, node, importer.view(node))
@@ -160,8 +161,4 @@ def _fitted(importer: Importer, node: Node, view: View, mask: Mask) -> tuple[Vie
     sizes = merged([view.shape, shape]) if fits else None
     if sizes is None:
         raise importer.refuse(node, f"its mask of shape {mask.shape} does not fit the map of shape {view.shape}")
-    plain = view.reshaped(sizes[0])
-    assert plain is not None  # neighbours can always be put together
-    whole = importer.whole(importer.tensor(node, plain)).reshaped(view.shape)
-    assert whole is not None
-    return whole, tuple(sizes[1])
+    return stored_anew(importer, node, view, sizes[0]), tuple(sizes[1])

@@ -16,6 +16,7 @@ from fusetile.onnx_import.views import View
 
 
 def batch_normalization(importer: Importer, node: Node) -> None:
+    """By the batch's statistics, or by the running ones if `bn` is frozen; by what the model computes, in its parts."""
     importer.require_unused(node, node.outputs[1:])
     if not node.attrs.get("spatial", 1):
         raise importer.refuse(node, "spatial=0 (statistics per pixel) is not supported")
@@ -228,6 +229,7 @@ def dropped(importer: Importer, node: Node, x: str, ratio: float, name: str = ""
 
 
 def dropout(importer: Importer, node: Node) -> None:
+    """With the ratio of the node, or the one that the options give."""
     importer.require_unused(node, node.outputs[1:])
     view = importer.view(node)
     ratio = float(importer.constant_input(node, 1, "ratio")) if node.has(1) else float(node.attrs.get("ratio", 0.5))

@@ -26,6 +26,7 @@ def function(kind: str, **defaults: float) -> Rule:
 
 
 def gelu(importer: Importer, node: Node) -> None:
+    """Exact, or by a hyperbolic tangent."""
     kinds = {"none": "Gelu", "tanh": "GeluTanh"}
     form = node.attrs.get("approximate", "none")
     if form not in kinds:
@@ -34,6 +35,7 @@ def gelu(importer: Importer, node: Node) -> None:
 
 
 def clip(importer: Importer, node: Node) -> None:
+    """Its bounds are attributes before opset 11."""
     bounds = {"low": -math.inf, "high": math.inf}
     for i, (key, name) in enumerate((("low", "min"), ("high", "max")), 1):
         if node.has(i):
@@ -57,6 +59,7 @@ def hyperbolic(kind: str) -> Rule:
 
 
 def neg(importer: Importer, node: Node) -> None:
+    """-x is x times -1."""
     pointwise(importer, node, "Scale", importer.view(node), {"factor": -1.0})
 
 
@@ -107,6 +110,7 @@ def _gated(importer: Importer, node: Node) -> View | None:
 
 
 def power(importer: Importer, node: Node) -> None:
+    """x to a constant power; the usual ones as ops of their own."""
     view, exponent = importer.view(node), number_of(importer, node.inputs[1])
     match exponent:
         case None:
@@ -174,6 +178,7 @@ def variadic(kind: str, *, mean: bool = False) -> Rule:
 
 
 def add(importer: Importer, node: Node) -> None:
+    """A sum, or the bias of the convolution or product before it."""
     random = any(importer.mask(name) is not None for name in node.inputs)
     for i in (0, 1):
         if not random and importer.weight(node.inputs[i]) is not None and _is_bias(importer, node, bias=i):
@@ -268,6 +273,7 @@ def scatter_nd(importer: Importer, node: Node) -> None:
 
 
 def identity(importer: Importer, node: Node) -> None:
+    """Another name for the same tensor."""
     importer.alias[node.outputs[0]] = node.inputs[0]
 
 

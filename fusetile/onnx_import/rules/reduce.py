@@ -7,7 +7,7 @@ from math import prod
 
 from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer
-from fusetile.onnx_import.rules.common import Rule, axes_of, finish, listed
+from fusetile.onnx_import.rules.common import Rule, axes_of, finish, listed, stored_anew
 from fusetile.onnx_import.views import View, merged
 
 
@@ -20,11 +20,7 @@ def reducible(importer: Importer, node: Node, view: View, axes: Sequence[int]) -
         small = merged(sizes)
         if small is None:
             raise importer.refuse(node, f"axes {list(axes)} of shape {view.shape} can't be reduced")
-        flat = view.reshaped(small[0])
-        assert flat is not None  # neighbours can always be put together
-        again = importer.whole(importer.tensor(node, flat)).reshaped(view.shape)
-        assert again is not None
-        view = again
+        view = stored_anew(importer, node, view, small[0])
         reduced = view.axes(set(axes)) or set()
     stored = importer.shape(view.base)
     return view, tuple(1 if axis in reduced else size for axis, size in enumerate(stored))

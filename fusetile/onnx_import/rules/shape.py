@@ -45,6 +45,7 @@ def _keeps_batch(importer: Importer, view: View, found: View) -> bool:
 
 
 def reshape(importer: Importer, node: Node) -> None:
+    """Of a map as a view; of a weight as another shape of the same parameter. A batch that was baked in gives way."""
     if (weight := importer.weight(node.inputs[0])) is not None:
         importer.reshape_weight(node, importer.constant_input(node, 1, "shape").tolist(), weight)
         return
@@ -65,6 +66,7 @@ def reshape(importer: Importer, node: Node) -> None:
 
 
 def flatten(importer: Importer, node: Node) -> None:
+    """A reshape to two dimensions."""
     shape = importer.view(node).shape
     axis = node.attrs.get("axis", 1)
     axis += len(shape) * (axis < 0)
@@ -72,6 +74,7 @@ def flatten(importer: Importer, node: Node) -> None:
 
 
 def squeeze(importer: Importer, node: Node) -> None:
+    """Dimensions of one left out."""
     if (weight := importer.weight(node.inputs[0])) is not None:
         importer.reshape_weight(node, [size for size in weight.shape if size != 1], weight)
         return
@@ -86,6 +89,7 @@ def squeeze(importer: Importer, node: Node) -> None:
 
 
 def unsqueeze(importer: Importer, node: Node) -> None:
+    """Dimensions of one put in."""
     axes = listed(importer, node, 1, "axes") or []
     weight = importer.weight(node.inputs[0])
     view = None if weight is not None else importer.view(node)
@@ -115,6 +119,7 @@ def transpose(importer: Importer, node: Node) -> None:
 
 
 def depth_to_space(importer: Importer, node: Node) -> None:
+    """Channels become blocks of pixels, in either order of channels."""
     view, block = importer.view(node), int(node.attrs["blocksize"])
     n, c, h, w = view.shape
     depth_first = node.attrs.get("mode", "DCR") == "DCR"
@@ -124,6 +129,7 @@ def depth_to_space(importer: Importer, node: Node) -> None:
 
 
 def space_to_depth(importer: Importer, node: Node) -> None:
+    """Blocks of pixels become channels."""
     view, block = importer.view(node), int(node.attrs["blocksize"])
     n, c, h, w = view.shape
     split = (n, c, h // block, block, w // block, block)
@@ -143,6 +149,7 @@ def _rearranged(
 
 
 def expand(importer: Importer, node: Node) -> None:
+    """A map repeated along dimensions of one."""
     view = importer.view(node)
     target = [int(size) for size in importer.constant_input(node, 1, "shape")]
     rank = max(len(target), len(view.dims))
@@ -252,6 +259,7 @@ def _cut(importer: Importer, node: Node, view: View, axis: int, indices: Sequenc
 
 
 def slice_(importer: Importer, node: Node) -> None:
+    """Ranges of dimensions, with steps."""
     view = importer.view(node)
     rank = len(view.dims)
     starts, ends = listed(importer, node, 1, "starts"), listed(importer, node, 2, "ends")
@@ -271,6 +279,7 @@ def slice_(importer: Importer, node: Node) -> None:
 
 
 def split(importer: Importer, node: Node) -> None:
+    """Parts of a dimension, one after the other."""
     view = importer.view(node)
     (axis,) = axes_of(importer, node, [node.attrs.get("axis", 0)], len(view.dims))
     sizes, size = listed(importer, node, 1, "split"), view.shape[axis]
@@ -301,6 +310,7 @@ def split_to_sequence(importer: Importer, node: Node) -> None:
 
 
 def sequence_at(importer: Importer, node: Node) -> None:
+    """One of the parts that SplitToSequence made."""
     parts = importer.sequences.get(importer.resolved(node.inputs[0]))
     if parts is None:
         raise importer.refuse(node, f"{node.inputs[0]!r} is not a sequence of parts of one tensor")
@@ -308,6 +318,7 @@ def sequence_at(importer: Importer, node: Node) -> None:
 
 
 def gather(importer: Importer, node: Node) -> None:
+    """What stands at constant indices along one dimension."""
     view = importer.view(node)
     (axis,) = axes_of(importer, node, [node.attrs.get("axis", 0)], len(view.dims))
     indices = importer.constant_input(node, 1, "indices")

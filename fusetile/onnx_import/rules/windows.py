@@ -182,6 +182,7 @@ def _pool(importer: Importer, node: Node) -> tuple[str, bool, dict[str, Any]]:
 
 
 def max_pool(importer: Importer, node: Node) -> None:
+    """With the places of the maxima, for a MaxUnpool, if they are read."""
     x, row, attrs = _pool(importer, node)
     y = node.outputs[0]
     if not row:
