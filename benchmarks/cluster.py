@@ -211,9 +211,10 @@ class Watch:
 
 
 def host_busy_seconds() -> float:
-    """Processor seconds of this computer since it was started."""
-    user, nice, system, _, _, *more = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
-    return (user + nice + system + sum(more)) / os.sysconf("SC_CLK_TCK")
+    """Processor seconds of this computer that were not idle, since some time. Linux counts idle time exactly, but busy
+    time by ticks, which fall in step with the periods of a share of a core."""
+    _, _, _, idle, waiting, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+    return (os.cpu_count() or 1) * time.monotonic() - (idle + waiting) / os.sysconf("SC_CLK_TCK")
 
 
 def table(runs: Sequence[Run], options: argparse.Namespace) -> Table:
