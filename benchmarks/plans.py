@@ -42,7 +42,7 @@ from fusetile.plan import Estimate, Plan
 from fusetile.planner.choose import best_plan
 from fusetile.planner.simulate import simulate
 from fusetile.trace import Trace
-from models import densenet121, resnet18, resnet50, unet, vgg16, yolov2
+from models import darknet19, densenet121, mobilenetv2, resnet18, resnet50, unet, vgg16, yolov2
 
 BLOCK = 8
 MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], Loss]] = {
@@ -53,6 +53,8 @@ MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], Loss]] = {
     "resnet18": (resnet18.build, "cross-entropy"),
     "resnet50": (resnet50.build, "cross-entropy"),
     "densenet121": (densenet121.build, "cross-entropy"),
+    "mobilenetv2": (mobilenetv2.build, "cross-entropy"),
+    "darknet19": (darknet19.build, "cross-entropy"),
 }
 
 

@@ -1,8 +1,9 @@
-"""Show a plan in the terminal: devices, groups of layers with their boxes, and what crosses the network."""
+"""Show a plan in the terminal: devices, the critical path, groups of layers, and what crosses the network."""
 
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from rich.table import Table
 
 from fusetile.errors import UserError
 from fusetile.program import SCHEMA_VERSION
+
+LONGEST_parts = 8
+"""Of the critical path: so many are shown."""
 
 
 def read_plan(build: Path) -> dict[str, Any]:
@@ -42,6 +46,7 @@ def explain_build(build: Path, console: Console, *, as_json: bool) -> None:
     console.print(devices_table(plan))
     console.print(recomputed_text(plan), highlight=False)
     _print_prediction(plan, console)
+    _print_critical_path(plan, console)
     console.print("Groups: runs of layers for which no feature map moves between devices", style="bold")
     for number, group in enumerate(plan["groups"], 1):
         _print_group(plan, number, group, console)
@@ -76,6 +81,50 @@ def _why_not_data_parallel(plan: dict[str, Any]) -> str:
         f"Data parallel would take {_milliseconds(seconds)}: {idle}gradients and weights of {megabytes(weights_bytes)} "
         f"keep every link busy for {_milliseconds(exchange)} per step"
     )
+
+
+def _print_critical_path(plan: dict[str, Any], console: Console) -> None:
+    """How long the step's end waited for computing and for messages, and for which of them longest."""
+    path = plan["critical_path"]
+    messages = [stretch for stretch in path if "tag" in stretch]
+    away = sum(stretch["stop"] - stretch["start"] for stretch in messages)
+    console.print(
+        f"[bold]Critical path[/]: {_milliseconds(plan['step_seconds'] - away)} of computing, {_milliseconds(away)} "
+        f"while {len(messages)} message(s) came, their turn on the link included. Its longest parts, in order:",
+        highlight=False,
+    )
+    parts = _joined_path(plan)
+    longest = sorted(parts, key=lambda part: -part[0])[:LONGEST_parts]
+    for part in parts:
+        if part in longest:
+            console.print(f"     {_milliseconds(part[0]):>10}  {part[1]}", markup=False, highlight=False)
+
+
+def _joined_path(plan: dict[str, Any]) -> list[tuple[float, str]]:
+    """The critical path's parts, with their seconds: a message, or all that a node does between two of them."""
+    group_of = {name: i for i, group in enumerate(plan["groups"], 1) for name in group["ops"]}
+    names = [node["name"] for node in plan["nodes"]]
+    parts = []
+    for (node, tag), stretches in groupby(plan["critical_path"], key=lambda each: (each["node"], each.get("tag"))):
+        run = list(stretches)
+        if tag is not None:
+            transfer = plan["transfers"][tag]
+            what = f"{_tensors(transfer)} from {names[transfer['source']]} to {names[node]}"
+            what += f", {megabytes(transfer['bytes'])}"
+        else:
+            groups = sorted({group_of[each["op"]] for each in run if each["op"] in group_of})
+            what = f"{names[node]} computes {_numbered(groups) if groups else 'updates of weights'}"
+        parts.append((run[-1]["stop"] - run[0]["start"], what))
+    return parts
+
+
+def _numbered(groups: list[int]) -> str:
+    return f"group {groups[0]}" if len(groups) == 1 else f"groups {groups[0]} to {groups[-1]}"
+
+
+def _tensors(transfer: dict[str, Any]) -> str:
+    first, *others = dict.fromkeys(part["tensor"] for part in transfer["parts"])
+    return f"{first} and {len(others)} more" if others else str(first)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -130,14 +179,28 @@ def _print_group(plan: dict[str, Any], number: int, group: dict[str, Any], conso
         f"maps travel {_milliseconds(group['transfer_seconds'])} ({_milliseconds(hidden)} of it hidden)",
         highlight=False,
     )
+    console.print(f"     {_split(plan, group)}; memory up to {megabytes(group['memory_bytes'])}", highlight=False)
     for node, box in zip(plan["nodes"], group["boxes"], strict=True):
         part = "x".join(f"[{start},{stop})" for start, stop in box) if box else "nothing"
         console.print(f"     {node['name']:12} {part}", markup=False, highlight=False)
 
 
 def _received(group: dict[str, Any]) -> str:
-    received = group["received_bytes"]
-    return f"{megabytes(received)} of feature maps received first" if received else "no feature map received"
+    """Borders of tiles are halos; all else that comes is redistributed."""
+    received, halos = group["received_bytes"], group["halo_bytes"]
+    kinds = {"of halos": halos, "redistributed": received - halos}
+    text = " and ".join(f"{megabytes(size)} {kind}" for kind, size in kinds.items() if size)
+    return f"{text} before" if text else "no feature map received"
+
+
+def _split(plan: dict[str, Any], group: dict[str, Any]) -> str:
+    """How the last layer of a group is divided among the devices."""
+    names = [node["name"] for node, box in zip(plan["nodes"], group["boxes"], strict=True) if box]
+    parts = ", ".join(f"{name} in {count}" for name, count in group["split"].items())
+    if len(names) == 1:
+        return f"on {names[0]} alone"
+    where = "" if len(names) == len(plan["nodes"]) else f" on {', '.join(names)}"
+    return f"split: {parts}{where}" if parts else f"the same{where or ' on all nodes'}"
 
 
 def _again(group: dict[str, Any]) -> str:

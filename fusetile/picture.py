@@ -14,7 +14,7 @@ from fusetile.curves import curves, ticks
 
 COLOURS = ("#4878cf", "#e1812c", "#3a923a", "#b47cc7", "#c4ad66", "#77bedb", "#d65f5f", "#8c613c")
 PHASES = {"forward": "#4878cf", "backward": "#d65f5f", "update": "#6acc65"}
-SENT, COPIED = "#999", "#bbb"
+SENT, COPIED, CRITICAL = "#999", "#bbb", "#111"
 WIDTH, ROW, MAP, GAP, LEFT = 1200, 26, 120, 4, 110
 MOST_maps = 60
 SHOWN = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "Resize", "Add", "Concat")
@@ -39,7 +39,7 @@ def report_html(plan: Mapping[str, Any], steps: Sequence[Mapping[str, Any]] = ()
     nodes, training = plan["nodes"], plan["training"]
     title = escape(f"{plan['model']} on {_many(len(nodes), 'device')}")
     sizes = {"batch": f"batch {training['batch']}", "loss": training["loss"], "plan": f"plan {training['plan']}"}
-    keys = {**PHASES, "copies": COPIED, "messages sent": SENT}
+    keys = {**PHASES, "copies": COPIED, "messages sent": SENT, "outlined: the critical path": CRITICAL}
     charts = list(curves(steps))
     return "\n".join(
         [
@@ -110,6 +110,7 @@ def _gauge(part: float) -> str:
 def _timeline(plan: Mapping[str, Any]) -> str:
     nodes, timeline = plan["nodes"], plan["timeline"]
     phase = {op["name"]: op["phase"] for op in plan["ops"]}
+    critical = {each.get("tag", (each["node"], each["start"])) for each in plan["critical_path"]}
     end = max(plan["step_seconds"], 1e-9)
 
     def x(seconds: float) -> float:
@@ -126,20 +127,22 @@ def _timeline(plan: Mapping[str, Any]) -> str:
         parts.append(f'<text x="0" y="{top + 14}">{escape(node["name"])}</text>')
         for start, stop, name in timeline["works"][rank]:
             colour, what = (PHASES[phase[name]], name) if name else (COPIED, "copies")
-            parts.append(_bar(x(start), x(stop), top, ROW - 8, colour, f"{what}: {1e3 * (stop - start):.2f} ms"))
-        for transfer, (start, stop) in zip(plan["transfers"], timeline["messages"], strict=True):
+            what += f": {1e3 * (stop - start):.2f} ms"
+            parts.append(_bar(x(start), x(stop), top, ROW - 8, colour, what, outlined=(rank, start) in critical))
+        for tag, (transfer, (start, stop)) in enumerate(zip(plan["transfers"], timeline["messages"], strict=True)):
             if transfer["source"] == rank:
                 tensor, target = transfer["parts"][0]["tensor"], nodes[transfer["target"]]["name"]
                 what = f"{tensor} to {target}, {transfer['bytes']} bytes"
-                parts.append(_bar(x(start), x(stop), top + ROW - 6, 8, SENT, what))
+                parts.append(_bar(x(start), x(stop), top + ROW - 6, 8, SENT, what, outlined=tag in critical))
     return "".join([*parts, "</svg>"])
 
 
-def _bar(start: float, stop: float, top: float, height: float, colour: str, what: str) -> str:
+def _bar(start: float, stop: float, top: float, height: float, colour: str, what: str, *, outlined: bool) -> str:
     width = max(stop - start, 0.3)
+    outline = f' stroke="{CRITICAL}" stroke-width="0.8"' if outlined else ""
     return (
-        f'<rect x="{start:.2f}" y="{top}" width="{width:.2f}" height="{height}" fill="{colour}" fill-opacity="0.8">'
-        f"<title>{escape(what)}</title></rect>"
+        f'<rect x="{start:.2f}" y="{top}" width="{width:.2f}" height="{height}" fill="{colour}" fill-opacity="0.8"'
+        f"{outline}><title>{escape(what)}</title></rect>"
     )
 
 

@@ -29,7 +29,7 @@ from fusetile.rates import Rates
 
 ALIGNMENT_bytes = 64
 REDZONE_bytes = 256  # before and behind every buffer of a program with guards
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 @dataclass(frozen=True, slots=True)

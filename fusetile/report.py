@@ -8,21 +8,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
-from fusetile.box import Box, volume
+from fusetile.box import volume
 from fusetile.cluster import Cluster
 from fusetile.codegen.laid_out import LaidOut
 from fusetile.cost import cost_of, seconds_on
-from fusetile.graph import UPDATE, Graph, Op
-from fusetile.ops import domain_of
+from fusetile.graph import Graph, Op
+from fusetile.groups import groups_of
 from fusetile.options import Training
-from fusetile.passes.communicate import Communication, busiest
+from fusetile.passes.communicate import Communication
 from fusetile.passes.economize import Saving
 from fusetile.passes.plan_memory import MemoryPlan
-from fusetile.passes.schedule import Action, Compute, Part, Schedule, Transfer
+from fusetile.passes.schedule import Action, Compute, Schedule, Transfer
 from fusetile.plan import Placement, Plan
-from fusetile.planner.clock import Timeline
+from fusetile.planner.critical import Stretch, critical_path
 from fusetile.planner.simulate import simulate
 from fusetile.program import SCHEMA_VERSION
 
@@ -57,7 +55,7 @@ def describe(
         "parameter_bytes": sum(graph.parameters[name].value.nbytes for name in graph.gradients),
         "recomputed": {"maps": saving.maps, "seconds": saving.seconds},
         "nodes": _nodes(laid, memories, saving, cluster),
-        "groups": _groups(laid, timeline, cluster),
+        "groups": groups_of(laid, timeline, cluster),
         "ops": [_op(graph.ops[name], laid.plan.placements[name]) for name in order.order],
         "transfers": [_transfer(laid.communication, transfer) for transfer in order.transfers],
         "timeline": {
@@ -67,6 +65,7 @@ def describe(
             ],
             "messages": [(_rounded(start), _rounded(stop)) for start, stop in timeline.messages],
         },
+        "critical_path": [_stretch(order, stretch) for stretch in critical_path(order, timeline)],
     }
 
 
@@ -97,6 +96,14 @@ def _op(op: Op, placement: Placement) -> Description:
         "compute": [list(box) if volume(box) else None for box in placement.compute],
         "own": [list(box) if volume(box) else None for box in placement.own],
     }
+
+
+def _stretch(order: Schedule, stretch: Stretch) -> Description:
+    """A node that computes an op ("" for copies), or message `tag` on its way to it."""
+    place: Description = {"node": stretch.device, "start": _rounded(stretch.start), "stop": _rounded(stretch.stop)}
+    if stretch.action is None:
+        return place | {"tag": stretch.tag}
+    return place | {"op": _op_of(order.actions[stretch.device][stretch.action])}
 
 
 def _rounded(seconds: float) -> float:
@@ -137,11 +144,6 @@ def predicted_seconds(graph: Graph, plan: Plan, cluster: Cluster) -> list[float]
     ]
 
 
-def part_bytes(part: Part, dtype: str) -> int:
-    """Bytes of values of one part."""
-    return volume(part.move.box) * np.dtype(dtype).itemsize
-
-
 def _sent(schedule: Schedule, rank: int) -> int:
     return sum(transfer.size_bytes for transfer in schedule.transfers if transfer.source == rank)
 
@@ -162,76 +164,3 @@ def _transfer(communication: Communication, transfer: Transfer) -> Description:
             for part, dtype in zip(transfer.parts, transfer.dtypes, strict=True)
         ],
     }
-
-
-# -- groups ------------------------------------------------------------------------------------------------------------
-
-
-def _groups(laid: LaidOut, timeline: Timeline, cluster: Cluster) -> list[Description]:
-    """Maximal runs of ops that no feature map is moved for, forward and backward; updates are left out. Seconds are
-    those of the device that computes most, of the one that waits most, and of the busiest link for the maps."""
-    graph, plan, communication, schedule = laid.graph, laid.plan, laid.communication, laid.order
-    waits = _waits(schedule, timeline)
-    arriving: dict[int, int] = {}  # bytes by delivery
-    for transfer in schedule.transfers:
-        for part, dtype in zip(transfer.parts, transfer.dtypes, strict=True):
-            arriving[part.delivery] = arriving.get(part.delivery, 0) + part_bytes(part, dtype)
-    groups: list[Description] = []
-    seen: set[int] = set()
-    for name in schedule.order:
-        op = graph.ops[name]
-        if op.phase == UPDATE:
-            continue
-        new = {communication.reads[name, tensor] for tensor in op.inputs} - seen
-        seen |= new
-        maps = [i for i in new if is_feature_map(graph, communication.deliveries[i].tensor)]
-        received = sum(arriving.get(i, 0) for i in maps)
-        if received or not groups or groups[-1]["phase"] != op.phase:
-            groups.append(
-                {"phase": op.phase, "ops": [], "received_bytes": 0, "needed_flops": 0.0, "computed_flops": 0.0}
-                | {"compute_seconds": 0.0, "waited_seconds": 0.0, "transfer_seconds": 0.0}
-            )
-        groups[-1]["ops"].append(name)
-        groups[-1]["received_bytes"] += received
-        groups[-1]["compute_seconds"] += max(schedule.seconds[name])
-        groups[-1]["waited_seconds"] += waits.get(name, 0.0)
-        moved = sum(busiest(graph, communication.deliveries[i], cluster.link)[0] for i in maps)
-        groups[-1]["transfer_seconds"] += moved / cluster.link.bytes_per_second
-        groups[-1]["needed_flops"] += _flops(graph, op, plan.placements[name].own)
-        groups[-1]["computed_flops"] += _flops(graph, op, plan.placements[name].compute)
-    for found in groups:
-        maps_written = [name for name in found["ops"] if is_feature_map(graph, graph.ops[name].outputs[0])]
-        last = (maps_written or found["ops"])[-1]
-        found["boxes"] = [_output(graph, plan, last, device) for device in range(plan.nodes)]
-    return groups
-
-
-def _waits(schedule: Schedule, timeline: Timeline) -> dict[str, float]:
-    """Per op, how long the device that waits most is idle before it."""
-    longest: dict[str, float] = {}
-    for works, actions in zip(timeline.works, schedule.actions, strict=True):
-        free, waited = 0.0, 0.0
-        for start, stop, index in works:
-            waited += start - free
-            free = stop
-            if name := _op_of(actions[index]):
-                longest[name] = max(longest.get(name, 0.0), waited)
-                waited = 0.0
-    return longest
-
-
-def _flops(graph: Graph, op: Op, boxes: Sequence[Box]) -> float:
-    return sum(cost_of(graph, op, box).flops for box in boxes)
-
-
-def _output(graph: Graph, plan: Plan, name: str, device: int) -> list[list[int]] | None:
-    box: Box = plan.placements[name].own[device]
-    return [list(part) for part in domain_of(graph, graph.ops[name]).output(box)] if volume(box) else None
-
-
-def is_feature_map(graph: Graph, name: str) -> bool:
-    """Whether a tensor is a map or a gradient of one: float32 with the batch as its first dimension."""
-    tensor = graph.tensors[name]
-    batch = graph.tensors[graph.inputs[0]].shape[0]
-    small = name in graph.parameters or name == graph.loss or len(tensor.shape) < 2
-    return not small and tensor.kind == "map" and tensor.dtype != "float64" and tensor.shape[0] == batch

@@ -27,7 +27,18 @@ def test_explain(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert fusetile("explain", "build") == 0
     said = capsys.readouterr().out
-    for word in ("node0", "node1", "arena", "forward", "backward", "Conv", "conv1"):
+    for word in (
+        "node0",
+        "node1",
+        "arena",
+        "forward",
+        "backward",
+        "Conv",
+        "conv1",
+        "Critical path",
+        "on node0 alone",
+        "memory",
+    ):
         assert word in said, word
     assert fusetile("explain", "--json", "build") == 0
     plan = json.loads(capsys.readouterr().out)

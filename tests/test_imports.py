@@ -44,7 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "picture": {"curves"},
     "plan_executor": BASE | {"graph", "ops", "passes", "reference"},
     "codegen": BASE | {"graph", "ops", "cluster", "passes"},
-    "report": BASE | {"options", "graph", "ops", "cluster", "cost", "passes", "planner"},
+    "groups": BASE | {"graph", "ops", "cluster", "cost", "passes", "planner", "codegen"},
+    "report": BASE | {"options", "graph", "ops", "cluster", "cost", "passes", "planner", "codegen", "groups"},
     "bundle": BASE
     | {
         "options",

@@ -37,6 +37,10 @@ PLAN: dict[str, Any] = {
         {"name": "grad", "kind": "ConvWeightGrad", "phase": "backward", "own": [None, None], "compute": [None, None]},
     ],
     "transfers": [{"source": 0, "target": 1, "bytes": 640, "parts": [{"tensor": "y"}]}],
+    "critical_path": [
+        {"node": 0, "start": 0.0, "stop": 0.004, "op": "conv1"},
+        {"node": 1, "start": 0.004, "stop": 0.005, "tag": 0},
+    ],
     "timeline": {
         "works": [[[0.0, 0.004, "conv1"], [0.005, 0.01, "grad"]], [[0.0, 0.004, "conv1"], [0.004, 0.0041, ""]]],
         "messages": [[0.004, 0.005]],
@@ -57,6 +61,8 @@ def test_the_report_shows_devices_works_messages_and_tiles() -> None:
     bars = {rect.findtext("title"): float(rect.attrib["width"]) for rect in timeline.iter("rect")}
     assert list(bars) == ["conv1: 4.00 ms", "grad: 5.00 ms", "y to attic, 640 bytes", "copies: 0.10 ms"]
     assert bars["grad: 5.00 ms"] > bars["y to attic, 640 bytes"] > bars["copies: 0.10 ms"]
+    outlined = [rect.findtext("title") for rect in timeline.iter("rect") if "stroke" in rect.attrib]
+    assert outlined == ["conv1: 4.00 ms", "y to attic, 640 bytes"]
     heights = [float(rect.attrib["height"]) for rect in conv.iter("rect")]
     assert heights == [60.0, 75.0, 60.0, 60.0]  # own and computed rows of both devices
     assert "8x8x8, 2 devices: rows" in page and "8x4x4, 2 devices: samples" in page and "a &lt;model&gt;" in page

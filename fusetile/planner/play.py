@@ -85,17 +85,17 @@ class Player:
         return float("inf") if any(lacking) else played.seconds + more
 
     def best(self) -> Played:
-        """The fastest within the devices' memory; if none fits, the one that lacks least. Of the plans that were played
-        the fastest are considered, and those that need least memory."""
+        """The fastest within the devices' memory; if none fits, the one in which no device lacks more than it has to.
+        Of the plans that were played the fastest are considered, and those that need least memory."""
         fastest = sorted(self.played, key=lambda result: result.seconds)
         if not any(self.lacking_bytes(fastest[0])):
             return fastest[0]
-        smallest = sorted(self.played, key=lambda result: (sum(self.lacking_bytes(result)), result.seconds))
+        smallest = sorted(self.played, key=lambda result: (max(self.lacking_bytes(result)), result.seconds))
         considered = [*fastest[:CONSIDERED], *smallest[:CONSIDERED]]
         best = min(considered, key=self.seconds_within)
         if self.seconds_within(best) < float("inf"):
             return best
-        return min(considered, key=lambda result: sum(self._economized(result)[1]))
+        return min(considered, key=lambda result: max(self._economized(result)[1]))
 
     def _ordered(self, played: Played) -> tuple[Communication, Schedule]:
         communication = communicate(self.graph, played.plan, block=self.block)
