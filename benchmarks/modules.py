@@ -98,8 +98,10 @@ def _resize(mode: str) -> Callable[[], nn.Module]:
 LAYERS = (
     Layer("q k^T, 64 windows of 49", _function(lambda q, k: q @ k.transpose(-2, -1)), ((64, 3, 49, 32),) * 2),
     Layer("q k^T, 8 heads of 196", _function(lambda q, k: q @ k.transpose(-2, -1)), ((2, 8, 196, 64),) * 2),
+    Layer("q k^T, 2 heads of 400", _function(lambda q, k: q @ k.transpose(-2, -1)), ((2, 2, 400, 32),) * 2),
     Layer("w v, 64 windows of 49", _function(torch.matmul), ((64, 3, 49, 49), (64, 3, 49, 32))),
     Layer("w v, 8 heads of 196", _function(torch.matmul), ((2, 8, 196, 196), (2, 8, 196, 64))),
+    Layer("w v, 2 heads of 400", _function(torch.matmul), ((2, 2, 400, 400), (2, 2, 400, 64))),
     Layer("[16, 400, 32] @ [16, 32, 400]", _function(torch.matmul), ((16, 400, 32), (16, 32, 400))),
     Layer("softmax, 8 heads of 196", _layer(nn.Softmax, -1), ((2, 8, 196, 196),)),
     Layer("softmax, 64 windows of 49", _layer(nn.Softmax, -1), ((64, 3, 49, 49),)),

@@ -140,9 +140,24 @@ def test_products_of_matrices(turned: tuple[bool, bool]) -> None:
         case.check(box, **LAYOUT)
 
 
-def test_products_of_large_matrices() -> None:
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
+def test_products_of_few_matrices(turned: tuple[bool, bool]) -> None:
+    """Vectors are columns then: several, and a part of one."""
+    for channels, images, others in ((2, 2, 2), (2, 1, 2), (2, 2, 1), (1, 2, 1), (1, 2, 2)):
+        a, b = tensor(2, channels, 9, 6), tensor(images, others, 6, 35, seed=1)
+        a, b = (a.swapaxes(2, 3) if turned[0] else a), (b.swapaxes(2, 3) if turned[1] else b)
+        case = Case("MatMul", [a, b], {"turned": turned})
+        case.check(**LAYOUT)
+        inner = zip("nkhwc", (2, max(channels, others), 9, 35, 6), strict=True)
+        box = tuple((1, size - 2) if name in "hwc" else (0, size) for name, size in inner)
+        case.check(box, **LAYOUT)
+
+
+@pytest.mark.parametrize("channels", [2, 11])
+def test_products_of_large_matrices(channels: int) -> None:
     """More rows than a band has, and more to sum than between two looks at the sums."""
-    Case("MatMul", [tensor(1, 3, 35, 300), tensor(1, 3, 300, 6, seed=1)], {"turned": (False, False)}).check(atol=1e-4)
+    a, b = tensor(1, channels, 35, 300), tensor(1, channels, 300, 6, seed=1)
+    Case("MatMul", [a, b], {"turned": (False, False)}).check(atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 11, 5, 1), (2, 1, 5, 7), (2, 11, 1, 1), (1, 1, 1, 7)])

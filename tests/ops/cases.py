@@ -112,6 +112,7 @@ def _moves() -> list[Case]:
         a, b = (a[:2] + a[:1:-1] if turned[0] else a), (b[:2] + b[:1:-1] if turned[1] else b)
         cases.append(Case(f"MatMul {turned}", "MatMul", ((a, V), (b, V)), {"turned": turned}))
     one = {"turned": (False, False)}
+    cases.append(Case("MatMul of two channels", "MatMul", (((2, 2, 4, 6), V), ((2, 2, 6, 5), V)), one))
     cases.append(Case("MatMul with one for all", "MatMul", (((2, 3, 4, 6), V), ((1, 1, 6, 5), V)), one))
     return cases
 
