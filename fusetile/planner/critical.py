@@ -27,14 +27,16 @@ def critical_path(order: Schedule, timeline: Timeline) -> list[Stretch]:
     ends = [(device, len(actions)) for device, actions in enumerate(order.actions)]
     at = max(ends, key=lambda end: walk.reached(*end))
     path: list[Stretch] = []
-    while (stretch := walk.before(*at)) is not None:
-        path.append(stretch)
-        if stretch.tag is None:
-            assert stretch.action is not None
-            at = stretch.device, stretch.action
+    while True:
+        device, (stop, index, tag) = at[0], walk.last(*at)
+        if tag is not None:
+            at = walk.let_go(tag)
+            path.append(Stretch(order.transfers[tag].target, walk.reached(*at), stop, tag=tag))
+        elif index is not None:
+            at = device, index
+            path.append(Stretch(device, walk.started(device, index), stop, action=index))
         else:
-            at = walk.let_go(stretch.tag)
-    return path[::-1]
+            return path[::-1]
 
 
 class _Walk:
@@ -49,11 +51,11 @@ class _Walk:
                 if isinstance(action, Ship | Post):
                     self._ends.setdefault(action.tag, []).append((device, i))
 
-    def before(self, device: int, action: int) -> Stretch | None:
-        """What ended last of all that comes before an action: the device's own work, or a message."""
-        works = self._timeline.works[device]
+    def last(self, device: int, action: int) -> tuple[float, int | None, int | None]:
+        """When all was done that comes before an action, and what ended then: the device's own work, by the number of
+        its action, or a message, by its tag; nothing at the start."""
         done = bisect_left(self._indices[device], action)
-        start, stop, index = works[done - 1] if done else (0.0, 0.0, -1)
+        _, stop, index = self._timeline.works[device][done - 1] if done else (0.0, 0.0, -1)
         awaited = [
             tag
             for each in self._order.actions[device][index + 1 : action]
@@ -62,14 +64,16 @@ class _Walk:
         ]
         arrived, tag = max(((self._timeline.messages[tag][1], tag) for tag in awaited), default=(0.0, -1))
         if arrived > stop + TICK_seconds:
-            target = self._order.transfers[tag].target
-            return Stretch(target, self.reached(*self.let_go(tag)), arrived, tag=tag)
-        return Stretch(device, start, stop, action=index) if done else None
+            return arrived, None, tag
+        return stop, index if done else None, None
 
     def reached(self, device: int, action: int) -> float:
         """When a device came to an action."""
-        stretch = self.before(device, action)
-        return stretch.stop if stretch is not None else 0.0
+        return self.last(device, action)[0]
+
+    def started(self, device: int, action: int) -> float:
+        """When a device began with a work."""
+        return self._timeline.works[device][bisect_left(self._indices[device], action)][0]
 
     def let_go(self, tag: int) -> tuple[int, int]:
         """The later of the actions that ship and post a message."""
