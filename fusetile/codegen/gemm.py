@@ -1,7 +1,8 @@
 """Fully connected layers, where they are not like convolutions: images in rows, and the input gradient.
 
 The input gradient is a product with transposed weights, of which a copy would take as much memory as they do. So
-squares of them are turned on the way, which costs little beside reading them.
+squares of them are turned on the way, which costs little beside reading them. For one image nothing is turned: the
+lanes of the weights, output channels, are summed up at the end.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ def input_gradient_calls(
     m: Machine, dy: View, w: Filter, dx: View, *, images: int, k_blocks: int, c_blocks: int
 ) -> tuple[KernelCall, ...]:
     """The calls of an input gradient, of gathered dy: one per width of tile."""
+    if images == 1:
+        kernel, units = input_gradient_of_one(vectors=m.vectors), -(-c_blocks // UNIT_blocks)
+        pointers = (dy.start, w.start, dx.start)
+        return (KernelCall(kernel, units, pointers, (k_blocks, c_blocks, dy.block, w.k, w.block)),)
     calls = []
     for cover in cover_pixels(m, images, c_blocks):
         unit_tiles = max(1, min(UNIT_blocks // cover.tile.blocks, cover.tiles // MIN_UNITS))
@@ -104,4 +109,46 @@ for unit in T.serial(lo, hi):
         body=body,
         ints=INPUT_GRADIENT_INTS,
         scratch=turned_weights | registers(tile, v, tile.long) | turning_squares(v),
+    )
+
+
+@cache
+def input_gradient_of_one(*, vectors: Vectors) -> Kernel:
+    """The same for one image. The weights of `UNIT_blocks` blocks of c, a work unit, are read in a row, k after k."""
+    v = vectors
+    product = "acc[c * {0} + line, e] = acc[c * {0} + line, e] + w[w1 + line * {0} + s * {1} + e] * y[s, e]"
+    body = f"""
+for unit in T.serial(lo, hi):
+    first: T.int32 = unit * {UNIT_blocks}
+    count: T.int32 = T.min({UNIT_blocks}, c_blocks - first)
+    for line in T.serial(count * {v.block}):
+        for e in T.vectorized({v.width}):
+            acc[line, e] = T.float32(0)
+    for k in T.serial(k_blocks):
+        for s in T.unroll({v.per_block}):
+            for e in T.vectorized({v.width}):
+                y[s, e] = v_[k * y_block + s * {v.width} + e]
+        for c in T.serial(count):
+            w1: T.int32 = k * w_k + (first + c) * w_block
+            {indent(prefetch_next(v, "w", "w1 + w_k", v.block * v.block), 12)}
+            for line in T.unroll({v.block}):
+                for s in T.unroll({v.per_block}):
+                    for e in T.vectorized({v.width}):
+                        {product.format(v.block, v.width)}
+    for line in T.serial(count * {v.block}):
+        total[0] = acc[line, 0]
+        for e in T.serial(1, {v.width}):
+            total[0] = total[0] + acc[line, e]
+        m_[first * {v.block} + line] = total[0]
+"""
+    return make_kernel(
+        f"gemm_input_gradient_one_{v.tag}",
+        pointers=dict.fromkeys(("v_", "w", "m_"), "float32"),
+        body=body,
+        ints=("k_blocks", "c_blocks", "y_block", "w_k", "w_block"),
+        scratch={
+            "acc": ((UNIT_blocks * v.block, v.width), "float32"),
+            "y": ((v.per_block, v.width), "float32"),
+            "total": ((1,), "float32"),
+        },
     )

@@ -144,7 +144,14 @@ def larger_windows(random: np.random.Generator, block: int) -> Iterator[tuple[li
 
 def fully_connected(random: np.random.Generator, block: int) -> Iterator[tuple[list[Case], bool]]:
     """Fully connected layers."""
-    for n, c, k in ((1, 3 * block, 10), (4, block + 5, 4 * block), (5, 3, block), (9, 2 * block, 2 * block + 1)):
+    sizes = (
+        (1, 3 * block, 10),
+        (1, 17 * block + 3, 2 * block + 1),
+        (4, block + 5, 4 * block),
+        (5, 3, block),
+        (9, 2 * block, 2 * block + 1),
+    )
+    for n, c, k in sizes:
         x, w, dy, b = (random.standard_normal(s).astype(np.float32) for s in ((n, c), (k, c), (n, k), k))
         cases = [
             Case("Gemm", [x, w, b], {"activation": "relu"}, filters=(1,)),
