@@ -169,7 +169,7 @@ def explain_command(
     build: Annotated[Path, typer.Argument(help="What `fusetile compile` wrote.", metavar="BUILD")],
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead.")] = False,
 ) -> None:
-    """Show a plan: groups of layers, who computes which box, bytes on the wire, time and memory per device."""
+    """Show a plan: its step time and critical path, what other plans would take, and who computes which box when."""
     explain_build(build, console, as_json=as_json)
 
 
