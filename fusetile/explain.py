@@ -186,11 +186,11 @@ def _print_group(plan: dict[str, Any], number: int, group: dict[str, Any], conso
 
 
 def _received(group: dict[str, Any]) -> str:
-    """Borders of tiles are halos; all else that comes is redistributed."""
+    """Borders of tiles are halos; all else that comes is redistributed maps."""
     received, halos = group["received_bytes"], group["halo_bytes"]
-    kinds = {"of halos": halos, "redistributed": received - halos}
-    text = " and ".join(f"{megabytes(size)} {kind}" for kind, size in kinds.items() if size)
-    return f"{text} before" if text else "no feature map received"
+    kinds = {"halos": halos, "redistributed maps": received - halos}
+    text = " and ".join(f"{megabytes(size)} of {kind}" for kind, size in kinds.items() if size)
+    return f"{text} received first" if text else "no feature map received"
 
 
 def _split(plan: dict[str, Any], group: dict[str, Any]) -> str:
