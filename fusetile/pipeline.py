@@ -137,12 +137,13 @@ def plan_graph(graph: Graph, *, cluster: Cluster, training: Training, trace: Tra
     if training.accumulate > 1:
         with trace.stage("accumulate") as seen:
             whole = seen(accumulate(whole, training.accumulate))
+            graph = rematerialize(whole, cheap(whole))
         if any(op.kind == "BatchStatistics" for op in whole.ops.values()):
             trace.on_note(
                 f"--accumulate {training.accumulate}: BatchNormalization takes the statistics of each of the "
                 f"{training.accumulate} batches of a step by itself"
             )
-    laid, saving = _fitted(whole, plan, cluster=cluster, training=training, trace=trace)
+    laid, saving = _fitted(whole, graph, plan, cluster=cluster, training=training, trace=trace)
     others = _others(forward, laid, cluster=cluster, training=training, trace=trace)
     routines = (laid, *others.values())
     for each in routines:
@@ -196,10 +197,11 @@ def for_target(planned: Planned, target: Target, *, cluster: Cluster, training: 
     return replace(planned, laid=laid, others={}, memories=laid.memories)
 
 
-def _fitted(whole: Graph, plan: Plan, *, cluster: Cluster, training: Training, trace: Trace) -> tuple[LaidOut, Saving]:
-    """The training step within the devices' memory, as far as possible. Gradients of several batches are added up
-    apart, on every device, if there is room for that."""
-    graph = rematerialize(whole, cheap(whole))
+def _fitted(
+    whole: Graph, graph: Graph, plan: Plan, *, cluster: Cluster, training: Training, trace: Trace
+) -> tuple[LaidOut, Saving]:
+    """The training step, with more computed again than in `graph` where the devices' memory needs it. Gradients of
+    several batches are added up apart, on every device, if there is room for that."""
     for apart in (True, False) if training.accumulate > 1 else (False,):
         placed = place_sums(whole, plan, apart=apart)
         laid = lay_out(graph, placed, cluster=cluster, training=training, trace=trace)

@@ -33,11 +33,7 @@ def of_channels(block: int, width: int, tile: tuple[int, int], lanes: Lanes) -> 
 
     def of_tile(rows: int, columns: int, row: str, column: str) -> str:
         def each(statement: str) -> str:
-            loops = "".join(
-                f"{'    ' * i}for {name} in T.unroll({count}):\n"
-                for i, (name, count) in enumerate((("q", columns), ("r", rows), ("s", parts)))
-            )
-            return loops + indented(vectors([statement], width), 3)
+            return _unrolled({"q": columns, "r": rows, "s": parts}, statement, width)
 
         sums = f"sums[(r * {columns} + q) * {parts} + s, v]"
         y = f"Y[y0 + r * Y_row + q * Y_pixel + {lane}]"
@@ -87,8 +83,7 @@ def of_columns(block: int, width: int, lanes: Lanes) -> Kernel:
 
     def of_rows(rows: int, row: str) -> str:
         def each(statement: str) -> str:
-            loops = f"for r in T.unroll({rows}):\n    for s in T.unroll({WIDE}):\n"
-            return loops + indented(vectors([statement], width), 2)
+            return _unrolled({"r": rows, "s": WIDE}, statement, width)
 
         t, sums = f"t[r * {wide} + s * {width} + v]", f"sums[r * {WIDE} + s, v]"
         product = f"A[a0 + r * A_outer + c * A_inner] * b[c * {wide} + s * {width} + v]"
@@ -127,6 +122,12 @@ for j in T.serial(T.truncdiv(columns + {wide - 1}, {wide})):
 """
     scratch = {"sums": (ROWS * WIDE, width), "b": (CHUNK * wide,), "t": (ROWS * wide,)}
     return _kernel("mat_mul_columns", lanes, f"b{block}v{width}", of_chunk, scratch)
+
+
+def _unrolled(counts: Mapping[str, int], statement: str, width: int) -> str:
+    """A statement for every element of a register tile, whose loops have these counts."""
+    loops = "".join(f"{'    ' * i}for {name} in T.unroll({count}):\n" for i, (name, count) in enumerate(counts.items()))
+    return loops + indented(vectors([statement], width), len(counts))
 
 
 def _kernel(name: str, lanes: Lanes, tag: str, of_chunk: str, scratch: Mapping[str, tuple[int, ...]]) -> Kernel:
