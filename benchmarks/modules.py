@@ -96,12 +96,8 @@ def _resize(mode: str) -> Callable[[], nn.Module]:
 
 
 LAYERS = (
-    Layer("q k^T, 64 windows of 49", _function(lambda q, k: q @ k.transpose(-2, -1)), ((64, 3, 49, 32),) * 2),
     Layer("q k^T, 8 heads of 196", _function(lambda q, k: q @ k.transpose(-2, -1)), ((2, 8, 196, 64),) * 2),
-    Layer("q k^T, 2 heads of 400", _function(lambda q, k: q @ k.transpose(-2, -1)), ((2, 2, 400, 32),) * 2),
-    Layer("w v, 64 windows of 49", _function(torch.matmul), ((64, 3, 49, 49), (64, 3, 49, 32))),
     Layer("w v, 8 heads of 196", _function(torch.matmul), ((2, 8, 196, 196), (2, 8, 196, 64))),
-    Layer("w v, 2 heads of 400", _function(torch.matmul), ((2, 2, 400, 400), (2, 2, 400, 64))),
     Layer("[16, 400, 32] @ [16, 32, 400]", _function(torch.matmul), ((16, 400, 32), (16, 32, 400))),
     Layer("softmax, 8 heads of 196", _layer(nn.Softmax, -1), ((2, 8, 196, 196),)),
     Layer("softmax, 64 windows of 49", _layer(nn.Softmax, -1), ((64, 3, 49, 49),)),
@@ -121,6 +117,10 @@ LAYERS = (
     Layer("depthwise 7x7 96 @56", _layer(nn.Conv2d, 96, 96, 7, padding=3, groups=96), ((2, 96, 56, 56),)),
     Layer("depthwise 7x7 384 @14", _layer(nn.Conv2d, 384, 384, 7, padding=3, groups=384), ((2, 384, 14, 14),)),
     Layer("attention of 196 x 384, 6 heads", _layer(Attention, 384, 6), ((2, 196, 384),)),
+    Layer("attention of 196 x 512, 8 heads", _layer(Attention, 512, 8), ((2, 196, 512),)),
+    Layer("attention of 400 x 128, 2 heads", _layer(Attention, 128, 2), ((2, 400, 128),)),
+    Layer("attention of 1024 x 32, 1 head", _layer(Attention, 32, 1), ((2, 1024, 32),)),
+    Layer("attention, 64 windows of 49 x 96, 3 heads", _layer(Attention, 96, 3), ((64, 49, 96),)),
 )
 
 
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="the milliseconds of every kernel as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'milliseconds':32} {'forward':>8} {'PyTorch':>8} {'':5} {'backward':>9} {'PyTorch':>8} {'':5} {'both':>6}")
+    print(f"{'milliseconds':42} {'forward':>8} {'PyTorch':>8} {'':5} {'backward':>9} {'PyTorch':>8} {'':5} {'both':>6}")
     for layer in LAYERS:
         if options.pattern in layer.name:
             compare(layer, options.runs, kernels=options.kernels)
@@ -202,7 +202,7 @@ def compare(layer: Layer, runs: int, *, kernels: bool) -> None:
     both = (forward_peer + backward_peer) / (forward + backward)
     cells = f"{forward:8.2f} {forward_peer:8.2f} {forward_peer / forward:5.2f}"
     cells += f" {backward:9.2f} {backward_peer:8.2f} {backward_peer / backward:5.2f} {both:6.2f}"
-    print(f"{layer.name:32} {cells}", flush=True)
+    print(f"{layer.name:42} {cells}", flush=True)
     if kernels:
         for label, milliseconds in sorted(turns[-1][1][1].items(), key=lambda item: -item[1]):
             print(f"    {milliseconds:8.3f}  {label}")

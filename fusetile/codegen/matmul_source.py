@@ -1,4 +1,4 @@
-"""The kernels of products of matrices per image and channel.
+"""The kernel of products of matrices whose heads are channels.
 
 A register tile is some rows x some columns of the result, so that what is loaded of both operands is multiplied several
 times. The columns of the right operand are first put together: they serve all rows of a band, and their addresses are
@@ -12,7 +12,6 @@ from functools import cache
 
 from fusetile.codegen.calls import Kernel, indented, make_kernel, vectors
 
-ROWS, WIDE = 4, 2  # rows, and vectors of columns, of a tile where there are few channels
 CHUNK = 128  # of the inner dimension, between which sums rest in the result
 INTS = (
     *("blocks", "rows", "columns", "inner", "band", "channels"),
@@ -33,7 +32,7 @@ def of_channels(block: int, width: int, tile: tuple[int, int], lanes: Lanes) -> 
 
     def of_tile(rows: int, columns: int, row: str, column: str) -> str:
         def each(statement: str) -> str:
-            return _unrolled({"q": columns, "r": rows, "s": parts}, statement, width)
+            return unrolled({"q": columns, "r": rows, "s": parts}, statement, width)
 
         sums = f"sums[(r * {columns} + q) * {parts} + s, v]"
         y = f"Y[y0 + r * Y_row + q * Y_pixel + {lane}]"
@@ -74,57 +73,7 @@ for j in T.serial(T.truncmod(columns, {wide})):
     return _kernel("mat_mul", lanes, f"{long}x{wide}_b{block}v{width}", of_chunk, scratch)
 
 
-@cache
-def of_columns(block: int, width: int, lanes: Lanes) -> Kernel:
-    """The lanes of a vector are columns of one product. A work unit is a band of rows of one image. Before the first of
-    its channels is written, pixels are cleared as a whole: lanes that are no channels are zero."""
-    wide = WIDE * width
-    of_channel = [" + lane" if has else "" for has in lanes]
-
-    def of_rows(rows: int, row: str) -> str:
-        def each(statement: str) -> str:
-            return _unrolled({"r": rows, "s": WIDE}, statement, width)
-
-        t, sums = f"t[r * {wide} + s * {width} + v]", f"sums[r * {WIDE} + s, v]"
-        product = f"A[a0 + r * A_outer + c * A_inner] * b[c * {wide} + s * {width} + v]"
-        return f"""
-a0: T.int32 = n * A_image + ({row}) * A_outer + chunk * {CHUNK} * A_inner{of_channel[0]}
-y0: T.int32 = n * Y_image + ({row}) * Y_row + j * {wide} * Y_pixel
-if chunk > 0:
-    for r in T.serial({rows}):
-        for q in T.serial(count):
-            t[r * {wide} + q] = Y[y0 + r * Y_row + q * Y_pixel + lane]
-{indented(each(f"{sums} = {t}"), 1)}
-else:
-{indented(each(f"{sums} = T.float32(0)"), 1)}
-for c in T.serial(depth):
-{indented(each(f"{sums} = {sums} + {product}"), 1)}
-{each(f"{t} = {sums}")}
-for r in T.serial({rows}):
-    for q in T.serial(count):
-        if lane + chunk == 0:
-{indented(vectors(["Y[y0 + r * Y_row + q * Y_pixel + v] = T.float32(0)"], block), 3)}
-        Y[y0 + r * Y_row + q * Y_pixel + lane] = t[r * {wide} + q]
-"""
-
-    of_chunk = f"""
-for j in T.serial(T.truncdiv(columns + {wide - 1}, {wide})):
-    count: T.int32 = T.min(columns - j * {wide}, {wide})
-    for lane in T.serial(channels):
-        b0: T.int32 = n * B_image + j * {wide} * B_outer + chunk * {CHUNK} * B_inner{of_channel[1]}
-        for c in T.serial(depth):
-            for q in T.serial(count):
-                b[c * {wide} + q] = B[b0 + q * B_outer + c * B_inner]
-        for i in T.serial(T.truncdiv(height, {ROWS})):
-{indented(of_rows(ROWS, f"first + i * {ROWS}"), 3)}
-        for i in T.serial(T.truncmod(height, {ROWS})):
-{indented(of_rows(1, f"first + T.truncdiv(height, {ROWS}) * {ROWS} + i"), 3)}
-"""
-    scratch = {"sums": (ROWS * WIDE, width), "b": (CHUNK * wide,), "t": (ROWS * wide,)}
-    return _kernel("mat_mul_columns", lanes, f"b{block}v{width}", of_chunk, scratch)
-
-
-def _unrolled(counts: Mapping[str, int], statement: str, width: int) -> str:
+def unrolled(counts: Mapping[str, int], statement: str, width: int) -> str:
     """A statement for every element of a register tile, whose loops have these counts."""
     loops = "".join(f"{'    ' * i}for {name} in T.unroll({count}):\n" for i, (name, count) in enumerate(counts.items()))
     return loops + indented(vectors([statement], width), len(counts))

@@ -111,12 +111,12 @@ def prefetch_next(v: Vectors, array: str, start: str, floats: int) -> str:
     return "" if v.lanes else prefetch(*(f"{array}[{start} + {i}]" for i in range(0, floats, LINE)))
 
 
-def turn_square(v: Vectors, row: str) -> str:
-    """`row`, with a number in it, becomes a row of the transpose of the square of w at w1: interleaving rows i and
-    i + n / 2 into rows 2 i and 2 i + 1, as often as halving n rows leaves one, transposes."""
+def turn_square(v: Vectors, row: str, of: str = "w") -> str:
+    """`row`, with a number in it, becomes a row of the transpose of the square of w at w1, or of another pointer:
+    interleaving rows i and i + n / 2 into rows 2 i and 2 i + 1, as often as halving n rows leaves one, transposes."""
     n, lanes = v.width, f"T.Ramp({{}}, 1, {v.width})"
     order = [lane for pair in zip(range(n), range(n, 2 * n), strict=True) for lane in pair]
-    statements = [f"square[{i}, {lanes.format(0)}] = w[{lanes.format(f'w1 + {i * v.block}')}]" for i in range(n)]
+    statements = [f"square[{i}, {lanes.format(0)}] = {of}[{lanes.format(f'{of}1 + {i * v.block}')}]" for i in range(n)]
     stages = n.bit_length() - 1
     for stage in range(stages):
         source, target = stage % 2 * n, (stage + 1) % 2 * n

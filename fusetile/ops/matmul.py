@@ -1,9 +1,10 @@
-"""Products of matrices that both depend on the data, one for every image and channel: attention.
+"""Products of matrices that both depend on the data, one for every image and head: attention.
 
-    y[n,k,h,w] = sum over c of a[n,k,h,c] * b[n,k,c,w]
+    terms ("nkhc", "nkcw")      y[n,k,h,w] = sum over c of a[n,k,h,c] * b[n,k,c,w]      heads are channels
+    terms ("nkhc", "nwhc")      y[n,k,h,w] = sum over c of a[n,k,h,c] * b[n,w,h,c]      heads are rows
 
-`turned` says which operands are stored the other way round: a as [n,k,c,h], b as [n,k,w,c]. An operand may have one
-image or one channel, that goes with all.
+`terms` names the axes of the operands as they are stored: those of the result are n, k, h and w, and c is summed over.
+Of the axes that both operands have, images and heads, one of them may have one index that goes with all.
 """
 
 from __future__ import annotations
@@ -18,63 +19,69 @@ from fusetile.errors import UserError
 from fusetile.graph import BACKWARD, Graph, Op, Tensor
 from fusetile.ops.base import Access, All, Along, Array, Attrs, Axis, Dim, Domain, Row, Spec, register
 
+RESULT = "nkhw"
 
-def _sizes(attrs: Attrs, inputs: Sequence[Tensor]) -> tuple[int, int, int, int]:
-    """Rows, inner size of both, columns."""
-    (*_, a0, a1), (*_, b0, b1) = (tensor.shape for tensor in inputs)
-    rows, inner = (a1, a0) if attrs["turned"][0] else (a0, a1)
-    inner_b, columns = (b1, b0) if attrs["turned"][1] else (b0, b1)
-    return rows, inner, inner_b, columns
+
+def own_axis(term: str, other: str) -> str:
+    """The axis that only the first of two operands has: the rows or columns of its matrices."""
+    (own,) = set(term) - set(other)
+    return own
+
+
+def _sizes(attrs: Attrs, inputs: Sequence[Tensor]) -> dict[str, int]:
+    """Of every axis."""
+    sizes: dict[str, int] = {}
+    for term, x in zip(attrs["terms"], inputs, strict=True):
+        for axis, size in zip(term, x.shape, strict=True):
+            sizes[axis] = max(size, sizes.get(axis, 1))
+    return sizes
 
 
 def _shape(attrs: Attrs, inputs: Sequence[Tensor]) -> list[Spec]:
-    a, b = inputs
-    rows, inner, inner_b, columns = _sizes(attrs, inputs)
-    batch = zip(a.shape[:2], b.shape[:2], strict=True)
-    if inner != inner_b or any(x != y and 1 not in (x, y) for x, y in batch):
-        raise UserError(f"{a.name!r} of shape {a.shape} and {b.name!r} of shape {b.shape} have no matrix product")
-    return [Spec((max(a.shape[0], b.shape[0]), max(a.shape[1], b.shape[1]), rows, columns), a.dtype)]
+    (a, b), sizes = inputs, _sizes(attrs, inputs)
+    for term, x in zip(attrs["terms"], inputs, strict=True):
+        if any(size != sizes[axis] and (axis == "c" or size != 1) for axis, size in zip(term, x.shape, strict=True)):
+            raise UserError(f"{a.name!r} of shape {a.shape} and {b.name!r} of shape {b.shape} have no matrix product")
+    return [Spec(tuple(sizes[axis] for axis in RESULT), a.dtype)]
 
 
-def _operand(shape: Sequence[int], whole: Sequence[int], names: Sequence[str]) -> Access:
-    batch: list[Dim] = [
-        Along(axis, size) if size == full else All(size) for axis, size, full in zip("nk", shape, whole, strict=False)
+def _operand(term: str, x: Tensor, sizes: dict[str, int]) -> Access:
+    dims: list[Dim] = [
+        Along(axis, size) if size == sizes[axis] else All(size) for axis, size in zip(term, x.shape, strict=True)
     ]
-    return (*batch, *(Along(axis, size) for axis, size in zip(names, shape[2:], strict=True)))
+    return tuple(dims)
 
 
 def _domain(attrs: Attrs, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Domain:
-    y = outputs[0].shape
-    (a, b), turned = inputs, attrs["turned"]
-    _, inner, _, _ = _sizes(attrs, inputs)
-    axes = (*(Axis(name, size) for name, size in zip("nkhw", y, strict=True)), Axis("c", inner, "reduction"))
-    reads = (
-        _operand(a.shape, y, "ch" if turned[0] else "hc"),
-        _operand(b.shape, y, "wc" if turned[1] else "cw"),
-    )
-    return Domain(axes, reads, (tuple(Along(name, size) for name, size in zip("nkhw", y, strict=True)),))
+    sizes = _sizes(attrs, inputs)
+    axes = (*(Axis(name, sizes[name]) for name in RESULT), Axis("c", sizes["c"], "reduction"))
+    reads = tuple(_operand(term, x, sizes) for term, x in zip(attrs["terms"], inputs, strict=True))
+    return Domain(axes, reads, (tuple(Along(name, sizes[name]) for name in RESULT),))
 
 
 def _mat_mul(op: Op, domain: Domain, box: Box, inputs: Sequence[Array]) -> list[Array]:
-    a, b = (x.swapaxes(2, 3) if turned else x for x, turned in zip(inputs, op.attrs["turned"], strict=True))
-    return [np.matmul(a, b)]
+    (a, b), (one, other) = inputs, op.attrs["terms"]
+    rows, columns = own_axis(one, other), own_axis(other, one)
+    images = [axis for axis in RESULT if axis not in (rows, columns)]
+    left, right = [*images, rows, "c"], [*images, "c", columns]
+    product = np.matmul(a.transpose([one.index(x) for x in left]), b.transpose([other.index(x) for x in right]))
+    stored = [*images, rows, columns]
+    return [np.ascontiguousarray(product.transpose([stored.index(x) for x in RESULT]))]
 
 
 def _vjp(graph: Graph, op: Op, grads: Sequence[str | None]) -> list[str | None]:
-    """da = dy b^T and db = a^T dy, or these transposed where the operand is; summed where it was broadcast."""
-    dy, (a, b), (ta, tb) = grads[0], op.inputs, op.attrs["turned"]
+    """The product of dy and the other operand, summed over the axis that only that has; then over images or heads along
+    which the operand was broadcast."""
+    dy, terms = grads[0], op.attrs["terms"]
     assert dy is not None
-    common: dict[str, Any] = {"phase": BACKWARD, "origin": op.origin}
-    products = (
-        (a, [b, dy], (tb, True)) if ta else (a, [dy, b], (False, not tb)),
-        (b, [dy, a], (True, ta)) if tb else (b, [a, dy], (not ta, False)),
-    )
     parts: list[str | None] = []
-    for x, operands, turned in products:
-        shape = graph.tensors[x].shape
-        (part,) = graph.add("MatMul", operands, attrs={"turned": turned}, stem=f"grad.{x}", **common)
-        if graph.tensors[part].shape != shape:
-            (part,) = graph.add("SumTo", [part], attrs={"shape": shape}, stem=f"grad.{x}", **common)
+    for x, other, term, other_term in zip(op.inputs, op.inputs[::-1], terms, terms[::-1], strict=True):
+        names = str.maketrans(term + own_axis(other_term, term), RESULT + "c")
+        of_gradient = RESULT.translate(names), other_term.translate(names)
+        common: dict[str, Any] = {"stem": f"grad.{x}", "phase": BACKWARD, "origin": op.origin}
+        (part,) = graph.add("MatMul", [dy, other], attrs={"terms": of_gradient}, **common)
+        if graph.tensors[part].shape != graph.tensors[x].shape:
+            (part,) = graph.add("SumTo", [part], attrs={"shape": graph.tensors[x].shape}, **common)
         parts.append(part)
     return parts
 

@@ -8,6 +8,7 @@ import pytest
 from fusetile.ops.rearrange import Dims, inverse, reshaped, shape_of, whole_view
 from fusetile.ops.resample import Taps
 from tests.codegen.harness import Case, middle, seeded
+from tests.ops.cases import TERMS, product_shapes
 
 LAYOUT = {"margin": 1, "border": (1, 2), "pitch": 1}
 STEP = np.array([7], np.int32)
@@ -128,36 +129,28 @@ def test_resample_by_tables() -> None:
         case.check(middle(case.domain.box, case.domain, channels=8), **LAYOUT)
 
 
-@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
-def test_products_of_matrices(turned: tuple[bool, bool]) -> None:
-    for images, channels in ((2, 11), (1, 11), (2, 1)):
-        a, b = tensor(2, 11, 5, 6), tensor(images, channels, 6, 7, seed=1)
-        a, b = (a.swapaxes(2, 3) if turned[0] else a), (b.swapaxes(2, 3) if turned[1] else b)
-        case = Case("MatMul", [a, b], {"turned": turned})
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_products_of_matrices(terms: tuple[str, str]) -> None:
+    """Also a part of every axis, as it may be cut: channels at blocks."""
+    sizes = {"n": 2, "k": 19, "h": 5, "w": 11, "c": 14}
+    heads = (set(terms[0]) & set(terms[1]) - {"n", "c"}).pop()
+    for one, broadcast in ((1, ""), (1, "n"), (1, heads), (0, heads)):
+        operands = []
+        for i, (term, shape) in enumerate(zip(terms, product_shapes(terms, **sizes), strict=True)):
+            alone = [1 if i == one and axis in broadcast else size for axis, size in zip(term, shape, strict=True)]
+            operands.append(tensor(*alone, seed=i))
+        case = Case("MatMul", operands, {"terms": terms})
         case.check(**LAYOUT)
-        inner = zip("nkhwc", (2, 11, 5, 7, 6), strict=True)
-        box = tuple((1, size - 1) if name in "hwc" else (0, size) for name, size in inner)
-        case.check(box, **LAYOUT)
+        part = {"n": (1, 2), "k": (8, 19), "h": (1, 4), "w": (3, 10), "c": (8, 14)}
+        case.check(tuple(part[axis.name] for axis in case.domain.axes), **LAYOUT)
 
 
-@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
-def test_products_of_few_matrices(turned: tuple[bool, bool]) -> None:
-    """Vectors are columns then: several, and a part of one."""
-    for channels, images, others in ((2, 2, 2), (2, 1, 2), (2, 2, 1), (1, 2, 1), (1, 2, 2)):
-        a, b = tensor(2, channels, 9, 6), tensor(images, others, 6, 35, seed=1)
-        a, b = (a.swapaxes(2, 3) if turned[0] else a), (b.swapaxes(2, 3) if turned[1] else b)
-        case = Case("MatMul", [a, b], {"turned": turned})
-        case.check(**LAYOUT)
-        inner = zip("nkhwc", (2, max(channels, others), 9, 35, 6), strict=True)
-        box = tuple((1, size - 2) if name in "hwc" else (0, size) for name, size in inner)
-        case.check(box, **LAYOUT)
-
-
-@pytest.mark.parametrize("channels", [2, 11])
-def test_products_of_large_matrices(channels: int) -> None:
-    """More rows than a band has, and more to sum than between two looks at the sums."""
-    a, b = tensor(1, channels, 35, 300), tensor(1, channels, 300, 6, seed=1)
-    Case("MatMul", [a, b], {"turned": (False, False)}).check(atol=1e-4)
+@pytest.mark.parametrize("terms", [TERMS[0], TERMS[5], TERMS[7]], ids=str)
+def test_products_of_large_matrices(terms: tuple[str, str]) -> None:
+    """More rows than a work unit has, and more to sum than between two looks at the sums."""
+    for sizes in ({"n": 1, "k": 11, "h": 35, "c": 300, "w": 6}, {"n": 1, "k": 150, "h": 2, "c": 300, "w": 13}):
+        operands = [tensor(*shape, seed=i) for i, shape in enumerate(product_shapes(terms, **sizes))]
+        Case("MatMul", operands, {"terms": terms}).check(atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 11, 5, 1), (2, 1, 5, 7), (2, 11, 1, 1), (1, 1, 1, 7)])

@@ -28,6 +28,10 @@ FUNCTION_ATTRS: dict[str, dict[str, float]] = {
 FIT = ((2, 3, 5, 4), (2, 3, 1, 1), (1, 3, 1, 1), (1,), (2, 1, 5, 4))
 """Shapes of operands that fit a map by broadcasting."""
 
+# the axes of the operands of products of matrices: heads as channels, and as rows
+TERMS = [(a, b) for a in ("nkhc", "nkch") for b in ("nkcw", "nkwc")] + [("nkwc", "nkhc")]
+TERMS += [(a, b) for a in ("nkhc", "nchk") for b in ("nwhc", "nchw")] + [("nwhc", "nchk")]
+
 # views, by the shape of what is viewed: channel shuffle, space to depth, a transpose, attention heads, channels last
 VIEWS: dict[str, tuple[tuple[int, ...], tuple[tuple[tuple[int, int, int], ...], ...]]] = {
     "channel shuffle": ((2, 6, 3, 4), (((0, 2, 1),), ((1, 3, 1), (1, 2, 3)), ((2, 3, 1),), ((3, 4, 1),))),
@@ -107,14 +111,18 @@ def _moves() -> list[Case]:
     cases.append(Case("PReluGrad", "PReluGrad", ((MAP, V), (MAP, V), (C, V))))
     cases.append(Case("SumTo of three dimensions", "SumTo", (((2, 5, 4), V),), {"shape": (2, 1, 4)}))
     cases.append(Case("Add of three dimensions", "Add", (((2, 5, 4), V), ((2, 1, 4), V))))
-    for turned in ((False, False), (True, False), (False, True), (True, True)):
-        a, b = (2, 3, 4, 6), (2, 3, 6, 5)
-        a, b = (a[:2] + a[:1:-1] if turned[0] else a), (b[:2] + b[:1:-1] if turned[1] else b)
-        cases.append(Case(f"MatMul {turned}", "MatMul", ((a, V), (b, V)), {"turned": turned}))
-    one = {"turned": (False, False)}
-    cases.append(Case("MatMul of two channels", "MatMul", (((2, 2, 4, 6), V), ((2, 2, 6, 5), V)), one))
-    cases.append(Case("MatMul with one for all", "MatMul", (((2, 3, 4, 6), V), ((1, 1, 6, 5), V)), one))
+    for terms in TERMS:
+        a, b = product_shapes(terms, n=2, k=3, h=4, c=6, w=5)
+        cases.append(Case(f"MatMul {terms}", "MatMul", ((a, V), (b, V)), {"terms": terms}))
+    for terms, one in ((("nkhc", "nkcw"), (1, 1, 6, 5)), (("nkhc", "nwhc"), (1, 5, 1, 6))):
+        a, _ = product_shapes(terms, n=2, k=3, h=4, c=6, w=5)
+        cases.append(Case(f"MatMul {terms} with one for all", "MatMul", ((a, V), (one, V)), {"terms": terms}))
     return cases
+
+
+def product_shapes(terms: tuple[str, str], **sizes: int) -> list[tuple[int, ...]]:
+    """The shapes of operands with these axes."""
+    return [tuple(sizes[axis] for axis in term) for term in terms]
 
 
 def _others() -> list[Case]:

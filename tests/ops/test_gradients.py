@@ -16,7 +16,7 @@ from fusetile.ops.loss import LOSSES, PAIR_LOSSES
 from fusetile.ops.resample import resample
 from fusetile.passes.differentiate import Criterion, differentiate
 from fusetile.reference import evaluate
-from tests.ops.cases import FIT, FUNCTION_ATTRS, POSITIVE, VIEWS, tapped
+from tests.ops.cases import FIT, FUNCTION_ATTRS, POSITIVE, TERMS, VIEWS, product_shapes, tapped
 from tests.ops.window_cases import CEIL, CEIL_DROPPED, CONVOLUTIONS, MAXIMA, POOLS, window
 
 DIFFERENTIABLE: list[tuple[str, list[tuple[tuple[int, ...], str]], dict[str, Any]]] = [
@@ -65,14 +65,11 @@ DIFFERENTIABLE: list[tuple[str, list[tuple[tuple[int, ...], str]], dict[str, Any
     *(("Pad", [((2, 3, 5, 4), "map")], {"axis": axis, "before": 2, "after": 1}) for axis in (1, 2)),
     *(("Slice", [((2, 3, 5, 4), "map")], {"axis": axis, "start": 1, "stop": 3}) for axis in (1, 3)),
     *(
-        ("MatMul", [(a, "map"), (b, "map")], {"turned": turned})
-        for a, b, turned in (
-            ((2, 3, 4, 6), (2, 3, 6, 5), (False, False)),
-            ((2, 3, 6, 4), (2, 3, 6, 5), (True, False)),
-            ((2, 3, 4, 6), (2, 1, 5, 6), (False, True)),
-            ((1, 3, 6, 4), (2, 3, 5, 6), (True, True)),
-        )
+        ("MatMul", [(shape, "map") for shape in product_shapes(terms, n=2, k=3, h=4, c=6, w=5)], {"terms": terms})
+        for terms in TERMS
     ),
+    ("MatMul", [((2, 3, 4, 6), "map"), ((2, 1, 5, 6), "map")], {"terms": ("nkhc", "nkwc")}),
+    ("MatMul", [((1, 3, 4, 6), "map"), ((2, 5, 1, 6), "map")], {"terms": ("nkhc", "nwhc")}),
     ("Sub", [((3,), "map"), ((2, 3, 5, 4), "map")], {}),
     ("Mul", [((2, 3, 1, 1), "map"), ((2, 1, 5, 4), "map")], {}),
     ("Shift", [((3, 4), "map")], {"offset": -2.5}),

@@ -10,6 +10,10 @@ from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import finish
 from fusetile.onnx_import.views import View, merged
 
+LANES, FILLED = 8, 0.8  # matrices of that many heads lie side by side in vectors, if the heads fill so much of them
+Product = tuple[
+    list[str], tuple[str, str], tuple[int, ...]
+]  # operands, their axes, the result's order as the model has it
 _POINT = {"strides": (1, 1), "dilations": (1, 1), "pads": (0, 0, 0, 0)}
 
 
@@ -83,27 +87,58 @@ def _products(importer: Importer, node: Node) -> None:
     four = _four(wide)
     if four is None:
         raise importer.refuse(node, f"the product of {shapes[0]} and {shapes[1]} is not supported")
-    names, turned = [], []
+    images = tuple(max(sizes) for sizes in zip(*(shape[:-2] for shape in wide), strict=True))
+    views: list[View] = []
     for i in (0, 1):
         if importer.weight(node.inputs[i]) is not None and not importer.is_map(node.inputs[i]):
-            names.append(importer.parameter(node, i, shape=four[i], kind="map"))
-            turned.append(False)
+            views.append(importer.whole(importer.parameter(node, i, shape=four[i], kind="map")))
             continue
         view = importer.view(node, i).reshaped(four[i])
         assert view is not None  # neighbours are put together, and dimensions of one added
-        other = view.permuted((0, 1, 3, 2))
-        turned.append(other.is_whole(importer.shape(view.base)))
-        names.append(view.base if turned[-1] else importer.tensor(node, view))
-    attrs = {"turned": tuple(turned)}
-    if rank == 4:
-        importer.emit(node, "MatMul", names, attrs)
-        return
-    y = importer.step(node, "images", "MatMul", names, attrs)
-    images = tuple(max(sizes) for sizes in zip(*(shape[:-2] for shape in wide), strict=True))
-    result = importer.whole(y).reshaped((*images, *importer.shape(y)[2:]))
+        views.append(view)
+    heads = max(sizes[1] for sizes in four)
+    by_rows = heads < FILLED * -(-heads // LANES) * LANES
+    names, terms, order = (_by_rows if by_rows else _by_channels)(importer, node, views)
+    y = importer.step(node, "product", "MatMul", names, {"terms": terms})
+    result = importer.whole(y).permuted(order).reshaped((*images, four[0][2], four[1][3]))
     if result is None:
         raise importer.refuse(node, f"the product of {shapes[0]} and {shapes[1]} is not supported")
     importer.define(node, result)
+
+
+def _by_channels(importer: Importer, node: Node, views: Sequence[View]) -> Product:
+    """Heads are channels, rows and columns those of the map, or the other way round if the operand is stored so."""
+    names, terms = [], []
+    for view, term in zip(views, ("nkhc", "nkcw"), strict=True):
+        other = view.permuted((0, 1, 3, 2)).is_whole(importer.shape(view.base))
+        names.append(view.base if other else importer.tensor(node, view))
+        terms.append(term[:2] + term[:1:-1] if other else term)
+    return names, (terms[0], terms[1]), (0, 1, 2, 3)
+
+
+def _by_rows(importer: Importer, node: Node, views: Sequence[View]) -> Product:
+    """Few heads would leave most lanes empty: they become rows of maps, whose channels are the rows or the columns of
+    the matrices. Those of the result are what is channels of an operand too, and rather of one that comes from the
+    network's channels than of a product: they will be the network's channels again."""
+    places = [_channels_of(importer, view) for view in views]
+    orders = [(0, place, 1, 5 - place) for place in places]
+    names = [importer.tensor(node, view.permuted(order)) for view, order in zip(views, orders, strict=True)]
+    moved = [name != view.base for name, view in zip(names, views, strict=True)]
+    columns = places[1] == 3 and (places[0] != 2 or (moved[1] and not moved[0]))
+    axes = ("nhwc", "nhck") if columns else ("nhkc", "nhcw")  # of the operands as the model has them
+    terms = ["".join(term[place] for place in order) for term, order in zip(axes, orders, strict=True)]
+    return names, (terms[0], terms[1]), (0, 2, 3, 1) if columns else (0, 2, 1, 3)
+
+
+def _channels_of(importer: Importer, view: View) -> int:
+    """Which dimension of matrices [n, h, rows, columns] should be channels: that for which nothing is to be moved, or
+    only whole blocks of channels."""
+    for place in (2, 3):
+        if view.permuted((0, place, 1, 5 - place)).is_whole(importer.shape(view.base)):
+            return place
+    channels = min(1, len(importer.shape(view.base)) - 1)
+    whole_blocks = [bool(digits) and digits[-1][0] == channels and digits[-1][2] == 1 for digits in view.dims]
+    return 3 if whole_blocks[3] else 2
 
 
 def _of_vectors(importer: Importer, node: Node, vectors: list[bool]) -> None:
