@@ -140,7 +140,7 @@ for u in T.serial(lo, hi):
 
 
 def _turn_rows(v: Vectors) -> str:
-    """By squares of rows and inner lanes. Those that pad the latter are zero as stored; those that are no rows become it."""
+    """By squares of rows and inner lanes. Lanes that are no rows become zero; those that pad the others are it."""
     square = f"a[T.Ramp(at + (q * {v.width} + {{}}) * {v.block}, 1, {v.width})]"
     return f"""
 for i in T.serial(blocks):

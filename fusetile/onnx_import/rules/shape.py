@@ -237,10 +237,13 @@ def _around(shape: Sequence[int], axis: int) -> tuple[list[int], int]:
 
 
 def _cut(importer: Importer, node: Node, view: View, axis: int, indices: Sequence[int]) -> View:
-    """A view of what is left of one dimension: cut in the tensor as it is stored, if it is a whole axis there."""
+    """A view of what is left of one dimension: cut in the tensor as it is stored, if it is a whole axis there, or the
+    part of one that counts most."""
     digits = view.dims[axis]
     if list(indices) == list(range(view.shape[axis])):
         return view
+    if (cut := _cut_in_storage(importer, node, view, axis, indices)) is not None:
+        return cut
     stored = digits[0][0] if len(digits) == 1 and digits[0][1] == importer.shape(view.base)[digits[0][0]] else -1
     breaks = sum(b != a + 1 for a, b in itertools.pairwise(indices))
     if breaks >= PARTS and not (stored >= 2 and len(importer.shape(view.base)) == 4):
@@ -256,6 +259,20 @@ def _cut(importer: Importer, node: Node, view: View, axis: int, indices: Sequenc
     result = importer.whole(x).reshaped([*view.shape[:axis], len(indices), *view.shape[axis + 1 :]])
     assert result is not None
     return result
+
+
+def _cut_in_storage(importer: Importer, node: Node, view: View, axis: int, indices: Sequence[int]) -> View | None:
+    """A range of a dimension that is one digit, the most significant of its axis: of q, k and v that a layer makes in
+    one go, each is a range of channels, whatever heads they have."""
+    first, count = indices[0] if len(indices) else 0, len(indices)
+    if len(view.dims[axis]) != 1 or list(indices) != list(range(first, first + count)) or not count:
+        return None
+    ((stored, size, step),) = view.dims[axis]
+    if size * step != importer.shape(view.base)[stored] or step == 1:
+        return None
+    base = slice_axis(importer, node, view.base, stored, range(first * step, (first + count) * step))
+    digits = ((stored, count, step),) if count > 1 else ()
+    return View(base, (*view.dims[:axis], digits, *view.dims[axis + 1 :]))
 
 
 def slice_(importer: Importer, node: Node) -> None:
