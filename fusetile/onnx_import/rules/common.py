@@ -11,7 +11,7 @@ import numpy as np
 from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.views import View, merged
-from fusetile.ops.rearrange import Dims, whole_view
+from fusetile.ops.rearrange import Digit, Dims, joined, reshaped, shape_of, whole_view
 
 Rule = Callable[[Importer, Node], None]
 
@@ -71,7 +71,7 @@ def pointwise(importer: Importer, node: Node, kind: str, view: View, attrs: Mapp
 
 def operands(importer: Importer, node: Node, indices: Sequence[int]) -> tuple[list[str], Dims | None]:
     """Operands that are broadcast against each other, as tensors of the graph that fit each other, and the view of the
-    result: the layout of the largest operand if all others fit it, else that of the model."""
+    result: the layout of an operand as large as that, if all others fit it or can be moved there, else the model's."""
     mapped = [i for i in indices if importer.weight(node.inputs[i]) is None] or indices[:1]
     views = {i: importer.view(node, i) for i in mapped}
     shapes = {i: views[i].shape if i in views else importer.constant_shape(node, i) for i in indices}
@@ -79,11 +79,13 @@ def operands(importer: Importer, node: Node, indices: Sequence[int]) -> tuple[li
         full = np.broadcast_shapes(*shapes.values())
     except ValueError:
         raise importer.refuse(node, f"its operands of shapes {list(shapes.values())} do not fit each other") from None
-    anchor = next((view for view in views.values() if view.shape == full), None)
-    if anchor is not None:
-        found = [_laid_out(importer, node, i, views.get(i), shapes[i], anchor) for i in indices]
-        if None not in found:
-            return [name for name in found if name is not None], importer.seen_through(anchor)
+    anchors = [view for view in views.values() if view.shape == full]
+    for lay_out in (_laid_out, _moved):
+        # maps rather than rows, which fully connected layers leave behind
+        for anchor in sorted(anchors, key=lambda view: -len(importer.shape(view.base))):
+            found = [lay_out(importer, node, i, views.get(i), shapes[i], anchor) for i in indices]
+            if None not in found:
+                return [name for name in found if name is not None], importer.seen_through(anchor)
     rank = max(1, len(full))  # a number is stored with a dimension of one
     wide = {i: (1,) * (rank - len(shape)) + tuple(shape) for i, shape in shapes.items()}
     small = merged([wide[i] for i in indices])
@@ -122,3 +124,28 @@ def _laid_out(
     if len(stored) > 1 and axes in ([], [1]):
         return importer.parameter(node, i, shape=(prod(shape),))
     return importer.parameter(node, i, shape=[s if a in axes else 1 for a, s in enumerate(stored)], kind="map")
+
+
+def _moved(importer: Importer, node: Node, i: int, view: View | None, shape: Sequence[int], anchor: View) -> str | None:
+    """Operand i in the layout in which the anchor is stored, moved there if need be; None if that can't be."""
+    fitting = _laid_out(importer, node, i, view, shape, anchor)
+    if fitting is not None:
+        return fitting
+    own = (importer.view(node, i) if view is None else view).of_rank(len(anchor.dims))
+    return moved(importer, node, own, anchor.dims, importer.shape(anchor.base))
+
+
+def moved(importer: Importer, node: Node, view: View, dims: Dims, stored: Sequence[int]) -> str | None:
+    """A tensor of the shape `stored`, of which this view is what `dims` are of it; broadcast along an axis if the view
+    does not vary there. None if it varies along a part of an axis only."""
+    digits: list[list[tuple[int, tuple[Digit, ...]]]] = [[] for _ in stored]
+    for own, wanted in zip(view.dims, dims, strict=True):
+        parts = reshaped((own,), [size for _, size, _ in wanted]) if own else ()
+        if parts is None:
+            return None
+        for (axis, _, step), part in zip(wanted, parts, strict=False):
+            digits[axis].append((step, part))
+    found = tuple(joined([digit for _, part in sorted(along, reverse=True) for digit in part]) for along in digits)
+    if any(size not in (1, whole) for size, whole in zip(shape_of(found), stored, strict=True)):
+        return None
+    return importer.tensor(node, View(view.base, found))

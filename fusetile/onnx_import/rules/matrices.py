@@ -43,8 +43,8 @@ def gemm(importer: Importer, node: Node) -> None:
 
 
 def mat_mul(importer: Importer, node: Node) -> None:
-    """By a matrix of weights: a fully connected layer, or, along the channels of a stored map, a 1x1 convolution. What
-    it is applied to may be constant, too: coordinates that a small network turns into a bias."""
+    """By a matrix of weights: a fully connected layer, or, of several rows per image, a 1x1 convolution. What it is
+    applied to may be constant, too: coordinates that a small network turns into a bias."""
     weight = importer.weight(node.inputs[1])
     if weight is not None and weight.ndim == 2 and not importer.is_map(node.inputs[1]):
         _linear(importer, node)
@@ -65,15 +65,15 @@ def _linear(importer: Importer, node: Node) -> None:
         kind, attrs = ("Gemm", {}) if len(stored) == 2 else ("Conv", _POINT)
         finish(importer, node, kind, [view.base, w], attrs, None if result.is_whole(shape) else result.dims)
         return
-    w = importer.parameter(node, 1, transposed=True)
-    rows = view.reshaped((prod(lead), channels))
-    assert rows is not None  # neighbours can always be put together
     if len(lead) == 1:
-        importer.emit(node, "Gemm", [importer.tensor(node, rows), w])
+        importer.emit(node, "Gemm", [importer.tensor(node, view), importer.parameter(node, 1, transposed=True)])
         return
-    y = importer.step(node, "rows", "Gemm", [importer.tensor(node, rows), w])
-    result_view = importer.whole(y).reshaped((*lead, filters))
-    assert result_view is not None
+    pixels = view.reshaped((lead[0], prod(lead[1:-1]), lead[-1], channels))
+    assert pixels is not None  # neighbours can always be put together
+    w = importer.parameter(node, 1, transposed=True, more=(1, 1))
+    y = importer.step(node, "pixels", "Conv", [importer.tensor(node, pixels.permuted((0, 3, 1, 2))), w], _POINT)
+    result_view = importer.whole(y).permuted((0, 2, 3, 1)).reshaped((*lead, filters))
+    assert result_view is not None  # they are taken apart again
     importer.define(node, result_view)
 
 

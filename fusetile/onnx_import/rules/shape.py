@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import numpy as np
 
 from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer
-from fusetile.onnx_import.rules.common import axes_of, finish, listed
+from fusetile.onnx_import.rules.common import axes_of, finish, listed, moved
 from fusetile.onnx_import.rules.resize import slice_axis
 from fusetile.onnx_import.views import View, merged
+from fusetile.ops.rearrange import Dims, whole_view
 from fusetile.ops.resample import Taps
 
 PARTS = 8
@@ -188,7 +189,7 @@ def tile(importer: Importer, node: Node) -> None:
 
 
 def concat(importer: Importer, node: Node) -> None:
-    """Of views that are alike along one whole axis: of the tensors as they are stored. What is empty is left out."""
+    """Where what is joined is a whole axis of one of the tensors, as that is stored. What is empty is left out."""
     views = [importer.view(node, i) for i, name in enumerate(node.inputs) if prod(importer.known_shape(name))]
     rank = len(views[0].dims)
     (axis,) = axes_of(importer, node, [node.attrs["axis"]], rank)
@@ -197,33 +198,46 @@ def concat(importer: Importer, node: Node) -> None:
     if len(views) == 1:
         importer.define(node, views[0])
         return
-    along = {view.dims[axis][0][0] if len(view.dims[axis]) == 1 else -1 for view in views}
-    stored = along.pop() if len(along) == 1 else -1
-    alike = all(
-        stored >= 0
-        and view.dims[axis] == ((stored, importer.shape(view.base)[stored], 1),)
-        and [d for i, d in enumerate(view.dims) if i != axis] == [d for i, d in enumerate(views[0].dims) if i != axis]
-        and len(importer.shape(view.base)) == len(importer.shape(views[0].base))
-        for view in views
-    )
-    if alike:
-        total = sum(view.shape[axis] for view in views)
-        joined = View("", tuple(((stored, total, 1),) if i == axis else d for i, d in enumerate(views[0].dims)))
-        shape = [total if i == stored else size for i, size in enumerate(importer.shape(views[0].base))]
-        dims = None if joined.is_whole(shape) else joined.dims
-        finish(importer, node, "Concat", [view.base for view in views], {"axis": stored}, dims)
-        return
+    for dims, shape in _joined_layouts(importer, views, axis):
+        ((stored, _, _),) = dims[axis]
+        names = []
+        for view in views:
+            part = ((stored, view.shape[axis], 1),)
+            own = [view.shape[axis] if i == stored else size for i, size in enumerate(shape)]
+            names.append(moved(importer, node, view, (*dims[:axis], part, *dims[axis + 1 :]), own))
+        if None not in names:
+            parts = [name for name in names if name is not None]
+            whole = View("", dims).is_whole(shape)
+            finish(importer, node, "Concat", parts, {"axis": stored}, None if whole else dims)
+            return
     small, place = _around(views[0].shape, axis)
     flat = [view.reshaped([s if i != place else view.shape[axis] for i, s in enumerate(small)]) for view in views]
-    names = [importer.tensor(node, view) for view in flat if view is not None]
+    joined = [importer.tensor(node, view) for view in flat if view is not None]
     shape = [*views[0].shape[:axis], sum(view.shape[axis] for view in views), *views[0].shape[axis + 1 :]]
     if rank <= 4:
-        importer.emit(node, "Concat", names, {"axis": place})
+        importer.emit(node, "Concat", joined, {"axis": place})
         return
-    y = importer.step(node, "joined", "Concat", names, {"axis": place})
+    y = importer.step(node, "joined", "Concat", joined, {"axis": place})
     result = importer.whole(y).reshaped(shape)
     assert result is not None  # neighbours are taken apart again
     importer.define(node, result)
+
+
+def _joined_layouts(importer: Importer, views: Sequence[View], axis: int) -> Iterator[tuple[Dims, Sequence[int]]]:
+    """Dimensions and shapes in which views may be joined: those of a view that has a whole axis along which they are,
+    of maps before others; for tokens whose features are channels of a map, pixels of a row."""
+    total = sum(view.shape[axis] for view in views)
+    shapes = {view: importer.shape(view.base) for view in views}
+    for view in sorted(views, key=lambda view: -len(shapes[view])):
+        digits = view.dims[axis]
+        if len(digits) == 1 and digits[0][1] == shapes[view][digits[0][0]]:
+            stored = digits[0][0]
+            dims = (*view.dims[:axis], ((stored, total, 1),), *view.dims[axis + 1 :])
+            yield dims, [total if i == stored else size for i, size in enumerate(shapes[view])]
+    images, _, *features = views[0].shape
+    if axis == 1 and len(features) == 1 and any(view.dims[2] == ((1, *features, 1),) for view in views):
+        pixels = View("", whole_view((images, *features, 1, total)))
+        yield pixels.permuted((0, 3, 1)).dims, (images, *features, 1, total)
 
 
 def _around(shape: Sequence[int], axis: int) -> tuple[list[int], int]:
