@@ -10,7 +10,7 @@ from fusetile.onnx_import.importer import Importer
 from fusetile.onnx_import.rules.common import finish
 from fusetile.onnx_import.views import View, merged
 
-LANES, FILLED = 8, 0.8  # matrices of that many heads lie side by side in vectors, if the heads fill so much of them
+LANES, FILLED = 8, 0.8  # heads may be channels if they fill so much of vectors of so many
 Product = tuple[
     list[str], tuple[str, str], tuple[int, ...]
 ]  # operands, their axes, the result's order as the model has it
@@ -96,9 +96,7 @@ def _products(importer: Importer, node: Node) -> None:
         view = importer.view(node, i).reshaped(four[i])
         assert view is not None  # neighbours are put together, and dimensions of one added
         views.append(view)
-    heads = max(sizes[1] for sizes in four)
-    by_rows = heads < FILLED * -(-heads // LANES) * LANES
-    names, terms, order = (_by_rows if by_rows else _by_channels)(importer, node, views)
+    names, terms, order = (_by_channels if _heads_are_channels(importer, views) else _by_rows)(importer, node, views)
     y = importer.step(node, "product", "MatMul", names, {"terms": terms})
     result = importer.whole(y).permuted(order).reshaped((*images, four[0][2], four[1][3]))
     if result is None:
@@ -106,11 +104,23 @@ def _products(importer: Importer, node: Node) -> None:
     importer.define(node, result)
 
 
+def _heads_are_channels(importer: Importer, views: Sequence[View]) -> bool:
+    """Whether the larger operand is stored so already, and the heads fill vectors."""
+    view, heads = max(views, key=lambda view: prod(view.shape)), max(view.shape[1] for view in views)
+    stored = importer.shape(view.base)
+    return heads >= FILLED * LANES * -(-heads // LANES) and (view.is_whole(stored) or _turned(view).is_whole(stored))
+
+
+def _turned(view: View) -> View:
+    """Its matrices transposed."""
+    return view.permuted((0, 1, 3, 2))
+
+
 def _by_channels(importer: Importer, node: Node, views: Sequence[View]) -> Product:
     """Heads are channels, rows and columns those of the map, or the other way round if the operand is stored so."""
     names, terms = [], []
     for view, term in zip(views, ("nkhc", "nkcw"), strict=True):
-        other = view.permuted((0, 1, 3, 2)).is_whole(importer.shape(view.base))
+        other = _turned(view).is_whole(importer.shape(view.base))
         names.append(view.base if other else importer.tensor(node, view))
         terms.append(term[:2] + term[:1:-1] if other else term)
     return names, (terms[0], terms[1]), (0, 1, 2, 3)
