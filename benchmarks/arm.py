@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=sorted(CPUS), help="one CPU (default: pi3, pi4, pi5 and armv7)")
     parser.add_argument("--openblas", action="store_true", help="count OpenBLAS's matrix product, too")
-    parser.add_argument("pattern", nargs="?", default="", help="only layers whose name contains this")
+    parser.add_argument("pattern", nargs="?", default="", help="only layers and ops whose name contains this")
     options = parser.parse_args()
     if not available():
         raise SystemExit("benchmarks.arm needs qemu-aarch64 with plugins: apt install qemu-user")
@@ -79,7 +79,9 @@ def main() -> None:
         for phase in layer.phases()
         for algorithm in layer.algorithms()
     ]
-    more = [] if options.pattern else list(others())
+    more = [other for other in others() if options.pattern in other.name]
+    if not rows and not more:
+        raise SystemExit(f"nothing here has {options.pattern!r} in its name; without a pattern all names are shown")
     here = run_here(works(rows, more, target_named("host")))
     with tempfile.TemporaryDirectory() as folder:
         plugin = compile_plugin(Path(folder))
@@ -101,6 +103,8 @@ def table(program: Program, rows: Sequence[Row], expected: Results) -> None:
     """The convolutions on one CPU."""
     name = program.target.name
     print(f"\n{name}: {CPUS[name]}")
+    if not rows:
+        return
     head = f"{'layer':22} {'phase':16} {'algorithm':10} {'insns':>6} {'misses: L1 512K 1M':>20}"
     print(f"{head} {'time':>5} {'loads':>9} [sp]")
     for i, (layer, phase, algorithm) in enumerate(rows):

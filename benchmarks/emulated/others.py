@@ -31,7 +31,7 @@ class Other:
 
 
 def others() -> Iterator[Other]:
-    """Batch normalization, pooling and the weight update of a 64-channel layer."""
+    """Batch normalization, pooling and the weight update of a 64-channel layer; products of attention."""
     random = np.random.default_rng(0)
     x, dy = (random.standard_normal(SHAPE, np.float32) for _ in range(2))
     pooled = random.standard_normal((1, 64, 13, 13), np.float32)
@@ -54,3 +54,16 @@ def others() -> Iterator[Other]:
     rate = np.array([0.1], np.float32)
     update = {"momentum": 0.9, "weight_decay": 0.01}
     yield Other("SGD with momentum, of w", "SGD", (w, g, rate, v), update, w.size, (0, 1, 3))
+    yield from _products(random)
+
+
+def _products(random: np.random.Generator) -> Iterator[Other]:
+    """Those of attention, forward: 2 heads of 52 tokens with 32 channels each."""
+    heads, weights = (1, 32, 2, 52), (1, 52, 2, 52)
+    for name, shapes, terms in (
+        ("q k^T", (heads, heads), ("nchk", "nchw")),
+        ("w v", (weights, heads), ("nwhc", "nkhc")),
+    ):
+        values = [random.standard_normal(shape, np.float32) for shape in shapes]
+        count = 2 * 52 * 52 * 32 // 4
+        yield Other(f"{name}, of 4 multiply-adds", "MatMul", tuple(values), {"terms": terms}, count)

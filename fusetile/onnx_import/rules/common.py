@@ -83,9 +83,14 @@ def operands(importer: Importer, node: Node, indices: Sequence[int]) -> tuple[li
     for lay_out in (_laid_out, _moved):
         # maps rather than rows, which fully connected layers leave behind
         for anchor in sorted(anchors, key=lambda view: -len(importer.shape(view.base))):
-            found = [lay_out(importer, node, i, views.get(i), shapes[i], anchor) for i in indices]
-            if None not in found:
-                return [name for name in found if name is not None], importer.seen_through(anchor)
+            found: dict[int, str] = {}
+            for i in sorted(indices, key=lambda i: i not in views):  # a weight has one form: once the others fit
+                name = lay_out(importer, node, i, views.get(i), shapes[i], anchor)
+                if name is None:
+                    break
+                found[i] = name
+            else:
+                return [found[i] for i in indices], importer.seen_through(anchor)
     rank = max(1, len(full))  # a number is stored with a dimension of one
     wide = {i: (1,) * (rank - len(shape)) + tuple(shape) for i, shape in shapes.items()}
     small = merged([wide[i] for i in indices])
