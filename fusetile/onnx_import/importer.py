@@ -110,10 +110,14 @@ class Importer:
 
     def is_map(self, name: str) -> bool:
         """Whether an initializer or constant is already used as a feature map."""
+        base = self.base_of(name)
+        return base in self.graph.parameters and self.graph.tensors[base].kind == "map"
+
+    def base_of(self, name: str) -> str:
+        """The initializer or constant that a name stands for, reshaped or transposed or not."""
         base = self.resolved(name)
         base = self.transposes.get(base, base)
-        base = self.reshapes.get(base, (base, ()))[0]
-        return base in self.graph.parameters and self.graph.tensors[base].kind == "map"
+        return self.reshapes.get(base, (base, ()))[0]
 
     def mask(self, name: str) -> Mask | None:
         """The random numbers that an operand is, if it is that."""

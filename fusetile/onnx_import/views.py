@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from fusetile.ops.rearrange import Dims, reshaped, shape_of, whole_view
+from fusetile.ops.rearrange import Digit, Dims, joined, reshaped, shape_of, whole_view
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,20 @@ class View:
     def is_whole(self, shape: Sequence[int]) -> bool:
         """Whether it is the tensor, of this shape, as it is stored."""
         return self.dims == whole_view(shape) and self.shape == tuple(shape)
+
+    def stored_as(self, dims: Dims, shape: Sequence[int]) -> View | None:
+        """The view that is, whole, a tensor of this shape, of which this view is what `dims` are of it; with sizes of
+        one along axes that it does not vary along. None if it varies along a part of an axis only."""
+        digits: list[list[tuple[int, tuple[Digit, ...]]]] = [[] for _ in shape]
+        for own, wanted in zip(self.dims, dims, strict=True):
+            parts = reshaped((own,), [size for _, size, _ in wanted]) if own else ()
+            if parts is None:
+                return None
+            for (axis, _, step), part in zip(wanted, parts, strict=False):
+                digits[axis].append((step, part))
+        found = tuple(joined([digit for _, part in sorted(along, reverse=True) for digit in part]) for along in digits)
+        whole = all(size in (1, full) for size, full in zip(shape_of(found), shape, strict=True))
+        return replace(self, dims=found) if whole else None
 
     def axes(self, dimensions: Collection[int]) -> set[int] | None:
         """The axes of the tensor that these dimensions are made of, or None if others have a part in them."""

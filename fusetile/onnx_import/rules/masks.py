@@ -16,7 +16,8 @@ from dataclasses import replace
 
 from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer, Mask
-from fusetile.onnx_import.rules.common import Rule, finish, number_of, operands, pointwise, stored_anew
+from fusetile.onnx_import.rules.broadcast import operands
+from fusetile.onnx_import.rules.common import Rule, finish, number_of, pointwise, stored_anew
 from fusetile.onnx_import.rules.norm import dropped
 from fusetile.onnx_import.views import View, merged
 

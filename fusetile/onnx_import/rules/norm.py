@@ -10,7 +10,8 @@ import numpy as np
 from fusetile.graph import UPDATE, Parameter
 from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer
-from fusetile.onnx_import.rules.common import finish, operands
+from fusetile.onnx_import.rules.broadcast import operands
+from fusetile.onnx_import.rules.common import finish
 from fusetile.onnx_import.rules.reduce import reducible
 from fusetile.onnx_import.views import View
 

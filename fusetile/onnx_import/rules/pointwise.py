@@ -10,7 +10,8 @@ import numpy as np
 
 from fusetile.onnx_import.contents import Node
 from fusetile.onnx_import.importer import Importer
-from fusetile.onnx_import.rules.common import Rule, finish, number_of, operands, pointwise
+from fusetile.onnx_import.rules.broadcast import operands
+from fusetile.onnx_import.rules.common import Rule, finish, number_of, pointwise
 from fusetile.onnx_import.rules.masks import masked
 from fusetile.onnx_import.views import View
 
