@@ -28,7 +28,8 @@ def class_token() -> nn.Module:
 
 
 def swin() -> nn.Module:
-    """Attention in windows that are shifted, with a table of biases by relative position; two patches become one."""
+    """Attention in windows that are shifted, with a table of biases by relative position, and what has come around
+    masked; four patches become one."""
 
     class Window(nn.Module):
         def __init__(self, c: int, shift: int) -> None:
@@ -39,6 +40,8 @@ def swin() -> nn.Module:
             y, x = torch.arange(9) // 3, torch.arange(9) % 3
             index = (y[:, None] - y[None] + 2) * 5 + x[:, None] - x[None] + 2
             self.register_buffer("index", index.reshape(-1), persistent=False)
+            apart = torch.arange(4)[:, None, None] % 2 * ((y[:, None] - y[None]).abs() > 1)
+            self.register_buffer("mask", apart * -100.0)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             n, h, w, c = x.shape
@@ -46,7 +49,10 @@ def swin() -> nn.Module:
             y = y.view(n, h // 3, 3, w // 3, 3, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 9, c)
             q, k, v = self.qkv(y).reshape(-1, 9, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
             bias = self.table[self.index].view(9, 9, 2).permute(2, 0, 1).unsqueeze(0)
-            y = ((q * 0.7) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+            scores = (q * 0.7) @ k.transpose(-2, -1) + bias
+            if self.shift:
+                scores = (scores.view(n, 4, 2, 9, 9) + self.mask[None, :, None]).view(-1, 2, 9, 9)
+            y = scores.softmax(-1) @ v
             y = self.out(y.transpose(1, 2).reshape(-1, 9, c))
             y = y.view(n, h // 3, w // 3, 3, 3, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
             return x + torch.roll(y, (self.shift, self.shift), (1, 2))
