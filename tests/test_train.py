@@ -94,10 +94,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Job,
 @pytest.mark.parametrize(
     ("network", "nodes", "plan"),
     [
-        ("vgg", 3, "grid:3x1"),
+        ("vgg", 3, "auto"),
         ("vgg", 4, "batch"),
         ("vgg", 2, "channel"),
-        ("resnet18", 3, "auto"),
+        ("resnet18", 3, "grid:3x1"),
         ("resnet18", 2, "channel"),
         ("yolov2", 4, "grid:2x2"),
         ("yolov2", 3, "batch"),
