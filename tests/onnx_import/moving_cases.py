@@ -182,6 +182,10 @@ CASES: dict[str, tuple[Nodes, Weights]] = {
     ),
     "prelu": ([node("PRelu", "x s", "y")], {"s": normal(6, 1, 1)}),
     "prelu with one slope": ([node("PRelu", "x s", "y")], {"s": normal(1)}),
+    "a choice that leaves nothing": (
+        [node("Where", "all zero x", "z"), node("Add", "x z", "y")],
+        {"all": np.ones((1, 6, 1, 1), bool), "zero": np.zeros((), np.float32)},
+    ),
     "a constant mask": (
         [node("Where", "m x c", "a"), node("Where", "m a x", "y")],
         {"m": normal(1, 1, 4, 5) > 0, "c": number(-3)},

@@ -251,6 +251,9 @@ def where(importer: Importer, node: Node) -> None:
             parts.append(product)
     if len(parts) == 2:
         arithmetic(importer, Node("Add", tuple(parts), node.outputs, {}, node.origin, node.opset))
+    elif not parts:
+        zeros = np.zeros(np.broadcast_shapes(*map(importer.known_shape, node.inputs)), np.float32)
+        importer.alias[node.outputs[0]] = importer.new_constant(f"{node.outputs[0]}.zeros", zeros)
     else:
         part = Node("Identity", (parts[0],), node.outputs, {}, node.origin, node.opset)
         importer.define(part, importer.view(part))
