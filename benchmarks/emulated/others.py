@@ -54,10 +54,10 @@ def others() -> Iterator[Other]:
     rate = np.array([0.1], np.float32)
     update = {"momentum": 0.9, "weight_decay": 0.01}
     yield Other("SGD with momentum, of w", "SGD", (w, g, rate, v), update, w.size, (0, 1, 3))
-    yield from _products(random)
+    yield from products_of_attention(random)
 
 
-def _products(random: np.random.Generator) -> Iterator[Other]:
+def products_of_attention(random: np.random.Generator) -> Iterator[Other]:
     """Those of attention, forward: 2 heads of 52 tokens with 32 channels each."""
     heads, weights = (1, 32, 2, 52), (1, 52, 2, 52)
     for name, shapes, terms in (

@@ -13,6 +13,7 @@ from benchmarks.arm import HOT
 from benchmarks.emulated.emulator import Program
 from benchmarks.emulated.layers import DIRECT, PHASES, Layer
 from benchmarks.emulated.loops import hot_loops, typical_distance
+from benchmarks.emulated.others import products_of_attention
 from fusetile.codegen.targets import TARGETS, host
 from tests.codegen.harness import Case
 
@@ -74,3 +75,19 @@ def test_executed_instructions(name: str, plugin: Path, tmp_path: Path) -> None:
             assert layer.chosen(phase, target) == algorithm, case
         if name != "armv7" and algorithm == DIRECT:
             assert typical_distance(loops)[1] >= LOAD_DISTANCE, case
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "limit"), [("pi3", 1.9), ("armv7", 2.5)])
+def test_products_of_attention(name: str, limit: float, plugin: Path, tmp_path: Path) -> None:
+    """Few tokens of a short inner dimension: what is not multiplication counts."""
+    target, products = TARGETS[name], list(products_of_attention(np.random.default_rng(0)))
+    program = Program([one.work(target) for one in products], target, tmp_path, plugin)
+    for i, one in enumerate(products):
+        (result,), profile = program.run(i)
+        reference = Case(one.kind, one.values, one.attrs)
+        (wanted,) = reference.expected(reference.domain.box)
+        np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-4, err_msg=one.name)
+        assert profile.executed / one.elements <= limit, one.name
+        if name != "armv7":  # which has so few registers that an address comes from there
+            assert not [text for loop in hot_loops(profile, HOT) for text in loop.stack], one.name
