@@ -128,13 +128,16 @@ def _by_channels(importer: Importer, node: Node, views: Sequence[View]) -> Produ
 
 def _by_rows(importer: Importer, node: Node, views: Sequence[View]) -> Product:
     """Few heads would leave most lanes empty: they become rows of maps, whose channels are the rows or the columns of
-    the matrices. Those of the result are what is channels of an operand too, and rather of one that comes from the
-    network's channels than of a product: they will be the network's channels again."""
+    the matrices. Those of the result are what fills vectors (a class token is one row), and what is channels of an
+    operand too, rather of one that comes from the network's channels than of a product: they will be these again."""
     places = [_channels_of(importer, view) for view in views]
     orders = [(0, place, 1, 5 - place) for place in places]
     names = [importer.tensor(node, view.permuted(order)) for view, order in zip(views, orders, strict=True)]
     moved = [name != view.base for name, view in zip(names, views, strict=True)]
+    filled = [min(LANES, size) for size in (views[0].shape[2], views[1].shape[3])]
     columns = places[1] == 3 and (places[0] != 2 or (moved[1] and not moved[0]))
+    if filled[0] != filled[1]:
+        columns = filled[1] > filled[0]
     axes = ("nhwc", "nhck") if columns else ("nhkc", "nhcw")  # of the operands as the model has them
     terms = ["".join(term[place] for place in order) for term, order in zip(axes, orders, strict=True)]
     return names, (terms[0], terms[1]), (0, 2, 3, 1) if columns else (0, 2, 1, 3)
