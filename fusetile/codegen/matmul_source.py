@@ -70,7 +70,7 @@ for j in T.serial(T.truncmod(columns, {wide})):
 {indented(of_some(1, f"T.truncdiv(columns, {wide}) * {wide} + j"), 1)}
 """
     scratch = {"sums": (long * wide * parts, width), "b": (CHUNK * wide * held,)}
-    return _kernel("mat_mul", lanes, f"{long}x{wide}_b{block}v{width}", of_chunk, scratch)
+    return _kernel(lanes, f"{long}x{wide}_b{block}v{width}", of_chunk, scratch)
 
 
 def unrolled(counts: Mapping[str, int], statement: str, width: int) -> str:
@@ -79,7 +79,7 @@ def unrolled(counts: Mapping[str, int], statement: str, width: int) -> str:
     return loops + indented(vectors([statement], width), len(counts))
 
 
-def _kernel(name: str, lanes: Lanes, tag: str, of_chunk: str, scratch: Mapping[str, tuple[int, ...]]) -> Kernel:
+def _kernel(lanes: Lanes, tag: str, of_chunk: str, scratch: Mapping[str, tuple[int, ...]]) -> Kernel:
     """With the loops around: images `n`, channel blocks `k`, bands of rows, chunks of the inner dimension."""
     body = f"""
 for u in T.serial(lo, hi):
@@ -94,7 +94,7 @@ for u in T.serial(lo, hi):
 """
     names = "".join("_lanes" if has else "_alone" for has in lanes)
     return make_kernel(
-        f"{name}{names}_{tag}",
+        f"mat_mul{names}_{tag}",
         pointers=dict.fromkeys("ABY", "float32"),
         ints=INTS,
         scratch={array: (shape, "float32") for array, shape in scratch.items()},
